@@ -1,0 +1,119 @@
+"""NF4 codec on this machine: our generated C++ against bitsandbytes, and against a plain copy of as many bytes.
+
+    python benchmarks/codec.py [--threads 2] [--repeats 15] [--shapes 4096x4096,11008x4096] [--json FILE]
+
+All contestants take turns in one run, so that a busy machine slows them alike; times are medians, ratios are of them.
+Dequantize writes bf16 into a reused buffer on both sides, which for bitsandbytes means calling its library's function
+directly (its public call always allocates); and bitsandbytes gets its scales already decoded, ours decodes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from bitsandbytes import __version__ as bitsandbytes_version
+from bitsandbytes import functional as bnb
+from bitsandbytes.cextension import lib
+from qlora_compile.runtime.kernels import find
+
+from qlora_compile import nf4
+
+
+def alternate(contestants: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each contestant, after two warm-up rounds; one call of each per round."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(repeats + 2):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            run()
+            if turn >= 2:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def bench_dequantize(rows: int, columns: int, repeats: int) -> dict[str, float]:
+    """Times in seconds."""
+    weight = torch.randn(rows, columns, dtype=torch.bfloat16)
+    data = nf4.quantize_reference(weight, "nf4", 64, True)
+    scales = nf4.dequantize_scales(*data[1:])
+    codes, out = data.codes.view(-1, 1), torch.empty_like(weight)
+    kernel = find("dequantize_4bit", "cpu")
+    if kernel is None:
+        raise SystemExit("There is no kernel to measure: install a C++ compiler.")
+    moved = sum(t.nbytes for t in data if t is not None) + out.nbytes  # read + written
+    source = torch.zeros(moved // 2, dtype=torch.uint8)  # a copy reads and writes: half of the bytes each
+    target = torch.empty_like(source)
+    sizes = [ctypes.c_longlong(n) for n in (64, rows, columns)]
+    theirs = torch.empty_like(weight)
+    pointers = [bnb.get_ptr(t) for t in (codes, scales, theirs)]
+    op = torch.ops.bitsandbytes.dequantize_4bit.default
+    return alternate(
+        {
+            "ours": lambda: kernel(*data, weight.numel(), "nf4", 64, out),
+            "bitsandbytes": lambda: lib.cdequantize_blockwise_cpu_nf4_bf16(*pointers, *sizes),
+            "bitsandbytes, public": lambda: op(codes, scales, 64, "nf4", weight.shape, torch.bfloat16),
+            "copy of the same bytes": lambda: target.copy_(source),
+        },
+        repeats,
+    )
+
+
+def bench_quantize(rows: int, columns: int, repeats: int) -> dict[str, float]:
+    """Times in seconds, double quantization included on both sides."""
+    weight = torch.randn(rows, columns, dtype=torch.bfloat16)
+    kernel = find("quantize_4bit", "cpu")
+    if kernel is None:
+        raise SystemExit("There is no kernel to measure: install a C++ compiler.")
+    return alternate(
+        {
+            "ours": lambda: kernel(weight, "nf4", 64, True),
+            "bitsandbytes": lambda: bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True),
+        },
+        repeats,
+    )
+
+
+def show(title: str, times: dict[str, float]) -> None:
+    print(title)
+    for name, seconds in times.items():
+        print(f"  {name:<24}{seconds * 1e6:>12.0f} us   {seconds / times['ours']:>6.2f}x ours")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--shapes", default="4096x4096,11008x4096,1536x576")
+    parser.add_argument("--json", type=Path, help="write the times (seconds) here too")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    results: dict[str, dict[str, float]] = {}
+    for shape in args.shapes.split(","):
+        rows, columns = map(int, shape.split("x"))
+        results[f"dequantize {shape}"] = bench_dequantize(rows, columns, args.repeats)
+        results[f"quantize {shape}"] = bench_quantize(rows, columns, max(3, args.repeats // 3))
+    for title, times in results.items():
+        show(f"{title} (nf4, block 64, double quantization, bf16)", times)
+    about = {
+        "machine": platform.processor() or platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": args.threads,
+        "torch": torch.__version__,
+        "bitsandbytes": bitsandbytes_version,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    print(json.dumps(about))
+    if args.json:
+        args.json.write_text(json.dumps({"about": about, "seconds": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

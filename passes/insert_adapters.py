@@ -1,0 +1,67 @@
+"""linear(x, W) -> linear(x, W) + linear(linear(dropout(x), A), B) * alpha * weight, for each target without adapters.
+
+The adapters are made on the model by the state edits; a linear whose module has them already was traced with them.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from ..fx_utils import dtype_of, is_linear, peel_transposes
+from ..pass_manager import PassContext
+from ..state import ParamInfo, StateRef
+from .lora_pattern import write_branch
+from .quantize_weights import decline_reason, linears_of, used_as_module
+
+
+def insert_adapters(gm: fx.GraphModule, ctx: PassContext) -> int:
+    """Returns the number of linears that got a branch; linears that share a weight share its adapter."""
+    by_name = {entry.name: entry for entry in ctx.params.values()}
+    had_adapters = {entry.name for entry in by_name.values() if entry.site is not None and entry.site.adapters}
+    count = 0
+    for node in list(gm.graph.nodes):
+        if not is_linear(node):
+            continue
+        entry = _target(node, by_name, ctx)
+        if entry is None or entry.site is None or entry.name in had_adapters:
+            continue
+        ctx.edits.add_adapter(entry.site)
+        count += _insert(node, entry, ctx)
+    return count
+
+
+def _target(node: fx.Node, by_name: dict[str, ParamInfo], ctx: PassContext) -> ParamInfo | None:
+    """The entry of the linear's weight: quantized by the pass before, or a dense target where nothing is quantized."""
+    for name in node.meta.get("qlora_sites", ()):
+        return by_name[name]
+    if ctx.edits.quantizes() or ctx.edits.is_peft:
+        return None
+    weight, odd = peel_transposes(node.args[1])
+    entry = ctx.param(weight)
+    linears = linears_of(weight) if entry else None
+    if entry is None or not linears:
+        return None
+    reason = decline_reason(entry, {peel_transposes(linear.args[1])[1] for linear in linears}, ctx)
+    if reason is None and not used_as_module(entry, linears) and entry.site is None:
+        reason = "its weight is dense and another module's code uses it"
+    if reason is not None:
+        ctx.decline(entry.name, reason)
+        return None
+    ctx.edits.quantize(entry, fan_in_fan_out=odd, as_module=True)  # attaches only: `quantize` is off
+    node.meta["qlora_sites"] = (entry.name,)
+    return entry
+
+
+def _insert(node: fx.Node, entry: ParamInfo, ctx: PassContext) -> int:
+    site = entry.site
+    if site is None or not site.adapters:
+        return 0
+    graph, name = node.graph, f"{site.name}.lora"
+    a = ctx.add_state(graph, StateRef(f"{name}_A", site.a(), lambda: site.a()))
+    b = ctx.add_state(graph, StateRef(f"{name}_B", site.b(), lambda: site.b()))
+    weight = ctx.add_state(graph, StateRef(f"{name}_weight", site.adapter_weight(), lambda: site.adapter_weight()))
+    x = node.args[0]
+    training = site.module.training
+    dropout = site.info.dropout if training else 0.0
+    write_branch(node, x, a, b, site.scaling(), weight, dropout, dtype_of(x) or site.info.compute_dtype)
+    return 1

@@ -1,0 +1,116 @@
+"""The adapter branch as a pattern: how it is written into a graph and how it is found again.
+
+    h = linear(dropout(x), A);   y + linear(h, B) * alpha * weight
+
+`alpha` is the product of the Python numbers, `weight` that of the 0-dim tensors; casts may stand anywhere.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from ..fx_utils import ADD, LINEAR, MUL, dtype_of, emit, is_call, is_linear, peel_casts, rank_of
+
+
+@dataclass
+class Branch:
+    """One adapter's term: A and B placeholders, numbers and 0-dim tensors that scale it, its dropout probability."""
+
+    a: fx.Node
+    b: fx.Node
+    alpha: float = 1.0
+    weights: list[fx.Node] = field(default_factory=list)
+    dropout: float = 0.0
+
+
+def write_branch(
+    y: fx.Node, x: fx.Node, a: fx.Node, b: fx.Node, alpha: float, weight: fx.Node, dropout: float, dtype: torch.dtype
+) -> fx.Node:
+    """y -> y + linear(linear(dropout(x), A), B) * alpha * weight, as QLoRALinear's forward writes it."""
+    before = y.next
+    source = emit(before, F.dropout, (x, dropout, True), y) if dropout else x
+    h = emit(before, LINEAR, (source, cast(before, a, dtype, y), None), y)
+    up = emit(before, LINEAR, (h, cast(before, b, dtype, y), None), y)
+    scaled = emit(before, operator.mul, (up, alpha), y)
+    scaled = emit(before, operator.mul, (scaled, weight), y)
+    total = emit(before, operator.add, (y, scaled), y)
+    y.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+    total.meta["example_value"] = y.meta.get("example_value")
+    return total
+
+
+def cast(before: fx.Node, node: fx.Node, dtype: torch.dtype, like: fx.Node) -> fx.Node:
+    """node.to(dtype), or the node itself where it has that dtype already."""
+    if dtype_of(node) == dtype:
+        return node
+    out = emit(before, "to", (node, dtype), like, method=True)
+    example = node.meta.get("example_value")
+    if isinstance(example, torch.Tensor):
+        out.meta["example_value"] = torch.empty(example.shape, dtype=dtype, device="meta")
+    return out
+
+
+def find_branches(linear: fx.Node) -> tuple[fx.Node, list[Branch]]:
+    """linear(x, W) -> (the last node of the sum, the adapters' branches on the same x that are added to it)."""
+    x = peel_casts(linear.args[0])
+    y, branches = linear, list[Branch]()
+    while len(y.users) == 1:
+        (user,) = y.users
+        if is_call(user, *ADD, "add") and not user.kwargs:
+            other = user.args[1] if user.args[0] is y else user.args[0]
+            branch = read_branch(other, x)
+            if branch is None:
+                break
+            branches.append(branch)
+            y = user
+        elif branches and peel_casts(user) is not user and dtype_of(user) == dtype_of(linear):
+            y = user  # a cast between two adapters' terms that changes nothing
+        else:
+            break
+    return y, branches
+
+
+def read_branch(node: Any, x: fx.Node) -> Branch | None:
+    """`linear(linear(dropout(x), A), B) * ...` on this very x -> Branch, or None."""
+    alpha, weights = 1.0, list[fx.Node]()
+    node = _single(peel_casts(node))
+    while is_call(node, *MUL, "mul") and not node.kwargs:
+        left, right = node.args
+        if isinstance(right, (int, float)):
+            alpha *= right
+        elif isinstance(right, fx.Node) and rank_of(right) == 0:
+            weights.append(right)
+        else:
+            return None
+        node = _single(peel_casts(left))
+    if not is_linear(node) or node.args[2] is not None:
+        return None
+    b, h = peel_casts(node.args[1]), _single(peel_casts(node.args[0]))
+    if not is_linear(h) or h.args[2] is not None:
+        return None
+    a, source = peel_casts(h.args[1]), peel_casts(h.args[0])
+    dropout = 0.0
+    if is_call(source, F.dropout):
+        _, probability, training = _dropout_arguments(source)
+        dropout = probability if training else 0.0
+        source = peel_casts(source.args[0])
+    if source is not x or any(not isinstance(n, fx.Node) or n.op != "placeholder" for n in (a, b)):
+        return None
+    return Branch(a, b, alpha, weights, dropout)
+
+
+def _dropout_arguments(node: fx.Node) -> tuple[Any, float, bool]:
+    names = ("input", "p", "training", "inplace")
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    return given["input"], float(given.get("p", 0.5)), bool(given.get("training", True))
+
+
+def _single(node: Any) -> Any:
+    """The node if nothing else uses it: otherwise its value is needed anyway and fusing would compute it twice."""
+    return node if isinstance(node, fx.Node) and len(node.users) == 1 else None

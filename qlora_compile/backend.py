@@ -1,0 +1,170 @@
+"""`torch.compile(model, backend="qlora")`: Dynamo's graph -> passes -> AOTAutograd and Inductor.
+
+The only file that knows both halves: `passes/`, which rewrite the graph, and (through the ops) `runtime/`, which runs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .config import QLoRAConfig
+from .dynamo import real_inputs, root_module, surfaced
+from .errors import QLoRACompileError
+from .fx_utils import copy_graph, placeholders
+from .modules import prepared_config
+from .pass_manager import PassContext, run_passes
+from .passes import PIPELINE
+from .preparation import require_targets
+from .report import CompileReport
+from .state import COMPILE_ONLY, ModelEdits, ParamInfo, check_one_device, check_same_config
+
+Lowering = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
+
+
+def qlora(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, **_: Any
+) -> Callable[..., Any]:
+    """The backend. `options` are QLoRAConfig's fields; on a prepared model its own configuration holds.
+
+    Raises the errors of `prepare`, unchanged, and PassError if a pass fails.
+    """
+    try:
+        return _compile(gm, list(example_inputs), options, None)
+    except QLoRACompileError as error:
+        raise surfaced(error) from error.__cause__
+
+
+def state_only(config: QLoRAConfig) -> Callable[..., Any]:
+    """A backend that makes the state edits and then runs the graph as Dynamo gave it: what `prepare` traces with."""
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        try:
+            return _compile(gm, list(example_inputs), config, lambda gm, inputs: gm.forward)
+        except QLoRACompileError as error:
+            raise surfaced(error) from error.__cause__
+
+    return backend
+
+
+def _compile(
+    gm: fx.GraphModule, example_inputs: list[Any], options: Mapping[str, Any] | QLoRAConfig | None, lower: Lowering | None
+) -> Callable[..., Any]:
+    root = root_module(gm)
+    if root is None:  # a piece of a model without parameters, or a function of tensors: nothing of ours to do
+        config = QLoRAConfig.from_options(options)
+        return (lower or _lowering(config))(gm, example_inputs)
+    config = _configuration(root, options)
+    check_one_device(root)
+    edits = ModelEdits(root, config)
+    original = real_inputs(gm)
+    work = copy_graph(gm)
+    nodes = placeholders(work.graph)
+    ctx = PassContext(config, edits)
+    ctx.params = {node.name: entry for node, param in zip(nodes, original) if (entry := edits.find(param)) is not None}
+    position = {node.name: index for index, node in enumerate(nodes)}
+    with torch.inference_mode(False), torch.enable_grad():
+        pipeline = run_passes(work, ctx, PIPELINE)
+        _check_targets(gm, ctx)
+        edits.freeze()
+    _freeze_examples(work, original, position)
+    del original
+    state = edits.remember()
+    report = CompileReport.of_graph(root, config, work, pipeline)
+    call = _bind(work, example_inputs, position, ctx, lower or _lowering(config), config)
+    state.reports.append(report)
+    return call
+
+
+def _configuration(root: nn.Module, options: Mapping[str, Any] | QLoRAConfig | None) -> QLoRAConfig:
+    """The options, or the prepared model's own configuration with what only concerns compiling taken from them."""
+    given = QLoRAConfig.from_options(options)
+    own = prepared_config(root)
+    if own is None:
+        return given
+    if not options:
+        return own
+    named = options.to_dict() if isinstance(options, QLoRAConfig) else dict(options)
+    merged = QLoRAConfig.from_options(own.to_dict() | named)
+    check_same_config(own, merged)
+    return merged
+
+
+def _check_targets(gm: fx.GraphModule, ctx: PassContext) -> None:
+    """A graph with linears, none of them a target, on a model without any site: the user meant something else."""
+    if any(entry.site is not None for entry in ctx.edits.all()) or prepared_config(ctx.edits.root) is not None:
+        return
+    linear = [entry for entry in ctx.params.values() if entry.param.dim() == 2 and entry.name]
+    if linear:
+        require_targets([], linear, ctx.edits)
+
+
+def _freeze_examples(work: fx.GraphModule, original: list[Any], position: dict[str, int]) -> None:
+    """Dynamo made its fake tensors before the edits froze the model: AOTAutograd reads requires_grad from them."""
+    for node in placeholders(work.graph):
+        index = position.get(node.name)
+        fake = node.meta.get("example_value")
+        if index is not None and isinstance(original[index], nn.Parameter) and isinstance(fake, torch.Tensor):
+            wanted = original[index].requires_grad
+            if fake.requires_grad != wanted:
+                fake.requires_grad_(wanted)
+
+
+def _bind(
+    work: fx.GraphModule,
+    example_inputs: list[Any],
+    position: dict[str, int],
+    ctx: PassContext,
+    lower: Lowering,
+    config: QLoRAConfig,
+) -> Callable[..., Any]:
+    """Drop dead inputs, compile, and return the callable that hands the state on the model to the compiled graph."""
+    kept: list[int] = []
+    getters: list[Callable[[], torch.Tensor]] = []
+    for node in placeholders(work.graph):
+        if not node.users and isinstance(_example(node), torch.Tensor):
+            work.graph.erase_node(node)
+        elif node.name in ctx.state:
+            getters.append(ctx.state[node.name].get)
+        else:
+            kept.append(position[node.name])
+    work.recompile()
+    inputs = [example_inputs[i] for i in kept] + [get() for get in getters]
+    del example_inputs[:]  # the list must not keep the dense weights alive in this frame
+    inner = lower(work, inputs)
+    del inputs
+
+    def call(*args: Any) -> Any:
+        return inner(*[args[i] for i in kept], *[get() for get in getters])
+
+    return call
+
+
+def _example(node: fx.Node) -> Any:
+    return node.meta.get("example_value")
+
+
+def _lowering(config: QLoRAConfig) -> Lowering:
+    """Inductor, AOTAutograd alone, or the graph as it is; the activation budget holds for the partitioner."""
+
+    def lower(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        budget = torch._functorch.config.patch(activation_memory_budget=config.activation_budget)
+        with budget if config.activation_budget < 1 else contextlib.nullcontext():
+            if config.lowering == "inductor":
+                from torch._inductor.compile_fx import compile_fx
+
+                return compile_fx(gm, inputs)
+            if config.lowering == "aot_eager":
+                from torch._dynamo.backends.debugging import aot_eager
+
+                return aot_eager(gm, inputs)
+            return gm.forward
+
+    return lower
+
+
+__all__ = ["COMPILE_ONLY", "ParamInfo", "qlora", "state_only"]

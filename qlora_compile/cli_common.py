@@ -1,0 +1,47 @@
+"""What the commands share: reading lists and pairs from options, printing answers for people and for programs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from .errors import ConfigError
+
+_PLAIN_NAME = re.compile(r"[\w.\-]+")
+
+
+def modules_option(text: str) -> str | tuple[str, ...]:
+    """`q_proj,v_proj` -> names or suffixes; `all-linear` -> itself; anything else -> a regular expression."""
+    if text == "all-linear":
+        return text
+    parts = tuple(part.strip() for part in text.split(",") if part.strip())
+    return parts if all(_PLAIN_NAME.fullmatch(part) for part in parts) else text
+
+
+def pairs_option(option: str, texts: Iterable[str], number: Callable[[str], Any]) -> dict[str, Any]:
+    """`["q_proj=8", "mlp=4"]` -> `{"q_proj": 8, "mlp": 4}`. Raises ConfigError naming the option."""
+    pairs = {}
+    for text in texts:
+        name, equals, value = text.rpartition("=")
+        try:
+            pairs[name] = number(value)
+        except ValueError:
+            equals = ""
+        if not equals or not name:
+            raise ConfigError(f"{option} takes NAME=NUMBER, got {text!r}.")
+    return pairs
+
+
+def print_json(answer: Mapping[str, Any]) -> None:
+    """One JSON object on standard output, keys sorted; paths and dtypes as text."""
+    print(json.dumps(answer, indent=2, sort_keys=True, default=str))
+
+
+def print_table(rows: Iterable[tuple[str, object]]) -> None:
+    """Aligned `name  value` lines on standard output; a value of None is left out."""
+    shown = [(name, str(value)) for name, value in rows if value is not None]
+    width = max((len(name) for name, _ in shown), default=0)
+    for name, value in shown:
+        print(f"{name:<{width}}  {value}")

@@ -1,0 +1,60 @@
+"""`qlora-compile export`: a base model and adapters -> one ordinary checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .cli_common import pairs_option, print_json
+from .errors import ConfigError
+
+
+def export(
+    base: Annotated[Path, typer.Option(help="Hugging Face folder of the base model.")],
+    adapter: Annotated[list[str], typer.Option(help="PEFT folder, or DIR=WEIGHT; repeatable.")],
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint; new or empty.")],
+    base_precision: Annotated[str, typer.Option(help="Fold into 'original' or 'dequantized' weights.")] = "original",
+    dtype: Annotated[str | None, typer.Option(help="Of the result (the base model's if not given).")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file, such as 5GB.")] = "5GB",
+    verify: Annotated[bool, typer.Option(help="Load with transformers and compare with base + adapter.")] = False,
+    report: Annotated[bool, typer.Option(help="Print each layer's rounding error.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+) -> None:
+    """Fold adapters into the base weights in fp32 and write safetensors that stock transformers loads.
+
+    Example: qlora-compile export --base ./SmolLM2-135M --adapter run/adapter --out merged --verify
+    """
+    weights = adapter_weights(adapter)
+    from .runtime.export import export as run
+
+    done = run(
+        base,
+        out,
+        adapters=weights,
+        base_precision=base_precision,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        verify=verify,
+        report=report,
+    )
+    if as_json:
+        print_json(done.to_dict())
+    else:
+        done.print()
+
+
+def adapter_weights(texts: list[str]) -> dict[str, float]:
+    """`["a", "b=0.3"]` -> `{"a": 1.0, "b": 0.3}`; a folder whose name holds `=` is taken as it is if it exists."""
+    weights: dict[str, float] = {}
+    for text in texts:
+        if "=" in text and not Path(text).exists():
+            pair = pairs_option("--adapter", [text], float)
+        else:
+            pair = {text: 1.0}
+        for name, weight in pair.items():
+            if name in weights:
+                raise ConfigError(f"--adapter names {name!r} twice.")
+            weights[name] = weight
+    return weights

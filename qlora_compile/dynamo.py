@@ -1,0 +1,85 @@
+"""What the backend asks of Dynamo's internals, in one place. `tests/test_dynamo_contract.py` pins each of these lines."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any, TypeVar
+
+import torch
+from torch import fx, nn
+from torch._dynamo.exc import ShortenTraceback
+
+from .errors import ModelStateError, QLoRACompileError
+
+_MODULE_ITEM = re.compile(r"\._(modules|parameters|buffers)\[")
+
+
+def real_inputs(gm: fx.GraphModule) -> list[Any]:
+    """The real object behind each placeholder (the `nn.Parameter` itself), None where there is none."""
+    found = []
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            argument = node.meta.get("grapharg")
+            found.append(getattr(argument, "example", None) if argument is not None else None)
+    return found
+
+
+def source_names(gm: fx.GraphModule) -> list[str]:
+    """`L['self']._modules['lm_head']._parameters['weight']` for each placeholder, "" where it has no source."""
+    names = []
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            name = getattr(getattr(node, "_dynamo_source", None), "name", "")
+            names.append(name() if callable(name) else name)
+    return names
+
+
+def root_module(gm: fx.GraphModule) -> nn.Module | None:
+    """The module whose forward is being compiled: what the parameters' sources start from, in the traced frame."""
+    scopes = _frame_scopes()
+    for name in source_names(gm):
+        match = _MODULE_ITEM.search(name)
+        if match is None or scopes is None:
+            continue
+        value = eval(name[: match.start()], dict(scopes))  # noqa: S307  Dynamo's own source expression
+        if isinstance(value, torch._dynamo.eval_frame.OptimizedModule):
+            value = value._orig_mod
+        if isinstance(value, nn.Module):
+            return value
+    return None
+
+
+def _frame_scopes() -> dict[str, Any] | None:
+    """{"L": locals, "G": globals} of the frame that Dynamo traces: its OutputGraph stands in a caller of the backend."""
+    frame = sys._getframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if type(owner).__name__ == "OutputGraph":
+            return {"L": owner.local_scope, "G": owner.global_scope}
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+_Error = TypeVar("_Error", bound=QLoRACompileError)
+
+
+def surfaced(error: _Error) -> _Error:
+    """Our error in a form that Dynamo passes on unchanged, instead of wrapping it in BackendCompilerFailed."""
+    kind = type(error)
+    if issubclass(kind, ShortenTraceback):
+        return error
+    both = type(kind.__name__, (kind, ShortenTraceback), {"__module__": kind.__module__})
+    new = both.__new__(both, *error.args)
+    new.args = error.args
+    new.__dict__.update(error.__dict__)
+    new.first_useful_frame = None
+    new._torch_dynamo_tracer_output = None
+    new.frame_exec_strategy = None
+    return new
+
+
+def require_dynamo_call(gm: fx.GraphModule) -> None:
+    """Raises ModelStateError if the backend was called by hand on a graph that Dynamo did not make."""
+    if not any("grapharg" in node.meta for node in gm.graph.nodes if node.op == "placeholder"):
+        raise ModelStateError("The backend 'qlora' is called by torch.compile(model, backend='qlora'), not by hand.")

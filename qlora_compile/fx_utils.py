@@ -1,0 +1,145 @@
+"""Helpers over torch-level FX graphs: reading nodes, emitting nodes that keep their provenance, copying Dynamo's graph."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+from torch._dynamo.source import SyntheticLocalSource
+
+LINEAR = F.linear
+ADD = (operator.add, operator.iadd, torch.add)
+MUL = (operator.mul, operator.imul, torch.mul)
+_CASTS = ("to", "float", "half", "bfloat16", "type_as")
+_TRANSPOSE_METHODS = ("t", "transpose", "permute", "swapaxes", "swapdims")
+_TRANSPOSE_FUNCTIONS = (torch.t, torch.transpose, torch.permute)
+
+
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy that may be edited: Dynamo goes on using its own graph. Sources are carried over (AOTAutograd checks)."""
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, mapping)
+    graph.output(output)
+    for old, new in mapping.items():
+        # grapharg holds the real parameter: the copy must not keep a dense weight alive
+        new.meta = {key: value for key, value in old.meta.items() if key != "grapharg"}
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+    copied = fx.GraphModule(gm, graph)
+    copied.meta = dict(gm.meta)
+    return copied
+
+
+def add_placeholder(graph: fx.Graph, name: str, example: torch.Tensor) -> fx.Node:
+    """Append a placeholder after the last one, with a source of its own and its shape and dtype as example value."""
+    last = [node for node in graph.nodes if node.op == "placeholder"]
+    with graph.inserting_after(last[-1]) if last else graph.inserting_before(next(iter(graph.nodes))):
+        node = graph.placeholder(name.replace(".", "_"))
+    node._dynamo_source = SyntheticLocalSource(node.name)  # type: ignore[attr-defined]
+    node.meta["example_value"] = torch.empty(example.shape, dtype=example.dtype, device="meta")
+    return node
+
+
+def emit(before: fx.Node, target: Any, args: tuple[Any, ...], like: fx.Node, *, method: bool = False) -> fx.Node:
+    """A call node before `before` that keeps the meta (module, stack trace) of `like`, but not its value."""
+    graph = before.graph
+    with graph.inserting_before(before):
+        node = graph.call_method(target, args) if method else graph.call_function(target, args)
+    node.meta = {key: value for key, value in like.meta.items() if key not in ("example_value", "grapharg")}
+    return node
+
+
+def replace(old: fx.Node, new: fx.Node) -> None:
+    """All uses of `old` -> `new`, which takes over its example value."""
+    if "example_value" in old.meta:
+        new.meta["example_value"] = old.meta["example_value"]
+    old.replace_all_uses_with(new)
+
+
+def value(node: Any) -> Any:
+    """The node's example (fake) value, or None."""
+    return node.meta.get("example_value") if isinstance(node, fx.Node) else None
+
+
+def dtype_of(node: Any) -> torch.dtype | None:
+    return getattr(value(node), "dtype", None)
+
+
+def rank_of(node: Any) -> int | None:
+    example = value(node)
+    return example.dim() if isinstance(example, torch.Tensor) else None
+
+
+def is_linear(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target is LINEAR
+
+
+def is_call(node: Any, *targets: Any) -> bool:
+    """A call_function of one of the functions, or a call_method of one of the names."""
+    return isinstance(node, fx.Node) and node.op in ("call_function", "call_method") and node.target in targets
+
+
+def peel_casts(node: Any) -> Any:
+    """The node under dtype casts (`x.to(torch.bfloat16)`, `x.float()`): same values, another precision."""
+    while is_call(node, *_CASTS) and _is_dtype_cast(node):
+        node = node.args[0]
+    return node
+
+
+def _is_dtype_cast(node: fx.Node) -> bool:
+    if node.target != "to":
+        return True
+    extra = [*node.args[1:], *node.kwargs.values()]
+    return len(extra) == 1 and isinstance(extra[0], torch.dtype)
+
+
+def peel_transposes(node: Any) -> tuple[Any, bool]:
+    """(node under 2-D transposes and casts, whether the number of transposes is odd)."""
+    odd = False
+    while True:
+        node = peel_casts(node)
+        if not _is_transpose(node):
+            return node, odd
+        node, odd = node.args[0], not odd
+
+
+def _is_transpose(node: Any) -> bool:
+    if not isinstance(node, fx.Node) or not node.args or rank_of(node.args[0]) != 2:
+        return False
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in ("T", "mT")
+    if not (is_call(node, *_TRANSPOSE_METHODS) or is_call(node, *_TRANSPOSE_FUNCTIONS)):
+        return False
+    dims = list(node.args[1:]) or list(node.kwargs.values())
+    if len(dims) == 1 and isinstance(dims[0], Sequence):
+        dims = list(dims[0])
+    if node.target in ("permute", torch.permute):
+        return [d % 2 for d in dims] == [1, 0]
+    return not dims or sorted(d % 2 for d in dims) == [0, 1]
+
+
+def module_path(node: fx.Node) -> str:
+    """The dotted path of the module whose forward made this node, relative to the compiled one ("" for its own)."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    path = str(next(reversed(stack.values()))[0])
+    for prefix in ("L['self'].", "L['fn']."):
+        path = path.removeprefix(prefix)
+    return "" if path in ("L['self']", "L['fn']") else path
+
+
+def source_line(node: fx.Node) -> str:
+    """The last "File ..., line N, in f" of the node's stack trace, or ""."""
+    trace = node.meta.get("stack_trace") or ""
+    lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
+    return lines[-1] if lines else ""
+
+
+def placeholders(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op == "placeholder"]

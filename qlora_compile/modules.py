@@ -1,0 +1,292 @@
+"""Adapters on modules: `QLoRALinear`, adapted parameters, and the sites where adapters sit.
+
+A linear module with a quantized weight gets the class `QLoRALinear` (a subclass of the class that it had), whose forward
+is base + adapters in plain torch. A parameter that another module's own code uses (`F.linear(x, self.w)`) is read
+through a property of its owner's new class, which gives the dense weight with the adapters' product added: slow and
+correct in eager code, and matched back to base + adapters by the compiler.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import QLoRAConfig
+from .errors import ModelStateError, NoAdapterError
+from .tensor import QuantizedTensor
+
+
+@dataclass
+class AdapterInfo:
+    """What is not a parameter of one adapted weight: numbers by adapter name, and how to compute."""
+
+    site: str
+    compute_dtype: torch.dtype
+    fan_in_fan_out: bool
+    dropout: float = 0.0
+    rank: dict[str, int] = field(default_factory=dict)
+    alpha: dict[str, float] = field(default_factory=dict)
+    scaling: dict[str, float] = field(default_factory=dict)
+
+
+def _prefix(param_name: str) -> str:
+    return "" if param_name == "weight" else f"{param_name}_"
+
+
+class QLoRALinear(nn.Module):
+    """Mixin over a linear module: y = x Wᵀ + b + Σ weight·scaling·(dropout(x) Aᵀ) Bᵀ, in the compute dtype.
+
+    Parameters: `weight` (frozen, 4-bit unless `quantize=False`), `lora_A[name]` [r, in] and `lora_B[name]` [out, r].
+    `lora_weight[name]` is a 0-dim tensor that `set_adapters` writes: changing it recompiles nothing.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_A: nn.ParameterDict
+    lora_B: nn.ParameterDict
+    lora_weight: dict[str, Tensor]
+    lora_scaling: dict[str, float]
+    lora_dtype: torch.dtype
+    lora_dropout: float
+    lora_fan_in_fan_out: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = self.lora_dtype
+        inputs = x.to(dtype)
+        weight = self.weight.to(dtype)
+        bias = self.bias.to(dtype) if self.bias is not None else None
+        y = F.linear(inputs, weight.t() if self.lora_fan_in_fan_out else weight, bias)
+        for name in self.lora_A:
+            h = F.linear(F.dropout(inputs, self.lora_dropout, self.training), self.lora_A[name].to(dtype))
+            y = y + F.linear(h, self.lora_B[name].to(dtype)) * self.lora_scaling[name] * self.lora_weight[name]
+        return y.to(x.dtype)
+
+
+@functools.cache
+def _qlora_class(cls: type[nn.Module]) -> type[nn.Module]:
+    return type("QLoRALinear", (QLoRALinear, cls), {"__module__": __name__, "__doc__": QLoRALinear.__doc__})
+
+
+def _adapted_weight(module: nn.Module, param_name: str) -> Tensor:
+    """W + Σ weight·scaling·B A (transposed for an [in, out] weight): dense, in W's dtype, added in fp32."""
+    weight = module._parameters[param_name]
+    prefix = _prefix(param_name)
+    lora_a, lora_b = getattr(module, f"{prefix}lora_A"), getattr(module, f"{prefix}lora_B")
+    scaling, weights = getattr(module, f"{prefix}lora_scaling"), getattr(module, f"{prefix}lora_weight")
+    dense = torch.ops.qlora.densify(weight).float()
+    for name in lora_a:
+        delta = (lora_b[name].float() @ lora_a[name].float()) * scaling[name] * weights[name]
+        dense = dense + (delta.t() if getattr(module, f"{prefix}lora_fan_in_fan_out") else delta)
+    return dense.to(weight.dtype)  # type: ignore[union-attr]
+
+
+@functools.cache
+def _adapted_class(cls: type[nn.Module], param_name: str) -> type[nn.Module]:
+    body = {
+        param_name: property(lambda self: _adapted_weight(self, param_name)),
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "_qlora_original": cls,
+    }
+    return type(cls.__name__, (cls,), body)
+
+
+@dataclass(frozen=True)
+class AdapterSite:
+    """One adapted weight: its name, the module that owns it and the adapters on it."""
+
+    name: str
+    module: nn.Module
+    param_name: str
+
+    def _get(self, name: str) -> Any:
+        return getattr(self.module, _prefix(self.param_name) + name)
+
+    @property
+    def info(self) -> AdapterInfo:
+        return self.module.__dict__["_qlora_info"][self.param_name]
+
+    @property
+    def weight(self) -> Tensor:
+        """The stored weight itself (a QuantizedTensor unless `quantize=False`), without adapters."""
+        weight = self.module._parameters[self.param_name]
+        assert weight is not None
+        return weight
+
+    @property
+    def adapters(self) -> list[str]:
+        return list(self._get("lora_A").keys())
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        return self.info.fan_in_fan_out
+
+    @property
+    def out_features(self) -> int:
+        return int(self.weight.shape[1 if self.fan_in_fan_out else 0])
+
+    @property
+    def in_features(self) -> int:
+        return int(self.weight.shape[0 if self.fan_in_fan_out else 1])
+
+    def a(self, name: str = "default") -> nn.Parameter:
+        return self._get("lora_A")[name]
+
+    def b(self, name: str = "default") -> nn.Parameter:
+        return self._get("lora_B")[name]
+
+    def adapter_weight(self, name: str = "default") -> Tensor:
+        """The 0-dim tensor that multiplies the adapter's scaling: 1 unless `set_adapters` changed it."""
+        return self._get("lora_weight")[name]
+
+    def scaling(self, name: str = "default") -> float:
+        return self.info.scaling[name]
+
+    def rank(self, name: str = "default") -> int:
+        return self.info.rank[name]
+
+    def alpha(self, name: str = "default") -> float:
+        return self.info.alpha[name]
+
+
+def adapter_sites(model: nn.Module) -> dict[str, AdapterSite]:
+    """Every adapted or quantized weight of the model by its name, in module order; a shared weight stands once."""
+    sites: dict[str, AdapterSite] = {}
+    seen: set[int] = set()
+    for module in model.modules():
+        for param_name, info in module.__dict__.get("_qlora_info", {}).items():
+            if id(module._parameters[param_name]) not in seen:
+                seen.add(id(module._parameters[param_name]))
+                sites[info.site] = AdapterSite(info.site, module, param_name)
+    return sites
+
+
+def adapter_parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
+    """All adapters' A and B (of one adapter, with `name`), in module order. Empty if the model was not prepared."""
+    out = []
+    for site in adapter_sites(model).values():
+        for adapter in site.adapters if name is None else [name] if name in site.adapters else []:
+            out += [site.a(adapter), site.b(adapter)]
+    return out
+
+
+def attach(owners: list[tuple[nn.Module, str]], info: AdapterInfo, *, as_module: bool) -> AdapterSite:
+    """Give the owners of one weight (several if it is shared) the containers for adapters, and their new class."""
+    first, param_name = owners[0]
+    prefix = _prefix(param_name)
+    shared: dict[str, Any] = {"lora_A": nn.ParameterDict(), "lora_B": nn.ParameterDict()}
+    shared |= {"lora_weight": {}, "lora_scaling": info.scaling, "lora_dtype": info.compute_dtype}
+    shared |= {"lora_dropout": info.dropout, "lora_fan_in_fan_out": info.fan_in_fan_out}
+    for module, name in owners:
+        for key, value in shared.items():
+            if hasattr(module, prefix + key):
+                raise ModelStateError(
+                    f"{info.site} cannot be adapted: {type(module).__name__} already has {prefix + key!r}."
+                )
+        for key, value in shared.items():
+            setattr(module, prefix + key, value)
+        module.__dict__.setdefault("_qlora_info", {})[name] = info
+        if as_module:
+            module.__class__ = _qlora_class(type(module))
+        else:
+            module.__class__ = _adapted_class(type(module), name)
+    return AdapterSite(info.site, first, param_name)
+
+
+def add_adapter_to_site(site: AdapterSite, name: str, rank: int, alpha: float, scaling: float, config: Any) -> None:
+    """Register adapter `name` at the site: A drawn from (config.seed, site name), B zero (PEFT's initialization).
+
+    `config.init_lora_weights`: True Kaiming-uniform A (bound 1/sqrt(in)), "gaussian" A ~ N(0, 1/r²), False B random too.
+    """
+    if name in site.adapters:
+        raise ModelStateError(f"{site.name} already has an adapter {name!r}: choose another name.")
+    device, dtype = site.weight.device, config.adapter_dtype
+    generator = torch.Generator().manual_seed(_seed_of(config.seed, site.name, name))
+    a = torch.empty(rank, site.in_features)
+    b = torch.zeros(site.out_features, rank)
+    if config.init_lora_weights == "gaussian":
+        a.normal_(std=1 / max(rank, 1), generator=generator)
+    else:
+        bound = 1 / math.sqrt(site.in_features)
+        a.uniform_(-bound, bound, generator=generator)
+    if config.init_lora_weights is False:
+        bound = 1 / math.sqrt(max(rank, 1))
+        b.uniform_(-bound, bound, generator=generator)
+    site._get("lora_A")[name] = nn.Parameter(a.to(device, dtype))
+    site._get("lora_B")[name] = nn.Parameter(b.to(device, dtype))
+    site._get("lora_weight")[name] = torch.ones((), device=device)
+    site.info.rank[name], site.info.alpha[name], site.info.scaling[name] = rank, float(alpha), float(scaling)
+
+
+def _seed_of(seed: int, site: str, adapter: str) -> int:
+    """One seed per (seed, site, adapter), so that the order in which adapters are made does not matter."""
+    digest = hashlib.sha256(f"{seed}\0{site}\0{adapter}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def add_adapter(
+    model: nn.Module,
+    name: str,
+    *,
+    rank: int | Mapping[str, int],
+    alpha: float | Mapping[str, float],
+    scaling: Mapping[str, float],
+) -> None:
+    """Register a further adapter on a prepared model, at every site or at those that `rank` (a mapping) names.
+
+    Raises NoAdapterError for a site that the model does not have, ModelStateError if the name is taken.
+    """
+    sites, config = adapter_sites(model), prepared_config(model) or QLoRAConfig()
+    wanted = rank if isinstance(rank, Mapping) else dict.fromkeys(sites, rank)
+    missing = [site for site in wanted if site not in sites]
+    if missing:
+        raise NoAdapterError(f"The model has no adapted layer {missing[0]!r} ({len(missing)} of {len(wanted)} unknown).")
+    taken = [site for site in wanted if name in sites[site].adapters]
+    if taken:
+        raise ModelStateError(f"{taken[0]} already has an adapter {name!r}: choose another name.")
+    for site_name, site_rank in wanted.items():
+        site_alpha = alpha[site_name] if isinstance(alpha, Mapping) else alpha
+        add_adapter_to_site(sites[site_name], name, site_rank, site_alpha, scaling[site_name], config)
+
+
+@dataclass
+class PreparedState:
+    """What `prepare` or the backend leaves on the root module: the configuration, and the reports of its graphs."""
+
+    config: QLoRAConfig
+    reports: list[Any] = field(default_factory=list)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PreparedState:
+        return PreparedState(self.config)
+
+
+def prepared_state(model: nn.Module) -> PreparedState | None:
+    """The state on this module, or on the first of its submodules that has one (a model wrapped after `prepare`)."""
+    for module in _with_wrapped(model):
+        state = module.__dict__.get("_qlora_state")
+        if state is not None:
+            return state
+    return None
+
+
+def _with_wrapped(model: nn.Module) -> Iterator[nn.Module]:
+    yield model
+    yield from model.modules()
+
+
+def prepared_config(model: nn.Module) -> QLoRAConfig | None:
+    """The configuration that the model was prepared with, or None for a plain model."""
+    state = prepared_state(model)
+    return state.config if state else None
+
+
+def is_quantized(weight: object) -> bool:
+    return isinstance(weight, QuantizedTensor)

@@ -1,0 +1,444 @@
+"""The op vocabulary, namespace `qlora::`: schema, plain-torch reference (the meaning), fake and autograd of each op.
+
+Kernels register for these ops in `qlora_compile.runtime.kernels`; where there is none, the reference runs.
+
+Shapes: M tokens, N output features, K input features, R the rank of one adapter. A *group* is one or more linears that
+share their input x; every list argument has one entry per linear of the group (weights, biases) or one per adapter
+(`lora_a`, `lora_b`, `scaling`, `alpha`, `seed`), adapters ordered by linear, `adapters[i]` of them for linear i.
+
+    lora_linear:  y_i = x W_iᵀ + b_i + Σ_j alpha_j scaling_j dropout_j(x) A_jᵀ B_jᵀ
+
+A weight is given by its 4-bit codes and scales (`quant_type` "nf4" or "fp4") or dense (`quant_type` "none"). Nothing
+dense is saved for backward: codes and scales are, and the weight is dequantized again.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import nf4
+
+
+def _kernel(op: str, device: torch.device) -> Callable[..., Any] | None:
+    """The kernel registered for this op and device, or None: then the reference runs."""
+    return importlib.import_module("qlora_compile.runtime.kernels").find(op, device.type)
+
+
+# --- codec -----------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("qlora::quantize_4bit", mutates_args=())
+def quantize_4bit(weight: Tensor, quant_type: str, block_size: int, double_quant: bool) -> list[Tensor]:
+    """weight (any shape, fp32/bf16/fp16) -> [codes, absmax] or, double-quantized, [codes, absmax, scale, offset]."""
+    kernel = _kernel("quantize_4bit", weight.device) or nf4.quantize_reference
+    data = kernel(weight.contiguous().view(-1), quant_type, block_size, double_quant)
+    return [part for part in data if part is not None]
+
+
+@quantize_4bit.register_fake
+def _(weight: Tensor, quant_type: str, block_size: int, double_quant: bool) -> list[Tensor]:
+    numel = weight.numel()
+    blocks = -(-numel // block_size)
+    codes = weight.new_empty(((numel + 1) // 2,), dtype=torch.uint8)
+    if not double_quant:
+        return [codes, weight.new_empty((blocks,), dtype=torch.float32)]
+    scale = weight.new_empty((-(-blocks // nf4.SCALE_BLOCK_SIZE),), dtype=torch.float32)
+    absmax = weight.new_empty((blocks,), dtype=torch.uint8)
+    return [codes, absmax, scale, weight.new_empty((), dtype=torch.float32)]
+
+
+def dequantize_into(
+    out: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    quant_type: str,
+    block_size: int,
+) -> Tensor:
+    """Write the weight's values into `out` (contiguous, any shape and floating dtype), in row-major order."""
+    kernel = _kernel("dequantize_4bit", codes.device)
+    if kernel is not None:
+        kernel(codes, absmax, absmax_scale, absmax_offset, out.numel(), quant_type, block_size, out)
+        return out
+    dense = nf4.dequantize_reference(
+        codes, absmax, absmax_scale, absmax_offset, out.shape, quant_type, block_size, out.dtype
+    )
+    return out.copy_(dense)
+
+
+@torch.library.custom_op("qlora::dequantize_4bit", mutates_args=())
+def dequantize_4bit(
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    shape: Sequence[int],
+    quant_type: str,
+    block_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """codes uint8 [ceil(n/2)] + scales -> dense `shape` in `dtype`: code_book[code] * absmax in fp32, one rounding."""
+    out = torch.empty(tuple(shape), dtype=dtype, device=codes.device)
+    return dequantize_into(out, codes, absmax, absmax_scale, absmax_offset, quant_type, block_size)
+
+
+@dequantize_4bit.register_fake
+def _(
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    shape: Sequence[int],
+    quant_type: str,
+    block_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return codes.new_empty(tuple(shape), dtype=dtype)
+
+
+@torch.library.custom_op("qlora::densify", mutates_args=())
+def densify(weight: Tensor) -> Tensor:
+    """A QuantizedTensor -> the dense tensor that it stands for (by its `__torch_dispatch__`); a dense one -> a copy."""
+    return weight.clone()
+
+
+@densify.register_fake
+def _(weight: Tensor) -> Tensor:
+    return torch.empty_like(weight)
+
+
+# --- linear + LoRA ---------------------------------------------------------------------------------------------------
+
+_SCRATCH = threading.local()
+
+
+def _scratch(name: str, shape: tuple[int, int], like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A reused buffer per thread and device: a fresh one above 32 MB costs more in page faults than the dequantize."""
+    buffers = _SCRATCH.__dict__.setdefault("buffers", {})
+    key = (name, like.device, dtype)
+    numel = shape[0] * shape[1]
+    if key not in buffers or buffers[key].numel() < numel:
+        buffers[key] = None  # freed before the larger one is made
+        with torch.inference_mode(False):
+            buffers[key] = torch.empty(numel, dtype=dtype, device=like.device)
+    return buffers[key][:numel].view(shape)
+
+
+def release_scratch() -> None:
+    """Free this thread's reused buffers (each as large as the largest weight used so far)."""
+    _SCRATCH.__dict__.pop("buffers", None)
+
+
+class _Group:
+    """One group's arguments with the arithmetic on them that forward and backward share. No tensor is copied here."""
+
+    def __init__(
+        self,
+        weight: Sequence[Tensor],
+        absmax: Sequence[Tensor],
+        absmax_scale: Sequence[Tensor],
+        absmax_offset: Sequence[Tensor],
+        lora_a: Sequence[Tensor],
+        lora_b: Sequence[Tensor],
+        scaling: Sequence[Tensor],
+        alpha: Sequence[float],
+        adapters: Sequence[int],
+        seed: Sequence[Tensor],
+        dropout: float,
+        out_features: Sequence[int],
+        quant_type: str,
+        block_size: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.weight, self.absmax, self.absmax_scale = weight, absmax, absmax_scale
+        self.absmax_offset, self.quant_type, self.block_size = absmax_offset, quant_type, block_size
+        self.lora_a, self.lora_b, self.scaling, self.alpha = lora_a, lora_b, scaling, alpha
+        self.adapters, self.seed, self.dropout = adapters, seed, dropout
+        self.out_features, self.dtype = out_features, dtype
+
+    def dense_weight(self, index: int, k: int, out: Tensor | None = None) -> Tensor:
+        """Linear `index`'s weight [N, K] in the compute dtype, dequantized into `out` or a reused buffer."""
+        weight = self.weight[index]
+        shape = (self.out_features[index], k)
+        if self.quant_type == "none":
+            return weight.to(self.dtype) if out is None else out.copy_(weight)
+        if out is None:
+            out = _scratch("weight", shape, weight, self.dtype)
+        double = bool(self.absmax_scale)
+        return dequantize_into(
+            out,
+            weight,
+            self.absmax[index],
+            self.absmax_scale[index] if double else None,
+            self.absmax_offset[index] if double else None,
+            self.quant_type,
+            self.block_size,
+        )
+
+    def a_cat(self) -> Tensor:
+        """All adapters' A, one under the other: [sum R, K] in the compute dtype."""
+        return torch.cat([a.to(self.dtype) for a in self.lora_a])
+
+    def ranks(self) -> list[int]:
+        return [a.shape[0] for a in self.lora_a]
+
+    def scales(self) -> Tensor:
+        """alpha_j * scaling_j repeated over the adapter's ranks: [sum R], fp32."""
+        rows = []
+        for j, rank in enumerate(self.ranks()):
+            factor = self.lora_a[j].new_full((rank,), self.alpha[j], dtype=torch.float32)
+            rows.append(factor * self.scaling[j] if self.scaling else factor)
+        return torch.cat(rows)
+
+    def adapters_of(self) -> list[range]:
+        """For each linear, the range of its adapters' indices."""
+        out, first = [], 0
+        for count in self.adapters:
+            out.append(range(first, first + count))
+            first += count
+        return out
+
+    def mask(self, j: int, x: Tensor) -> Tensor:
+        """Adapter j's dropout mask, already divided by the keep probability, drawn again from its seed: like x."""
+        generator = torch.Generator(device=x.device)
+        generator.manual_seed(int(self.seed[j].item()))
+        keep = torch.empty_like(x).bernoulli_(1 - self.dropout, generator=generator)
+        return keep.mul_(1 / (1 - self.dropout))
+
+    def low_rank(self, x: Tensor) -> Tensor:
+        """x [M, K] -> dropout_j(x) A_jᵀ for all adapters side by side: [M, sum R]. One product where nothing drops."""
+        if not self.lora_a:
+            return x.new_empty((x.shape[0], 0))
+        if not self.dropout:
+            return x @ self.a_cat().t()
+        parts = [(x * self.mask(j, x)) @ a.to(self.dtype).t() for j, a in enumerate(self.lora_a)]
+        return torch.cat(parts, dim=1)
+
+
+def _split_ranks(group: _Group, h: Tensor) -> list[Tensor]:
+    return list(h.split(group.ranks(), dim=1)) if group.lora_a else []
+
+
+@torch.library.custom_op("qlora::lora_linear", mutates_args=())
+def lora_linear(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    absmax: Sequence[Tensor],
+    absmax_scale: Sequence[Tensor],
+    absmax_offset: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scaling: Sequence[Tensor],
+    alpha: Sequence[float],
+    adapters: Sequence[int],
+    seed: Sequence[Tensor],
+    dropout: float,
+    out_features: Sequence[int],
+    quant_type: str,
+    block_size: int,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """x [..., K] -> [y_0 [..., N_0], ..., h [M, sum R]] in x's dtype; products run in `dtype`, `h` is kept for backward."""
+    group = _Group(
+        weight, absmax, absmax_scale, absmax_offset, lora_a, lora_b, scaling, alpha, adapters, seed, dropout,
+        out_features, quant_type, block_size, dtype,
+    )  # fmt: skip
+    k = x.shape[-1]
+    x2 = x.reshape(-1, k).to(dtype)
+    h = group.low_rank(x2)
+    scaled = _split_ranks(group, h * group.scales().to(dtype)) if lora_a else []
+    outs = []
+    for i, mine in enumerate(group.adapters_of()):
+        y = torch.nn.functional.linear(x2, group.dense_weight(i, k), bias[i].to(dtype) if bias else None)
+        for j in mine:
+            y.addmm_(scaled[j], lora_b[j].to(dtype).t())
+        outs.append(y.to(x.dtype).view(*x.shape[:-1], out_features[i]))
+    return [*outs, h]
+
+
+@lora_linear.register_fake
+def _(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    absmax: Sequence[Tensor],
+    absmax_scale: Sequence[Tensor],
+    absmax_offset: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scaling: Sequence[Tensor],
+    alpha: Sequence[float],
+    adapters: Sequence[int],
+    seed: Sequence[Tensor],
+    dropout: float,
+    out_features: Sequence[int],
+    quant_type: str,
+    block_size: int,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    tokens = math.prod(x.shape[:-1])  # not torch.Size(...).numel(), which would fix a symbolic size
+    outs = [x.new_empty((*x.shape[:-1], n)) for n in out_features]
+    return [*outs, x.new_empty((tokens, sum(a.shape[0] for a in lora_a)), dtype=dtype)]
+
+
+@torch.library.custom_op("qlora::lora_linear_backward", mutates_args=())
+def lora_linear_backward(
+    grads: Sequence[Tensor],
+    x: Tensor,
+    h: Tensor,
+    weight: Sequence[Tensor],
+    absmax: Sequence[Tensor],
+    absmax_scale: Sequence[Tensor],
+    absmax_offset: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scaling: Sequence[Tensor],
+    alpha: Sequence[float],
+    adapters: Sequence[int],
+    seed: Sequence[Tensor],
+    dropout: float,
+    out_features: Sequence[int],
+    quant_type: str,
+    block_size: int,
+    dtype: torch.dtype,
+    need_dx: bool,
+    need_adapters: bool,
+) -> list[Tensor]:
+    """dy_i [..., N_i] -> [dx like x (if need_dx), dA_j like A_j..., dB_j like B_j... (if need_adapters)].
+
+    With g_j = alpha_j scaling_j dy B_j [M, R]:  dA_j = g_jᵀ dropout_j(x),  dB_j = alpha_j scaling_j dyᵀ h_j, and dx is
+    one product over the group and its adapters, [dy_0 ... g_0 ...] [W_0; ...; A_0; ...], accumulated in fp32.
+    """
+    group = _Group(
+        weight, absmax, absmax_scale, absmax_offset, lora_a, lora_b, scaling, alpha, adapters, seed, dropout,
+        out_features, quant_type, block_size, dtype,
+    )  # fmt: skip
+    x2 = x.reshape(-1, x.shape[-1]).to(dtype)
+    dys = [g.reshape(-1, g.shape[-1]).to(dtype) for g in grads]
+    scales = group.scales().to(dtype) if lora_a else None
+    h_parts = _split_ranks(group, h)
+    s_parts = list(scales.split(group.ranks())) if scales is not None else []
+    low, da, db = [], [], []
+    for i, mine in enumerate(group.adapters_of()):
+        for j in mine:
+            low.append((dys[i] @ lora_b[j].to(dtype)) * s_parts[j])
+            if need_adapters:
+                db.append((dys[i].t() @ (h_parts[j] * s_parts[j])).to(lora_b[j].dtype))
+    if need_adapters:
+        da = _grad_a(group, x2, low)
+    dx = [_grad_x(group, dys, low, x2).to(x.dtype).view(x.shape)] if need_dx else []
+    return [*dx, *da, *db]
+
+
+def _grad_a(group: _Group, x: Tensor, low: list[Tensor]) -> list[Tensor]:
+    """g_jᵀ dropout_j(x) [R, K] for each adapter; one product for all of them where nothing drops."""
+    if not low:
+        return []
+    if not group.dropout:
+        rows = (torch.cat(low, dim=1).t() @ x).split(group.ranks())
+        return [row.to(a.dtype, copy=True) for row, a in zip(rows, group.lora_a, strict=True)]
+    return [(g.t() @ (x * group.mask(j, x))).to(group.lora_a[j].dtype) for j, g in enumerate(low)]
+
+
+def _grad_x(group: _Group, dys: list[Tensor], low: list[Tensor], x: Tensor) -> Tensor:
+    """[dy_0 ... g_0 ...] [W_0; ...; A_0; ...]: one product [M, sum N + sum R] x [sum N + sum R, K] for the group."""
+    k = x.shape[-1]
+    one_product = low if not group.dropout else []
+    rows = sum(group.out_features) + sum(g.shape[1] for g in one_product)
+    stacked = _scratch("stacked", (rows, k), x, group.dtype)
+    first = 0
+    for i, n in enumerate(group.out_features):
+        group.dense_weight(i, k, out=stacked[first : first + n])
+        first += n
+    if one_product:
+        torch.cat([a.to(group.dtype) for a in group.lora_a], out=stacked[first:])
+    left = [*dys, *one_product]
+    dx = (torch.cat(left, dim=1) if len(left) > 1 else left[0]) @ stacked
+    if group.dropout:
+        for j, g in enumerate(low):
+            dx += (g @ group.lora_a[j].to(group.dtype)) * group.mask(j, x)
+    return dx
+
+
+@lora_linear_backward.register_fake
+def _(
+    grads: Sequence[Tensor],
+    x: Tensor,
+    h: Tensor,
+    weight: Sequence[Tensor],
+    absmax: Sequence[Tensor],
+    absmax_scale: Sequence[Tensor],
+    absmax_offset: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scaling: Sequence[Tensor],
+    alpha: Sequence[float],
+    adapters: Sequence[int],
+    seed: Sequence[Tensor],
+    dropout: float,
+    out_features: Sequence[int],
+    quant_type: str,
+    block_size: int,
+    dtype: torch.dtype,
+    need_dx: bool,
+    need_adapters: bool,
+) -> list[Tensor]:
+    dx = [x.new_empty(x.shape)] if need_dx else []
+    if not need_adapters:
+        return dx
+    return [*dx, *(torch.empty_like(a) for a in lora_a), *(torch.empty_like(b) for b in lora_b)]
+
+
+_ARGUMENTS = (
+    "x weight absmax absmax_scale absmax_offset bias lora_a lora_b scaling alpha adapters seed dropout out_features "
+    "quant_type block_size dtype"
+).split()
+_TENSOR_LISTS = ("weight", "absmax", "absmax_scale", "absmax_offset", "lora_a", "lora_b", "scaling", "seed")
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    values = dict(zip(_ARGUMENTS, inputs, strict=True))
+    flat = [values["x"], output[-1], *(t for name in _TENSOR_LISTS for t in values[name])]
+    ctx.save_for_backward(*flat)
+    ctx.lengths = [len(values[name]) for name in _TENSOR_LISTS]
+    ctx.numbers = {name: values[name] for name in _ARGUMENTS if name != "x" and name not in (*_TENSOR_LISTS, "bias")}
+    ctx.bias_count = len(values["bias"])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    x, h, *flat = ctx.saved_tensors
+    lists: dict[str, list[Tensor]] = {}
+    for name, length in zip(_TENSOR_LISTS, ctx.lengths, strict=True):
+        lists[name], flat = flat[:length], flat[length:]
+    numbers = ctx.numbers
+    dys = [
+        x.new_zeros((*x.shape[:-1], n)) if g is None else g
+        for g, n in zip(grads[:-1], numbers["out_features"], strict=True)
+    ]
+    needs = dict(zip(_ARGUMENTS, ctx.needs_input_grad, strict=True))
+    need_dx, need_adapters = bool(needs["x"]), any(needs["lora_a"]) or any(needs["lora_b"])
+    if not (need_dx or need_adapters):
+        return (None,) * len(_ARGUMENTS)
+    order = [*_ARGUMENTS[1:5], *_ARGUMENTS[6:]]  # all but x and bias, in the schema's order
+    rest = [lists[name] if name in lists else numbers[name] for name in order]
+    out = torch.ops.qlora.lora_linear_backward(dys, x, h, *rest, need_dx, need_adapters)
+    dx = out.pop(0) if need_dx else None
+    count = len(lists["lora_a"])
+    result: dict[str, Any] = {name: [None] * len(lists[name]) for name in _TENSOR_LISTS}
+    result |= {"x": dx, "bias": [None] * ctx.bias_count}
+    if need_adapters:
+        result |= {"lora_a": out[:count], "lora_b": out[count:]}
+    return tuple(result.get(name) for name in _ARGUMENTS)
+
+
+lora_linear.register_autograd(_backward, setup_context=_setup_context)

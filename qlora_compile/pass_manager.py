@@ -1,0 +1,189 @@
+"""The pass manager: runs named passes in order and alone does the chores around each of them.
+
+For every pass: snapshot before and after, count, time, dead-code elimination, lint, recompile, provenance of new nodes,
+and an error that names the pass. A pass itself is `def name(gm: fx.GraphModule, ctx: PassContext) -> int`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from .config import QLoRAConfig
+from .errors import PassError, QLoRACompileError, UnknownOptionError
+from .fx_utils import add_placeholder, module_path, source_line, value
+from .state import ModelEdits, ParamInfo, StateRef
+
+Pass = Callable[[fx.GraphModule, "PassContext"], int]
+
+
+@dataclass
+class PassContext:
+    """What a pass may use: the configuration, the state edits, and a place to say why a rewrite was declined."""
+
+    config: QLoRAConfig
+    edits: ModelEdits
+    params: dict[str, ParamInfo] = field(default_factory=dict)  # placeholder name -> the parameter that it stands for
+    state: dict[str, StateRef] = field(default_factory=dict)  # placeholder name -> state that a pass added
+    declined: list[tuple[str, str]] = field(default_factory=list)
+
+    def param(self, node: Any) -> ParamInfo | None:
+        """The parameter that a placeholder stands for, or None."""
+        return self.params.get(node.name) if isinstance(node, fx.Node) and node.op == "placeholder" else None
+
+    def add_state(self, graph: fx.Graph, ref: StateRef) -> fx.Node:
+        """A placeholder for a tensor that lives on the model; one per tensor, however often it is asked for."""
+        for name, known in self.state.items():
+            if known.name == ref.name:
+                return next(node for node in graph.nodes if node.name == name)
+        node = add_placeholder(graph, ref.name, ref.example)
+        self.state[node.name] = ref
+        return node
+
+    def decline(self, what: str, reason: str) -> None:
+        """Record `skip {what}: {reason}` for the report."""
+        self.declined.append((what, reason))
+
+
+@dataclass(frozen=True)
+class NodeRecord:
+    """One node as a report needs it; holds no tensor and no graph."""
+
+    name: str
+    op: str
+    target: str
+    inputs: tuple[str, ...]
+    module: str
+    source: str
+    shape: tuple[Any, ...] | None
+    dtype: str | None
+    sites: tuple[str, ...]
+    made_by: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What one pass did."""
+
+    name: str
+    rewrites: int
+    ms: float
+    declined: tuple[tuple[str, str], ...]
+    nodes_before: int
+    nodes_after: int
+
+
+@dataclass
+class PipelineResult:
+    """Every pass's result, and the graph at each stage: "input", then after each pass by its name."""
+
+    passes: list[PassResult]
+    stages: dict[str, tuple[NodeRecord, ...]]
+
+
+def insert_pass(
+    pipeline: Sequence[Pass], new: Pass, *, before: str | None = None, after: str | None = None
+) -> tuple[Pass, ...]:
+    """The pipeline with `new` before or after the pass of that name. Raises UnknownOptionError for an unknown name."""
+    anchor = before or after
+    names = [p.__name__ for p in pipeline]
+    if anchor not in names or (before is None) == (after is None):
+        raise UnknownOptionError(str(anchor), names, what="pass")
+    index = names.index(anchor) + (after is not None)
+    return (*pipeline[:index], new, *pipeline[index:])
+
+
+def run_passes(gm: fx.GraphModule, ctx: PassContext, pipeline: Sequence[Pass]) -> PipelineResult:
+    """Run the passes in order, in place. Raises PassError naming the pass if one fails unexpectedly."""
+    result = PipelineResult([], {"input": snapshot(gm.graph)})
+    _dump(ctx, 0, "input", gm)
+    for number, run in enumerate(pipeline, start=1):
+        name, before = run.__name__, set(gm.graph.nodes)
+        ctx.declined = []
+        start = time.perf_counter()
+        try:
+            rewrites = run(gm, ctx)
+            _stamp(gm.graph, before, name)
+            _eliminate_dead_code(gm.graph)
+            gm.graph.lint()
+            gm.recompile()
+        except QLoRACompileError:
+            raise
+        except Exception as error:  # noqa: BLE001  re-raised with the pass's name: the original is the cause
+            raise PassError(f"Pass {name!r} failed: {type(error).__name__}: {error}") from error
+        ms = (time.perf_counter() - start) * 1e3
+        result.stages[name] = snapshot(gm.graph)
+        result.passes.append(
+            PassResult(name, rewrites, ms, tuple(ctx.declined), len(before), len(result.stages[name]))
+        )
+        _dump(ctx, number, name, gm)
+    return result
+
+
+def _stamp(graph: fx.Graph, before: set[fx.Node], name: str) -> None:
+    """New nodes get the pass's name added to where they come from."""
+    for node in graph.nodes:
+        if node not in before:
+            node.meta["qlora_made_by"] = (*node.meta.get("qlora_made_by", ()), name)
+
+
+def _eliminate_dead_code(graph: fx.Graph) -> None:
+    """Drop unused pure calls. Placeholders stay (the backend drops them with their argument), so does what is impure."""
+    for node in reversed(list(graph.nodes)):
+        pure = node.op in ("call_function", "call_method", "get_attr") and not node.users and not node.is_impure()
+        in_place = node.op == "call_method" and str(node.target).endswith("_")
+        if pure and not in_place and not _is_random(node):
+            graph.erase_node(node)
+
+
+def _is_random(node: fx.Node) -> bool:
+    """setitem and in-place functions write; torch's own list of impure functions does not hold all of them."""
+    return getattr(node.target, "__name__", "") in ("setitem", "copy_", "index_put_", "manual_seed")
+
+
+def snapshot(graph: fx.Graph) -> tuple[NodeRecord, ...]:
+    """The graph as records: plain values, safe to keep."""
+    return tuple(_record(node) for node in graph.nodes)
+
+
+def _record(node: fx.Node) -> NodeRecord:
+    example = value(node)
+    is_tensor = isinstance(example, torch.Tensor)
+    return NodeRecord(
+        name=node.name,
+        op=node.op,
+        target=target_name(node),
+        inputs=tuple(n.name for n in node.all_input_nodes),
+        module=module_path(node),
+        source=source_line(node),
+        shape=tuple(s if isinstance(s, int) else str(s) for s in example.shape) if is_tensor else None,
+        dtype=str(example.dtype).removeprefix("torch.") if is_tensor else None,
+        sites=tuple(node.meta.get("qlora_sites", ())),
+        made_by=tuple(node.meta.get("qlora_made_by", ())),
+    )
+
+
+def target_name(node: fx.Node) -> str:
+    """`aten.mm`, `torch._C._nn.linear` -> a short readable name."""
+    target = node.target
+    if isinstance(target, str):
+        return target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target).removesuffix(".default")
+    return getattr(target, "__name__", str(target))
+
+
+def _dump(ctx: PassContext, number: int, name: str, gm: fx.GraphModule) -> None:
+    """`dump_dir/NN_name.py`: the graph as Python, with shapes where they are known."""
+    if ctx.config.dump_dir is None:
+        return
+    folder = Path(ctx.config.dump_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = gm.print_readable(print_output=False)
+    (folder / f"{number:02d}_{name}.py").write_text(text, encoding="utf-8")

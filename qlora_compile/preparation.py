@@ -1,0 +1,94 @@
+"""`prepare`: the state edit ahead of time, so that an optimizer can be made before the first step."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import QLoRAConfig
+from .errors import ModelStateError, NoTargetError
+from .modules import prepared_config
+from .state import ModelEdits, ParamInfo, check_one_device, check_same_config, linear_entries
+
+
+def prepare(
+    model: nn.Module, config: QLoRAConfig | Mapping[str, Any] | None = None, example_inputs: Any = None
+) -> nn.Module:
+    """Quantize the target linears of `model`, add adapters, freeze the rest. In place; returns the model.
+
+    Finds the linear modules (`nn.Linear`, transformers' `Conv1D`). With `example_inputs` (a tuple of positional or a
+    mapping of keyword arguments of `forward`) it traces the model once, without running it to the end on a compiler,
+    and so also finds linears that are not modules (`F.linear(x, self.w)`, `x @ self.w.T`, `torch.addmm`).
+
+    After it, `model.parameters()` holds the adapters: make the optimizer now. Calling it again with an equal
+    configuration changes nothing. The dense weights are freed one by one.
+
+    Raises NoTargetError (no linear matched), ConfigError (a rank is too large), InvalidWeightError (NaN or infinity),
+    ModelStateError (several devices, or already prepared with another configuration).
+    """
+    config = QLoRAConfig.from_options(config)
+    if not isinstance(model, nn.Module):
+        raise ModelStateError(f"prepare needs an nn.Module, got {type(model).__name__}.")
+    old = prepared_config(model)
+    if old is not None:
+        check_same_config(old, config)
+        return model
+    check_one_device(model)
+    if example_inputs is not None:
+        _trace_edits(model, config, example_inputs)
+        return model
+    edits = ModelEdits(model, config)
+    found = linear_entries(edits)
+    targets = [(entry, fan) for entry, fan in found if edits.decline_reason(entry) is None]
+    require_targets([entry for entry, _ in targets], [entry for entry, _ in found], edits)
+    for entry, fan_in_fan_out in targets:
+        edits.add_adapter(edits.quantize(entry, fan_in_fan_out=fan_in_fan_out, as_module=True))
+    edits.freeze()
+    edits.remember()
+    return model
+
+
+def require_targets(targets: Iterable[ParamInfo], found: Iterable[ParamInfo], edits: ModelEdits) -> None:
+    """Raises NoTargetError, listing what there was, if no linear is a target."""
+    if list(targets) or edits.is_peft:
+        return
+    names = [f"{entry.name} ({edits.decline_reason(entry)})" for entry in found]
+    what = f"it has: {'; '.join(names[:8])}{f'; and {len(names) - 8} more' if len(names) > 8 else ''}"
+    raise NoTargetError(
+        f"No linear layer of {type(edits.root).__name__} matches target_modules={edits.config.target_modules!r}: "
+        + (what if names else "it has no linear module; give prepare() example_inputs to find linears that are not modules")
+        + "."
+    )
+
+
+def _trace_edits(model: nn.Module, config: QLoRAConfig, example_inputs: Any) -> None:
+    """Run the compiler's own pipeline once for its state edits; nothing is compiled and the graph is thrown away."""
+    from . import backend
+
+    args, kwargs = _call_arguments(model, example_inputs)
+    tracer = torch.compile(model, backend=backend.state_only(config))
+    training = torch.is_grad_enabled()
+    with torch.set_grad_enabled(training):
+        tracer(*args, **kwargs)
+    torch._dynamo.reset_code(type(model).forward.__code__)
+    if prepared_config(model) is None:
+        raise NoTargetError(
+            f"No linear layer was found while tracing {type(model).__name__}: check example_inputs and target_modules."
+        )
+
+
+def _call_arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example_inputs, Mapping):
+        known = inspect.signature(model.forward).parameters
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
+        unknown = [name for name in example_inputs if name not in known and not open_ended]
+        if unknown:
+            raise ModelStateError(f"example_inputs names {unknown[0]!r}, which {type(model).__name__}.forward lacks.")
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}

@@ -1,0 +1,202 @@
+"""`CompileReport`: what the compiler did to a model, as text, plain values and graphs."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .config import QLoRAConfig
+from .errors import ModelStateError, UnknownOptionError
+from .modules import AdapterSite, adapter_sites, prepared_state
+from .pass_manager import NodeRecord, PassResult, PipelineResult
+from .tensor import QuantizedTensor
+
+_OP = "lora_linear"
+
+
+@dataclass
+class LinearReport:
+    """One linear: its name, [out, in], stored bits per weight, ranks by adapter, group members, lowering, bytes."""
+
+    name: str
+    shape: tuple[int, int]
+    bits: float
+    rank: dict[str, int]
+    group: tuple[str, ...]
+    lowering: str
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass
+class CompileReport:
+    """Made by `explain(model)`. `passes` of the latest graph, `linears` and `memory` of the whole model."""
+
+    model: str
+    config: QLoRAConfig
+    passes: list[PassResult] = field(default_factory=list)
+    linears: list[LinearReport] = field(default_factory=list)
+    memory: dict[str, float] = field(default_factory=dict)
+    kernels: dict[str, str] = field(default_factory=dict)
+    stages: dict[str, tuple[NodeRecord, ...]] = field(default_factory=dict)
+    graphs: int = 0
+
+    @classmethod
+    def of_graph(cls, root: nn.Module, config: QLoRAConfig, gm: fx.GraphModule, result: PipelineResult) -> CompileReport:
+        """The report of one compiled graph: its passes and stages; the rest is read off the model when asked."""
+        return cls(type(root).__name__, config, passes=result.passes, stages=result.stages, graphs=1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready values, without the graphs of the stages."""
+        return {
+            "model": self.model,
+            "config": self.config.to_dict(),
+            "passes": [asdict(p) for p in self.passes],
+            "linears": [asdict(linear) for linear in self.linears],
+            "memory": dict(self.memory),
+            "kernels": dict(self.kernels),
+            "stages": list(self.stages),
+            "graphs": self.graphs,
+        }
+
+    def to_networkx(self, pass_name: str) -> Any:
+        """The graph after that pass ("input": before all) as a `networkx.DiGraph`; nodes carry the record's fields.
+
+        Raises UnknownOptionError naming the nearest stage.
+        """
+        import networkx as nx
+
+        if pass_name not in self.stages:
+            raise UnknownOptionError(pass_name, self.stages, what="stage")
+        graph = nx.DiGraph(name=pass_name)
+        for record in self.stages[pass_name]:
+            fields = asdict(record)
+            inputs = fields.pop("inputs")
+            graph.add_node(record.name, **fields)
+            graph.add_edges_from((source, record.name) for source in inputs)
+        return graph
+
+    def print(self, file: Any = None) -> None:
+        """Passes with counts and ms, each linear, bytes before and after."""
+        from rich.console import Console
+        from rich.table import Table
+
+        console = Console(file=file, width=None if file is None else 140)
+        passes = Table(title=f"{self.model}: passes", title_justify="left")
+        for column in ("pass", "rewrites", "ms", "nodes", "declined"):
+            passes.add_column(column, justify="left" if column in ("pass", "declined") else "right")
+        for p in self.passes:
+            nodes = f"{p.nodes_before} → {p.nodes_after}"
+            passes.add_row(p.name, str(p.rewrites), f"{p.ms:.1f}", nodes, _declined_text(p))
+        if self.passes:
+            console.print(passes)
+        table = Table(title="linears", title_justify="left")
+        for column in ("module", "out × in", "bits", "rank", "group", "lowering"):
+            table.add_column(column, overflow="fold")
+        for linear in self.linears:
+            rank = ", ".join(f"{n}: {r}" if n != "default" else str(r) for n, r in linear.rank.items()) or "-"
+            group = " + ".join(name.rsplit(".", 1)[-1] for name in linear.group) or "-"
+            shape = f"{linear.shape[0]} × {linear.shape[1]}"
+            table.add_row(linear.name, shape, f"{linear.bits:.3f}", rank, group, linear.lowering)
+        console.print(table)
+        for what, amount in self.memory.items():
+            console.print(f"{what.replace('_', ' ')}: {amount:,.3f}" if what.startswith("bits") else _bytes(what, amount))
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        self.print(text)
+        return text.getvalue()
+
+
+def _bytes(what: str, amount: float) -> str:
+    return f"{what.replace('_', ' ')}: {amount / 1e6:,.1f} MB"
+
+
+def _declined_text(result: PassResult) -> str:
+    lines = [f"skip {what}: {reason}" for what, reason in result.declined]
+    return "\n".join(lines[:4] + ([f"... and {len(lines) - 4} more"] if len(lines) > 4 else []))
+
+
+def explain(model: nn.Module) -> CompileReport:
+    """What the compiler did to this model. Raises ModelStateError if it was neither prepared nor compiled."""
+    model = getattr(model, "_orig_mod", model)
+    state = prepared_state(model)
+    if state is None:
+        raise ModelStateError(
+            "There is nothing to explain yet: call the compiled model once, or prepare(model, config), first."
+        )
+    report = CompileReport(type(model).__name__, state.config)
+    if state.reports:
+        # the graph with the most nodes is the model's; the others are pieces, or the same for other shapes and modes
+        best = max(state.reports, key=lambda r: len(r.stages["input"]))
+        report.passes, report.stages, report.graphs = best.passes, best.stages, len(state.reports)
+    groups = _groups(report.stages)
+    for site in adapter_sites(model).values():
+        report.linears.append(_linear_report(site, groups))
+    report.memory = _memory(model, report.linears)
+    report.kernels = kernel_sources(model)
+    return report
+
+
+def _groups(stages: dict[str, tuple[NodeRecord, ...]]) -> dict[str, tuple[str, ...]]:
+    """site -> the sites of the op that computes it, at the last stage."""
+    last = next(reversed(stages.values()), ())
+    return {site: record.sites for record in last if _OP in record.target for site in record.sites}
+
+
+def _linear_report(site: AdapterSite, groups: dict[str, tuple[str, ...]]) -> LinearReport:
+    weight = site.weight
+    before = weight.numel() * weight.element_size()
+    after = weight.stored_bytes if isinstance(weight, QuantizedTensor) else before
+    group = groups.get(site.name, ())
+    lowering = "not compiled yet" if not groups else "eager" if not group else _lowering(weight)
+    return LinearReport(
+        site.name,
+        (site.out_features, site.in_features),
+        after * 8 / max(weight.numel(), 1),
+        {name: site.rank(name) for name in site.adapters},
+        group if len(group) > 1 else (),
+        lowering,
+        before,
+        after,
+    )
+
+
+def _lowering(weight: torch.Tensor) -> str:
+    return "dequantize + GEMM" if isinstance(weight, QuantizedTensor) else "GEMM"
+
+
+def _memory(model: nn.Module, linears: list[LinearReport]) -> dict[str, float]:
+    """Bytes of the model's parameters before and after, and stored bits per quantized weight."""
+    sites = {id(site.weight) for site in adapter_sites(model).values()}
+    other = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in sites)
+    adapters = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    before = sum(linear.bytes_before for linear in linears)
+    after = sum(linear.bytes_after for linear in linears)
+    weights = sum(linear.shape[0] * linear.shape[1] for linear in linears)
+    return {
+        "linears_before": before,
+        "linears_after": after,
+        "bits_per_weight": after * 8 / max(weights, 1),
+        "model_before": before + other - adapters,
+        "model_after": after + other - adapters,
+        "trainable": adapters,
+    }
+
+
+def kernel_sources(model: nn.Module) -> dict[str, str]:
+    """Source text of each generated kernel that the model's device uses, by op."""
+    from .runtime import kernels
+
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    found = {}
+    for op in ("dequantize_4bit", "quantize_4bit", "linear_4bit_small"):
+        if kernels.find(op, device) is not None:
+            path = kernels.kernel_source(op, device)
+            if path is not None:
+                found[op] = path.read_text(encoding="utf-8")
+    return found

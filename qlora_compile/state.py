@@ -1,0 +1,240 @@
+"""`ModelEdits`: the one piece of code that changes a model's state, behind both doors (`prepare` and the backend).
+
+Passes ask it by names and shapes; it knows the modules and the values. What it decides depends on the model and the
+configuration only, so both doors leave bit-identical state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import QLoRAConfig, names_module
+from .errors import ConfigError, InvalidWeightError, ModelStateError
+from .modules import (
+    AdapterInfo,
+    AdapterSite,
+    PreparedState,
+    add_adapter_to_site,
+    attach,
+    prepared_state,
+)
+from .tensor import QuantizedTensor, quantize_4bit
+
+# What may differ between the configuration that a model was prepared with and the one that it is compiled with.
+COMPILE_ONLY = ("lowering", "activation_budget", "keep_logits", "dump_dir")
+
+
+@dataclass(frozen=True)
+class StateRef:
+    """A tensor that the compiled graph takes as an extra input: what it is now, and how to fetch it at each call."""
+
+    name: str
+    example: Tensor
+    get: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class ParamInfo:
+    """One parameter of the model: its site name and every (module name, module, parameter name) that holds it."""
+
+    name: str
+    owners: tuple[tuple[str, nn.Module, str], ...]
+
+    @property
+    def param(self) -> Tensor:
+        _, module, key = self.owners[0]
+        value = module._parameters[key]
+        assert value is not None
+        return value
+
+    @property
+    def info(self) -> AdapterInfo | None:
+        _, module, key = self.owners[0]
+        return module.__dict__.get("_qlora_info", {}).get(key)
+
+    @property
+    def site(self) -> AdapterSite | None:
+        _, module, key = self.owners[0]
+        return AdapterSite(self.name, module, key) if self.info else None
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D (GPT-2): a linear whose weight is [in, out]."""
+    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+
+
+def is_linear_module(module: nn.Module) -> bool:
+    """A module whose own forward is a linear over its own `weight` (so that its class can be swapped)."""
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return False  # nn.MultiheadAttention reads this module's weight and never calls it
+    return type(module).forward is nn.Linear.forward or (
+        is_conv1d(module) and type(module).forward.__qualname__ == "Conv1D.forward"
+    )
+
+
+class ModelEdits:
+    """Decides which weights of `root` are targets, and makes the edits: quantize, add adapters, freeze."""
+
+    def __init__(self, root: nn.Module, config: QLoRAConfig) -> None:
+        self.root, self.config = root, config
+        self.is_peft = any(type(m).__module__.startswith("peft.tuners") for m in root.modules())
+        self._params = self._index()
+        self._heads = self._output_heads()
+
+    def _index(self) -> dict[int, ParamInfo]:
+        owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
+        for name, module in self.root.named_modules():
+            for key, param in module._parameters.items():
+                if param is not None:
+                    owners.setdefault(id(param), []).append((name, module, key))
+        return {key: ParamInfo(_site_name(*found[0]), tuple(found)) for key, found in owners.items()}
+
+    def _output_heads(self) -> set[int]:
+        """ids of the weights of output heads: what `get_output_embeddings` gives, a classifier, else `lm_head`."""
+        heads = [m.get_output_embeddings() for m in self.root.modules() if hasattr(m, "get_output_embeddings")]
+        names = ["lm_head", "embed_out"]
+        if "Classification" in type(self.root).__name__:
+            names += ["score", "classifier"]
+        heads += [getattr(self.root, name, None) for name in names]
+        return {id(head.weight) for head in heads if isinstance(head, nn.Module) and hasattr(head, "weight")}
+
+    def find(self, param: object) -> ParamInfo | None:
+        """The parameter's entry, by identity; None where it is none of the root's parameters, or an adapter of ours."""
+        entry = self._params.get(id(param))
+        return None if entry is None or _is_adapter(entry) else entry
+
+    def all(self) -> list[ParamInfo]:
+        """Every parameter of the root, in module order."""
+        return list(self._params.values())
+
+    def decline_reason(self, entry: ParamInfo) -> str | None:
+        """Why this weight is no target (for a linear whose weight it is), or None if it is one."""
+        name, param, config = entry.name, entry.param, self.config
+        if self.is_peft and not config.quantize == True:  # noqa: E712 ("auto" is truthy)
+            return "a PEFT model's dense base stays as it is (quantize='auto')"
+        if self.is_peft and any(part in name for part in ("lora_A.", "lora_B.", "lora_embedding", "modules_to_save")):
+            return "it is a PEFT adapter"
+        if param.dim() != 2:
+            return f"its weight has {param.dim()} dimensions"
+        if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"its weight is {param.dtype}"
+        if names_module(config.modules_to_save, name):
+            return "modules_to_save trains it in full"
+        other = [owner for owner in entry.owners if isinstance(owner[1], (nn.Embedding, nn.EmbeddingBag))]
+        if other:
+            return f"its weight is tied to the embedding {other[0][0]!r}"
+        if config.is_excluded(name, is_output_head=id(param) in self._heads):
+            return "it is the output head" if config.exclude_modules is None else "exclude_modules names it"
+        if not config.is_target(name):
+            return "target_modules does not name it"
+        return None
+
+    def quantizes(self) -> bool:
+        """Whether targets are quantized at all (`quantize`; "auto" leaves the dense base of a PEFT model)."""
+        return bool(self.config.quantize) if self.config.quantize != "auto" else not self.is_peft
+
+    def quantize(self, entry: ParamInfo, *, fan_in_fan_out: bool, as_module: bool) -> AdapterSite:
+        """Dense parameter -> QuantizedTensor in every owner, which get their new class; idempotent."""
+        if entry.site is not None:
+            return entry.site
+        param = entry.param
+        if self.quantizes() and not isinstance(param, QuantizedTensor):
+            try:
+                quantized = quantize_4bit(
+                    param.data,
+                    quant_type=self.config.quant_type,
+                    block_size=self.config.block_size,
+                    double_quant=self.config.double_quant,
+                    transposed=fan_in_fan_out,
+                )
+            except InvalidWeightError as error:
+                raise InvalidWeightError(f"{entry.name}: {error}") from None
+            self._replace(entry, nn.Parameter(quantized, requires_grad=False))
+        dtype = self.config.compute_dtype if isinstance(entry.param, QuantizedTensor) else param.dtype
+        info = AdapterInfo(entry.name, dtype, fan_in_fan_out, self.config.lora_dropout)
+        return attach([(module, key) for _, module, key in entry.owners], info, as_module=as_module)
+
+    def _replace(self, entry: ParamInfo, new: nn.Parameter) -> None:
+        for _, module, key in entry.owners:
+            module._parameters[key] = new
+        self._params[id(new)] = entry
+
+    def add_adapter(self, site: AdapterSite) -> None:
+        """Register the "default" adapter with the rank, alpha and seed that the configuration gives; idempotent."""
+        rank = self.config.rank_for(site.name)
+        if rank == 0 or site.adapters:
+            return
+        if rank > max(site.in_features, site.out_features):
+            raise ConfigError(
+                f"r={rank} is larger than both dimensions of {site.name} ({site.out_features} x {site.in_features}): "
+                f"choose a rank of at most {max(site.in_features, site.out_features)}, or a rank_pattern for it."
+            )
+        scaling = self.config.scaling_for(site.name)
+        alpha = scaling * (rank**0.5 if self.config.use_rslora else rank)
+        add_adapter_to_site(site, "default", rank, alpha, scaling, self.config)
+
+    def freeze(self) -> None:
+        """Only adapters and modules_to_save train. A PEFT model keeps what PEFT decided."""
+        if self.is_peft:
+            return
+        for entry in self._params.values():
+            if names_module(self.config.modules_to_save, entry.name):
+                entry.param.requires_grad_(True)
+            elif entry.param.requires_grad and not _is_adapter(entry):
+                entry.param.requires_grad_(False)
+
+    def remember(self) -> PreparedState:
+        """Leave the configuration on the root, unless it has one already."""
+        state = prepared_state(self.root)
+        if state is None:
+            state = PreparedState(self.config)
+            self.root.__dict__["_qlora_state"] = state
+        return state
+
+
+def _site_name(module_name: str, module: nn.Module, key: str) -> str:
+    if key == "weight":
+        return module_name
+    return f"{module_name}.{key}" if module_name else key
+
+
+def _is_adapter(entry: ParamInfo) -> bool:
+    return any(part.endswith(("lora_A", "lora_B")) for name, _, _ in entry.owners for part in name.split("."))
+
+
+def check_same_config(old: QLoRAConfig, new: QLoRAConfig) -> None:
+    """Raises ModelStateError if `new` asks for another state than the one that the model already has."""
+    ours, theirs = old.to_dict(), new.to_dict()
+    for name, value in ours.items():
+        if name not in COMPILE_ONLY and theirs[name] != value:
+            raise ModelStateError(
+                f"The model is already prepared with {name}={value!r} and cannot be prepared again with "
+                f"{theirs[name]!r}: load the original model again, or leave the option out."
+            )
+
+
+def check_one_device(root: nn.Module) -> None:
+    """Raises ModelStateError if the model's parameters are on several devices."""
+    devices: dict[str, str] = {}
+    for name, param in root.named_parameters():
+        devices.setdefault(str(param.device), name)
+    if len(devices) > 1:
+        where = ", ".join(f"{name!r} on {device}" for device, name in sorted(devices.items()))
+        raise ModelStateError(f"The model is on several devices ({where}): move it to one device first.")
+
+
+def linear_entries(edits: ModelEdits) -> list[tuple[ParamInfo, bool]]:
+    """(entry, fan_in_fan_out) of every module that is a linear by itself, in module order."""
+    found: list[tuple[ParamInfo, bool]] = []
+    for entry in edits.all():
+        owners: list[Any] = [module for _, module, key in entry.owners if key == "weight" and is_linear_module(module)]
+        if owners and len(owners) == len(entry.owners):
+            found.append((entry, is_conv1d(owners[0])))
+        elif owners and edits.decline_reason(entry) is not None:
+            found.append((entry, is_conv1d(owners[0])))
+    return found

@@ -1,0 +1,286 @@
+"""`QuantizedTensor`: a 4-bit weight that stands where the dense weight stood.
+
+A tensor subclass whose outer shape, strides, dtype and device are the dense weight's, and whose inner tensors are the
+packed codes and the scales in bitsandbytes' layout. Ops that it does not know dequantize and run: eager code keeps
+working, slowly and correctly. `t()` stays 4-bit, so autograd saves no dense weight for `F.linear`'s backward.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from . import nf4, ops
+from .errors import ConfigError, InvalidWeightError, ModelStateError
+
+aten = torch.ops.aten
+_INNER = ("codes", "absmax", "absmax_scale", "absmax_offset")
+
+
+class Layout(NamedTuple):
+    """What the inner tensors mean. `transposed`: they hold `W.t()` row-major, as bitsandbytes stores GPT-2's Conv1D."""
+
+    quant_type: str
+    block_size: int
+    transposed: bool
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def inner_shape(self) -> tuple[int, ...]:
+        """The row-major shape that the codes follow: the outer one, reversed if transposed."""
+        return tuple(reversed(self.shape)) if self.transposed else self.shape
+
+
+class QuantizedTensor(torch.Tensor):
+    """A weight in 4 bits. Make one with `quantize_4bit`; `dequantize()` gives the dense tensor back.
+
+    Inner tensors: `codes` uint8 [ceil(n/2)], high nibble first; `absmax` [ceil(n/block_size)], uint8 codes if
+    double-quantized, else fp32; `absmax_scale` fp32 [ceil(len(absmax)/256)] and `absmax_offset` fp32 [], or None.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    absmax_scale: Tensor | None
+    absmax_offset: Tensor | None
+    layout_4bit: Layout
+
+    @staticmethod
+    def __new__(cls, data: nf4.QuantizedData, layout: Layout) -> QuantizedTensor:
+        return cast(
+            QuantizedTensor,
+            torch.Tensor._make_wrapper_subclass(
+                cls, layout.shape, strides=layout.stride, dtype=layout.dtype, device=data.codes.device
+            ),
+        )
+
+    def __init__(self, data: nf4.QuantizedData, layout: Layout) -> None:
+        self.codes, self.absmax, self.absmax_scale, self.absmax_offset = data
+        self.layout_4bit = layout
+
+    @property
+    def quant_type(self) -> str:
+        return self.layout_4bit.quant_type
+
+    @property
+    def block_size(self) -> int:
+        return self.layout_4bit.block_size
+
+    @property
+    def double_quant(self) -> bool:
+        return self.absmax_scale is not None
+
+    @property
+    def transposed(self) -> bool:
+        return self.layout_4bit.transposed
+
+    @property
+    def data_4bit(self) -> nf4.QuantizedData:
+        return nf4.QuantizedData(self.codes, self.absmax, self.absmax_scale, self.absmax_offset)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of codes and scales together; the shared code books are not counted."""
+        return sum(part.numel() * part.element_size() for part in self.data_4bit if part is not None)
+
+    def dequantize(self) -> Tensor:  # type: ignore[override]
+        """The dense weight: outer shape, strides and dtype; one rounding from fp32."""
+        layout = self.layout_4bit
+        dense = torch.ops.qlora.dequantize_4bit(
+            *self.data_4bit, layout.inner_shape, layout.quant_type, layout.block_size, layout.dtype
+        )
+        if layout.transposed:
+            dense = dense.t()
+        if dense.stride() == layout.stride or dense.numel() <= 1:
+            return dense
+        return torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype, device=dense.device).copy_(dense)
+
+    def _with(self, data: nf4.QuantizedData | None = None, **layout: Any) -> QuantizedTensor:
+        return QuantizedTensor(data or self.data_4bit, self.layout_4bit._replace(**layout))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> QuantizedTensor:
+        return self._with(nf4.QuantizedData(*(None if part is None else function(part) for part in self.data_4bit)))
+
+    # --- what autograd, Dynamo and serialization ask of a subclass ---
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def __tensor_flatten__(self) -> tuple[list[str], Layout]:
+        return [name for name in _INNER if getattr(self, name) is not None], self.layout_4bit
+
+    @classmethod
+    def __tensor_unflatten__(
+        cls, inner: dict[str, Tensor], meta: Layout, outer_size: Any, outer_stride: Any
+    ) -> QuantizedTensor:
+        return cls(nf4.QuantizedData(*(inner.get(name) for name in _INNER)), meta)  # type: ignore[arg-type]
+
+    def _stable_hash_for_caching(self) -> str:
+        shapes = [None if part is None else tuple(part.shape) for part in self.data_4bit]
+        return hashlib.sha256(repr((type(self).__name__, shapes, self.layout_4bit)).encode()).hexdigest()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (tuple(self.data_4bit), tuple(self.layout_4bit), bool(getattr(self, "_is_param", False)))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedTensor:
+        if id(self) not in memo:
+            copy = self.clone()
+            if getattr(self, "_is_param", False):
+                copy._is_param = True  # type: ignore[attr-defined]
+            memo[id(self)] = copy
+        return memo[id(self)]
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        double = ", double_quant" if self.double_quant else ""
+        return (
+            f"QuantizedTensor({tuple(self.shape)}, {self.dtype}, {self.quant_type}, block_size={self.block_size}"
+            f"{double}, device='{self.device}')"
+        )
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        handler = _HANDLERS.get(func)
+        if handler is not None:
+            result = handler(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.is_write and isinstance(value, QuantizedTensor):
+                raise ModelStateError(
+                    f"{func} would write into a 4-bit weight of shape {tuple(value.shape)}: "
+                    "dequantize() it first, or copy_() a dense tensor into it to quantize again."
+                )
+        return func(*tree_map(_dense, args), **tree_map(_dense, kwargs))
+
+
+def _dense(value: Any) -> Any:
+    return value.dequantize() if isinstance(value, QuantizedTensor) else value
+
+
+def _rebuild(data: tuple[Tensor | None, ...], layout: tuple[Any, ...], is_param: bool) -> QuantizedTensor:
+    tensor = QuantizedTensor(nf4.QuantizedData(*data), Layout(*layout))  # type: ignore[arg-type]
+    return cast(QuantizedTensor, torch.nn.Parameter(tensor, requires_grad=False)) if is_param else tensor
+
+
+torch.serialization.add_safe_globals([_rebuild])
+
+# --- ops that keep the 4 bits ---
+
+
+def _transpose(q: QuantizedTensor, dim0: int = 0, dim1: int = 1) -> Any:
+    if q.dim() != 2:
+        return NotImplemented
+    if dim0 % 2 == dim1 % 2:
+        return q._with()
+    layout = q.layout_4bit
+    return q._with(shape=layout.shape[::-1], stride=layout.stride[::-1], transposed=not layout.transposed)
+
+
+def _permute(q: QuantizedTensor, dims: list[int]) -> Any:
+    return _transpose(q, 0, 1 if [d % 2 for d in dims] == [1, 0] else 0) if q.dim() == 2 else NotImplemented
+
+
+def _to_copy(q: QuantizedTensor, *, dtype: Any = None, device: Any = None, **options: Any) -> Any:
+    if dtype is not None and not dtype.is_floating_point:
+        return NotImplemented
+    moved = q._map(lambda part: part.to(device=device, copy=True) if device is not None else part.clone())
+    return moved._with(dtype=dtype) if dtype is not None else moved
+
+
+def _copy_(dest: Any, source: Any, non_blocking: bool = False) -> Any:
+    if not isinstance(dest, QuantizedTensor):
+        return dest.copy_(_dense(source), non_blocking)
+    if tuple(dest.shape) != tuple(source.shape):
+        raise ModelStateError(f"A weight of shape {tuple(source.shape)} cannot be copied into {dest!r}.")
+    if not isinstance(source, QuantizedTensor):
+        source = quantize_like(source, dest)
+    same = (source.quant_type, source.block_size, source.double_quant, source.transposed) == (
+        dest.quant_type,
+        dest.block_size,
+        dest.double_quant,
+        dest.transposed,
+    )
+    if not same:
+        source = quantize_like(source.dequantize(), dest)
+    for mine, theirs in zip(dest.data_4bit, source.data_4bit, strict=True):
+        if mine is not None:
+            mine.copy_(cast(Tensor, theirs), non_blocking)
+    return dest
+
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    aten.detach.default: lambda q: q._with(),
+    aten.alias.default: lambda q: q._with(),
+    aten.lift_fresh.default: lambda q: q._with(),
+    aten.clone.default: lambda q, memory_format=None: q._map(torch.clone),
+    aten.contiguous.default: lambda q, memory_format=None: q._with() if q.is_contiguous() else NotImplemented,
+    aten.pin_memory.default: lambda q, device=None: q._map(lambda part: part.pin_memory()),
+    aten.is_pinned.default: lambda q, device=None: q.codes.is_pinned(),
+    aten.t.default: _transpose,
+    aten.transpose.int: _transpose,
+    aten.permute.default: _permute,
+    aten.numpy_T.default: _transpose,
+    aten.mT.default: _transpose,
+    aten._to_copy.default: _to_copy,
+    aten.copy_.default: _copy_,
+    torch.ops.qlora.densify.default: lambda q: q.dequantize(),
+}
+
+# --- public functions ---
+
+
+def quantize_4bit(
+    weight: Tensor, *, quant_type: str = "nf4", block_size: int = 64, double_quant: bool = True, transposed: bool = False
+) -> QuantizedTensor:
+    """Dense weight (fp32, bf16 or fp16, any shape) -> QuantizedTensor of the same shape and dtype.
+
+    `transposed=True` stores the codes of `weight.t()`, as bitsandbytes does for weights of shape [in, out].
+    Raises ConfigError for an unknown type or block size, InvalidWeightError for other dtypes, NaN or infinity.
+    Source: Dettmers et al., arXiv 2305.14314, section 3; bytes as bitsandbytes 0.50.2 writes them on CPU.
+    """
+    if quant_type not in nf4.CODE_BOOKS:
+        raise ConfigError(f"quant_type must be one of {', '.join(nf4.CODE_BOOKS)}, got {quant_type!r}.")
+    if block_size not in nf4.BLOCK_SIZES:
+        raise ConfigError(f"block_size must be one of {', '.join(map(str, nf4.BLOCK_SIZES))}, got {block_size!r}.")
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise InvalidWeightError(f"Only fp32, bf16 and fp16 weights can be quantized, this one is {weight.dtype}.")
+    if transposed and weight.dim() != 2:
+        raise InvalidWeightError(f"Only a 2-D weight can be stored transposed, this one is {tuple(weight.shape)}.")
+    with torch.inference_mode(False), torch.no_grad():
+        weight = weight.detach()
+        parts = torch.ops.qlora.quantize_4bit(weight.t() if transposed else weight, quant_type, block_size, double_quant)
+    # One NaN or infinity makes its block's absmax NaN or infinite: looking at the scales is enough.
+    scales = parts[2:] if double_quant else parts[1:2]
+    if weight.device.type != "meta" and not all(bool(torch.isfinite(part).all()) for part in scales):
+        raise InvalidWeightError("The weight holds NaN or infinity and cannot be quantized: repair the checkpoint first.")
+    data = nf4.QuantizedData(*parts, *[None] * (4 - len(parts)))
+    layout = Layout(quant_type, block_size, transposed, tuple(weight.shape), weight.stride(), weight.dtype)
+    return QuantizedTensor(data, layout)
+
+
+def quantize_like(weight: Tensor, like: QuantizedTensor) -> QuantizedTensor:
+    """Dense -> 4 bits with the type, block size and storage order that `like` has."""
+    return quantize_4bit(
+        weight.to(like.dtype),
+        quant_type=like.quant_type,
+        block_size=like.block_size,
+        double_quant=like.double_quant,
+        transposed=like.transposed,
+    )
+
+
+def dequantize_4bit(q: QuantizedTensor, *, out: Tensor | None = None) -> Tensor:
+    """QuantizedTensor -> dense tensor of its shape and dtype; with `out`, written there (its dtype, contiguous)."""
+    if out is None:
+        return q.dequantize()
+    if tuple(out.shape) != tuple(q.shape):
+        raise ConfigError(f"out must have the weight's shape {tuple(q.shape)}, got {tuple(out.shape)}.")
+    if q.transposed or not out.is_contiguous():
+        return out.copy_(q.dequantize())
+    return ops.dequantize_into(out, *q.data_4bit, q.quant_type, q.block_size)

@@ -1,0 +1,239 @@
+"""Adapters of a model in memory <-> PEFT files, and how strongly each adapter counts."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import AdapterMismatchError, ConfigError, NoAdapterError
+from ..modules import AdapterSite, adapter_sites, add_adapter, prepared_config, prepared_state
+from .export_sources import unwrap
+from .fold_plan import first_few
+from .formats.peft_files import PREFIX, AdapterFiles, LoraLayer, read_adapter, write_adapter
+from .quantized_base import SIDE_FILE, QuantizedBase
+
+
+def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> Path:
+    """Write adapter `name` as PEFT files: stock `PeftModel.from_pretrained(base, path)` gives the same logits.
+
+    Beside them, `qlora_compile.json` notes how the base was quantized, for a later `export`. Same adapter, same bytes.
+    Raises NoAdapterError (not prepared, no adapter of that name), OutputError (cannot be written).
+    """
+    model = unwrap(model)
+    files = adapter_files(model, name)
+    return write_adapter(path, files.config, files.tensors, {SIDE_FILE: QuantizedBase.of_model(model).to_json()})
+
+
+def load_adapter(
+    model: nn.Module, path: str | os.PathLike[str], name: str = "default", *, allow_pickle: bool = False
+) -> None:
+    """Load a PEFT folder onto a prepared model as adapter `name`: copied into it if there, else added.
+
+    Parameters that the adapter trained in full (`modules_to_save`) replace the model's. Everything is checked before
+    anything changes. Raises CheckpointError (see `read_adapter`), NoAdapterError (the model was not prepared), and
+    AdapterMismatchError naming the first few tensors whose module is unknown or whose shape differs.
+    """
+    model = unwrap(model)
+    sites = _sites(model)
+    files = read_adapter(path, allow_pickle=allow_pickle)
+    layers, parameters = files.layers(), files.full_parameters()
+    own = dict(model.named_parameters(remove_duplicate=False))
+    problems = [p for module, layer in layers.items() if (p := _layer_problem(sites, module, layer))]
+    problems += [p for key, tensor in parameters.items() if (p := _parameter_problem(own, key, tensor))]
+    there = [site for site in sites.values() if name in site.adapters]
+    if there:
+        problems += [p for site in there if (p := _slot_problem(site, name, layers.get(site.name)))]
+        problems += [f"{m} has no adapter {name!r} yet" for m in layers if m in sites and sites[m] not in there]
+    if problems:
+        raise AdapterMismatchError(f"The adapter {path} does not fit the model: {first_few(problems)}.")
+    if not there:
+        _add(model, name, layers)
+    if not there or any(layers[site.name].scaling != site.scaling(name) for site in there):
+        _forget_compiled(model)
+    with torch.no_grad():
+        for module, layer in layers.items():
+            site = sites[module]
+            site.a(name).copy_(layer.a)
+            site.b(name).copy_(layer.b)
+            site.info.alpha[name], site.info.scaling[name] = layer.alpha, layer.scaling
+        for key, tensor in parameters.items():
+            own[key].copy_(tensor)
+
+
+def set_adapters(model: nn.Module, weights: Mapping[str, float] | Iterable[str] | str) -> None:
+    """`{"a": 0.7, "b": 0.3}`: how strongly each adapter counts; those not named get 0. A name alone counts as 1.
+
+    Only 0-dim tensors on the model are written, so a compiled model is not compiled again. An adapter at 0 is still
+    computed. Raises NoAdapterError naming the nearest adapter, ConfigError for a weight that is no finite number.
+    """
+    if isinstance(weights, str):
+        weights = [weights]
+    wanted = dict(weights) if isinstance(weights, Mapping) else dict.fromkeys(weights, 1.0)
+    sites = _sites(unwrap(model))
+    known = sorted({adapter for site in sites.values() for adapter in site.adapters})
+    for name, weight in wanted.items():
+        _check_name(name, known)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise ConfigError(f"The weight of adapter {name!r} must be a finite number, got {weight!r}.")
+    with torch.no_grad():
+        for site in sites.values():
+            for name in site.adapters:
+                site.adapter_weight(name).fill_(wanted.get(name, 0.0))
+
+
+def adapter_weights(model: nn.Module) -> dict[str, float]:
+    """Adapter name -> how strongly it counts now, sorted. Raises NoAdapterError for a model without adapters."""
+    weights: dict[str, float] = {}
+    for site in _sites(unwrap(model)).values():
+        for name in site.adapters:
+            weights[name] = float(site.adapter_weight(name))
+    return dict(sorted(weights.items()))
+
+
+def adapter_files(model: nn.Module, name: str) -> AdapterFiles:
+    """Adapter `name` of the model as PEFT's files would hold it; the tensors are the model's own."""
+    model = unwrap(model)
+    sites = {n: s for n, s in _sites(model).items() if name in s.adapters}
+    if not sites:
+        known = sorted({adapter for site in _sites(model).values() for adapter in site.adapters})
+        _check_name(name, known)
+    tensors: dict[str, torch.Tensor] = {}
+    for site_name, site in sites.items():
+        tensors[f"{PREFIX}{site_name}.lora_A.weight"] = site.a(name).detach()
+        tensors[f"{PREFIX}{site_name}.lora_B.weight"] = site.b(name).detach()
+    saved = _modules_to_save(model)
+    for module_name in saved:
+        for key, tensor in model.get_submodule(module_name).state_dict().items():
+            tensors[f"{PREFIX}{module_name}.{key}"] = tensor.detach()
+    return AdapterFiles(_peft_config(model, name, sites, saved), tensors)
+
+
+def _peft_config(model: nn.Module, name: str, sites: Mapping[str, AdapterSite], saved: list[str]) -> dict[str, Any]:
+    """LoraConfig's keys that describe what we train; PEFT takes its defaults for the others."""
+    config = prepared_config(model)
+    ranks = {site_name: site.rank(name) for site_name, site in sites.items()}
+    use_rslora, alphas = _alphas(name, sites)
+    rank, rank_pattern = _default_and_pattern(ranks)
+    alpha, alpha_pattern = _default_and_pattern(alphas)
+    base = getattr(getattr(model, "config", None), "_name_or_path", None)
+    causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    return {
+        "alpha_pattern": alpha_pattern,
+        "base_model_name_or_path": base or None,
+        "bias": "none",
+        "fan_in_fan_out": any(site.fan_in_fan_out for site in sites.values()),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": alpha,
+        "lora_dropout": float(config.lora_dropout) if config else 0.0,
+        "modules_to_save": saved or None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": rank_pattern,
+        "target_modules": _target_modules(model, sites),
+        "task_type": "CAUSAL_LM" if causal else None,
+        "use_dora": False,
+        "use_rslora": use_rslora,
+    }
+
+
+def _alphas(name: str, sites: Mapping[str, AdapterSite]) -> tuple[bool, dict[str, float]]:
+    """(use_rslora, alpha by site) such that PEFT computes the scalings that the model has."""
+    for use_rslora in (False, True):
+        if all(
+            math.isclose(s.scaling(name), s.alpha(name) / (s.rank(name) ** (0.5 if use_rslora else 1)), rel_tol=1e-9)
+            for s in sites.values()
+        ):
+            return use_rslora, {n: s.alpha(name) for n, s in sites.items()}
+    return False, {n: s.scaling(name) * s.rank(name) for n, s in sites.items()}
+
+
+def _default_and_pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The most common value, and the rest by site; "^" pins a pattern to one site, and dots are dots."""
+    plain = {n: int(v) if float(v).is_integer() else float(v) for n, v in values.items()}
+    default = max(sorted(Counter(plain.values()).items()), key=lambda item: item[1])[0]
+    return default, {f"^{n.replace('.', '[.]')}": v for n, v in sorted(plain.items()) if v != default}
+
+
+def _target_modules(model: nn.Module, sites: Mapping[str, AdapterSite]) -> list[str]:
+    """The last part of each site's name where only sites end in it, else the whole name, sorted."""
+    last = {name: name.rpartition(".")[2] for name in sites}
+    elsewhere = {n.rpartition(".")[2] for n, _ in model.named_modules() if n not in sites}
+    return sorted({name if part in elsewhere else part for name, part in last.items()})
+
+
+def _modules_to_save(model: nn.Module) -> list[str]:
+    """Full names of the modules that are trained in full, with those that share their parameters, sorted.
+
+    PEFT copies such a module, which unties it from the other one; so both are written.
+    """
+    config = prepared_config(model)
+    wanted = config.modules_to_save if config else ()
+    modules = dict(model.named_modules(remove_duplicate=False))
+    named = [n for n in modules if any(n == w or n.endswith(f".{w}") for w in wanted)]
+    shared = {id(parameter) for n in named for parameter in modules[n].parameters()}
+    tied = [n for n, m in modules.items() if any(id(p) in shared for p in m.parameters(recurse=False))]
+    inside = [n for n in tied if not any(n == other or n.startswith(f"{other}.") for other in named)]
+    return sorted({*named, *inside})
+
+
+def _add(model: nn.Module, name: str, layers: Mapping[str, LoraLayer]) -> None:
+    ranks = {module: layer.rank for module, layer in layers.items()}
+    alphas = {module: layer.alpha for module, layer in layers.items()}
+    add_adapter(model, name, rank=ranks, alpha=alphas, scaling={m: layer.scaling for m, layer in layers.items()})
+
+
+def _forget_compiled(model: nn.Module) -> None:
+    """Compiled graphs hold the set of adapters and their scalings as constants: make the next call compile again."""
+    state = prepared_state(model)
+    if state is not None and state.reports:
+        torch.compiler.reset()
+
+
+def _layer_problem(sites: Mapping[str, AdapterSite], module: str, layer: LoraLayer) -> str | None:
+    site = sites.get(module)
+    if site is None:
+        return f"the model has no adaptable layer {module}"
+    model_shape, shape = (site.out_features, site.in_features), (layer.b.shape[0], layer.a.shape[1])
+    if layer.embedding or model_shape != shape:
+        return f"{module} is {list(model_shape)} in the model, {list(shape)} in the adapter"
+    return None
+
+
+def _parameter_problem(own: Mapping[str, nn.Parameter], key: str, tensor: torch.Tensor) -> str | None:
+    if key not in own:
+        return f"the model has no parameter {key}"
+    if own[key].shape != tensor.shape:
+        return f"{key} is {list(own[key].shape)} in the model, {list(tensor.shape)} in the adapter"
+    return None
+
+
+def _slot_problem(site: AdapterSite, name: str, layer: LoraLayer | None) -> str | None:
+    """What stops `layer` from being copied into the adapter `name` that the site already has."""
+    if layer is None:
+        return f"it has nothing for {site.name}"
+    if layer.rank != site.rank(name):
+        return f"{site.name} has rank {site.rank(name)} in the model, {layer.rank} in the adapter"
+    return None
+
+
+def _sites(model: nn.Module) -> dict[str, AdapterSite]:
+    sites = adapter_sites(model)
+    if not sites:
+        raise NoAdapterError("The model has no adapters: call prepare(model, config) first.")
+    return sites
+
+
+def _check_name(name: str, known: list[str]) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known) or 'none'}."
+        raise NoAdapterError(f"The model has no adapter {name!r}: {hint}")

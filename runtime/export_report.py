@@ -1,0 +1,73 @@
+"""`ExportReport`: what an export wrote, and how far each folded tensor is from the exact sum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from .fold import LayerError
+from .verify import VerifyResult
+
+
+@dataclass
+class ExportReport:
+    """The result of `export`.
+
+    `layers` (with `report=True`) holds one LayerError for each folded tensor, the largest relative error first: the
+    written tensor against the fp64 sum of the base that was folded into and all adapters. `folded` counts the tensors
+    that changed, `copied` those that did not. `verification` is set with `verify=True`.
+    """
+
+    out: Path
+    format: str
+    base_precision: str
+    adapters: dict[str, float]
+    folded: int = 0
+    copied: int = 0
+    total_bytes: int = 0
+    files: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    layers: list[LayerError] = field(default_factory=list)
+    verification: VerifyResult | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready values."""
+        return {
+            "out": str(self.out),
+            "format": self.format,
+            "base_precision": self.base_precision,
+            "adapters": dict(self.adapters),
+            "folded": self.folded,
+            "copied": self.copied,
+            "total_bytes": self.total_bytes,
+            "files": list(self.files),
+            "seconds": self.seconds,
+            "layers": [layer.to_dict() for layer in self.layers],
+            "verification": self.verification.to_dict() if self.verification else None,
+        }
+
+    def print(self, file: IO[str] | None = None, limit: int = 20) -> None:
+        """A summary, and with `report=True` a table of the `limit` worst layers."""
+        from rich.console import Console
+        from rich.table import Table
+
+        console = Console(file=file, soft_wrap=True)
+        console.print(
+            f"Wrote {self.out}: {self.folded} folded and {self.copied} copied tensors, "
+            f"{self.total_bytes / 1e6:,.1f} MB in {self.seconds:.1f} s, base precision {self.base_precision}.",
+            highlight=False,
+            markup=False,
+        )
+        if self.layers:
+            table = Table("layer", title="Error against the exact sum, worst first")
+            for column in ("max", "mean", "relative", "1 - cosine"):
+                table.add_column(column, justify="right")
+            for layer in self.layers[:limit]:
+                values = (layer.max_abs, layer.mean_abs, layer.relative, max(0.0, 1 - layer.cosine))
+                table.add_row(layer.name, *(f"{value:.2e}" for value in values))
+            console.print(table)
+            if len(self.layers) > limit:
+                console.print(f"... and {len(self.layers) - limit} layers with less.", highlight=False)
+        if self.verification:
+            console.print(self.verification.sentence(), highlight=False, markup=False)

@@ -1,0 +1,277 @@
+"""The training run, from files to files: load, quantize, train, evaluate, save; and go on after an interruption."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError, ConfigError, QLoRACompileError
+from ..preparation import prepare
+from .adapters import save_adapter
+from .checkpoint import Checkpoint, prune, save_checkpoint
+from .data import Batch, BlockOrder, PackedData, load_data
+from .evaluate import evaluate
+from .finetune_config import FinetuneConfig
+from .interrupts import InterruptedRunError, SignalWatch
+from .metrics import Clock, MetricsLog, finite_or_none, memory_bytes, read_metrics, versions, write_run
+from .models import load_tokenizer, load_weights, model_fingerprint
+from .optimizer import make_optimizer, trainable_parameters
+from .reporters import EvalRecord, Reporter, StepRecord, make_reporter
+from .run_folder import RunFolder
+from .schedule import learning_rate, warmup_steps
+from .train_step import StepResult, TrainStep
+from .training_state import capture, restore
+
+__all__ = ["FinetuneConfig", "FinetuneResult", "finetune"]
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a run gave. Perplexities are on the evaluation data, None without it; `losses` has one entry a step, None
+    for a loss that was not finite; `tokens_per_s` is the median over the steps."""
+
+    out: Path
+    adapter: Path
+    steps: int
+    losses: tuple[float | None, ...]
+    skipped_steps: int
+    perplexity_dense: float | None
+    perplexity_quantized: float | None
+    perplexity: float | None
+    tokens_per_s: float
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready values."""
+        values = asdict(self) | {"losses": list(self.losses)}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def finetune(config: FinetuneConfig, reporter: Reporter | None = None) -> FinetuneResult:
+    """Train adapters on `config.data` and write `config.out`: adapter/, metrics.jsonl, run.json and checkpoints/.
+
+    `reporter` None reports to standard error: a progress bar on a terminal, plain lines elsewhere. The output folder
+    and the data are checked before the model is loaded. SIGINT and SIGTERM end the run after the step in progress, with
+    a checkpoint. Raises QLoRACompileError's subclasses, InterruptedRunError among them.
+    """
+    reporter = make_reporter() if reporter is None else reporter
+    run = _Run(config, reporter)
+    try:
+        run.load()
+        with MetricsLog(run.folder.metrics, run.step) as run.log:
+            run.prepare()
+            run.train()
+            return run.finish()
+    except QLoRACompileError as error:
+        run.record_end("interrupted" if isinstance(error, InterruptedRunError) else "failed", error=str(error))
+        run.folder.remove_if_empty()
+        raise
+    finally:
+        reporter.close()
+
+
+class _Run:
+    """One training run: the state that `load`, `prepare`, `train` and `finish` share, called in this order."""
+
+    model: nn.Module
+    data: PackedData
+    eval_data: PackedData | None
+    log: MetricsLog
+    take_step: TrainStep
+    order: BlockOrder
+
+    def __init__(self, config: FinetuneConfig, reporter: Reporter) -> None:
+        self.config = config
+        self.reporter = reporter
+        self.started = time.perf_counter()
+        self.device = config.pick_device()
+        self.folder = RunFolder(config.out)
+        self.checkpoint: Checkpoint | None = self.folder.open(config, reporter)
+        self.step = self.checkpoint.step if self.checkpoint else 0
+        self.perplexity: dict[str, float] = self.checkpoint.state["perplexity"] if self.checkpoint else {}
+        self.run_record: dict[str, Any] = {}
+
+    def load(self) -> None:
+        """Read the data, then the model: what is wrong with the data is known in seconds."""
+        config = self.config
+        tokenizer = load_tokenizer(config.model)
+        self.data = load_data(config.data, tokenizer, config.seq_len)
+        self.eval_data = load_data(config.eval_data, tokenizer, config.seq_len) if config.eval_data else None
+        self.total_steps = config.total_steps(len(self.data))
+        count = f"{self.data.documents} documents, {len(self.data)} blocks of {config.seq_len} tokens"
+        self.reporter.notice(f"training data: {count}; {self.total_steps} steps of {self._step_tokens} tokens")
+        self._check_same("data", self.data.fingerprint, config.data)
+        self.reporter.notice(f"loading {config.model}")
+        self.model = load_weights(config.model, config.base_dtype).to(self.device)
+        self._check_model_fits()
+        self.model_fingerprint = model_fingerprint(self.model)
+        self._check_same("model", self.model_fingerprint, config.model)
+        self.run_record = {
+            "config": config.to_dict(),
+            "versions": versions(),
+            "seed": config.data_seed,
+            "data": {"sha256": self.data.fingerprint, "blocks": len(self.data), "documents": self.data.documents},
+        }
+        self.record_end("running")
+
+    def prepare(self) -> None:
+        """Quantize, add the adapters, and only then make the optimizer; then take up the checkpoint's state."""
+        config = self.config
+        if self.checkpoint is None:
+            self._evaluate("dense")
+        self.model.config.use_cache = False  # type: ignore[union-attr]  # no key-value cache among the graph's outputs
+        prepare(self.model, config.qlora)
+        if self.checkpoint is None:
+            self._evaluate("quantized")
+        optimizer = make_optimizer(self.model, lr=config.lr, weight_decay=config.weight_decay)
+        half = torch.float16 in (config.qlora.compute_dtype, config.base_dtype)
+        scaler = torch.amp.GradScaler(self.device.type) if half else None
+        self.take_step = TrainStep(self.model, optimizer, max_grad_norm=config.max_grad_norm, scaler=scaler)
+        self.order = BlockOrder(len(self.data), config.data_seed)
+        torch.manual_seed(config.data_seed)
+        if self.checkpoint is not None:
+            restore(self.checkpoint, trainable_parameters(self.model), optimizer, scaler)
+            self.order.position = self.checkpoint.state["position"]
+            self.checkpoint = None  # its tensors are a second copy of the adapters and their moments
+
+    def train(self) -> None:
+        """The loop. Raises InterruptedRunError after a signal, with a checkpoint of the last whole step."""
+        config = self.config
+        self.model.train()
+        if config.compile and self.step < self.total_steps:
+            self.model.compile(backend="qlora")
+            self.reporter.notice("compiling the model: the first step takes a minute or two")
+        clock = Clock(self.total_steps)
+        self.reporter.start(self.step, self.total_steps)
+        with SignalWatch(self._on_signal) as watch:
+            while self.step < self.total_steps:
+                self._one_step(clock)
+                last = self.step == self.total_steps
+                if config.save_every and (self.step % config.save_every == 0 or last):
+                    self._save()
+                if watch.signal_name and not last:
+                    self._stop(watch.signal_name)
+                if config.eval_every and self.step % config.eval_every == 0 and not last:
+                    self._evaluate("training")
+
+    def finish(self) -> FinetuneResult:
+        """Write the adapter, measure it, and record the results."""
+        save_adapter(self.model, self.folder.adapter)
+        self.reporter.close()
+        self._evaluate("final")
+        result = self._result()
+        self.record_end("done", results=result.to_dict() | {"losses": None})
+        self.reporter.notice(f"adapter saved to {self.folder.adapter}")
+        return result
+
+    def record_end(self, status: str, **more: Any) -> None:
+        """Write `run.json`, once the run has got as far as having something to say there."""
+        if self.run_record:
+            write_run(self.folder.run, {"status": status, "step": self.step, **self.run_record, **more})
+
+    @property
+    def _step_tokens(self) -> int:
+        return self.config.batch * self.config.grad_accum * self.config.seq_len
+
+    def _one_step(self, clock: Clock) -> None:
+        config = self.config
+        warmup = warmup_steps(config.warmup, self.total_steps)
+        lr = learning_rate(
+            self.step, lr=config.lr, schedule=config.schedule, total_steps=self.total_steps, warmup=warmup
+        )
+        batches = [self._next_batch() for _ in range(config.grad_accum)]
+        result = self.take_step(batches, lr)
+        self.step += 1
+        record = self._record(result, lr, clock)
+        self.log.write(record.to_dict())
+        self.reporter.step(record)
+
+    def _next_batch(self) -> Batch:
+        batch = self.data.batch(self.order.take(self.config.batch))
+        return batch._replace(input_ids=batch.input_ids.to(self.device), labels=batch.labels.to(self.device))
+
+    def _record(self, result: StepResult, lr: float, clock: Clock) -> StepRecord:
+        seconds = clock.lap()
+        scaler = self.take_step.scaler
+        return StepRecord(
+            step=self.step,
+            total_steps=self.total_steps,
+            loss=finite_or_none(result.loss),
+            lr=lr,
+            grad_norm=finite_or_none(result.grad_norm),
+            tokens=result.loss_tokens,
+            tokens_per_s=round(self._step_tokens / seconds, 2),
+            seconds=round(seconds, 4),
+            memory_bytes=memory_bytes(self.device),
+            seconds_left=clock.seconds_left(self.step),
+            skipped=result.skipped,
+            loss_scale=None if scaler is None else scaler.get_scale(),
+        )
+
+    def _evaluate(self, stage: str) -> None:
+        if self.eval_data is None:
+            return
+        found = evaluate(self.model, self.eval_data, self.config.batch, self.config.eval_batches)
+        self.perplexity[stage] = found.perplexity
+        record = EvalRecord(self.step, stage, *found)
+        self.log.write(record.to_dict())
+        self.reporter.evaluated(record)
+
+    def _save(self) -> Path:
+        parameters, scaler = self.take_step.parameters, self.take_step.scaler
+        tensors, state = capture(parameters, self.take_step.optimizer, scaler)
+        state |= {
+            "config": self.config.to_dict(),
+            "data": self.data.fingerprint,
+            "model": self.model_fingerprint,
+            "position": self.order.position,
+            "perplexity": self.perplexity,
+        }
+        path = save_checkpoint(self.folder.checkpoints, self.step, tensors, state)
+        prune(self.folder.checkpoints, self.config.keep_last)
+        self.reporter.saved(path, self.step)
+        return path
+
+    def _on_signal(self, name: str) -> None:
+        self.reporter.notice(f"{name}: stopping after this step with a checkpoint (once more: stop at once)")
+
+    def _stop(self, signal_name: str) -> None:
+        path = self._save()
+        raise InterruptedRunError(
+            f"Stopped by {signal_name} after step {self.step} of {self.total_steps}; the checkpoint is {path}: go on "
+            f"from it by running the same command with resume."
+        )
+
+    def _check_same(self, what: str, fingerprint: str, path: Path) -> None:
+        if self.checkpoint and self.checkpoint.state.get(what) != fingerprint:
+            raise CheckpointError(f"{self.checkpoint.path} was trained with another {what} than {path} holds now.")
+
+    def _check_model_fits(self) -> None:
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit is not None and self.config.seq_len > limit:
+            raise ConfigError(f"seq_len is {self.config.seq_len}, but the model reads at most {limit} tokens.")
+        embeddings = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator, union-attr]
+        for data in (self.data, self.eval_data):
+            if data is not None:
+                data.check_vocabulary(embeddings)
+
+    def _result(self) -> FinetuneResult:
+        lines = [line for line in read_metrics(self.folder.metrics) if line["event"] == "step"]
+        speeds = sorted(line["tokens_per_s"] for line in lines)
+        return FinetuneResult(
+            out=self.folder.path,
+            adapter=self.folder.adapter,
+            steps=self.step,
+            losses=tuple(line["loss"] for line in lines),
+            skipped_steps=sum(line["skipped"] for line in lines),
+            perplexity_dense=self.perplexity.get("dense"),
+            perplexity_quantized=self.perplexity.get("quantized"),
+            perplexity=self.perplexity.get("final"),
+            tokens_per_s=speeds[len(speeds) // 2] if speeds else 0.0,
+            seconds=round(time.perf_counter() - self.started, 1),
+        )

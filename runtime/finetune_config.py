@@ -1,0 +1,166 @@
+"""`FinetuneConfig`: every choice of a training run in one frozen, validated dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import QLoRAConfig, parse_dtype
+from ..errors import ConfigError, UnknownOptionError
+from .schedule import SCHEDULES
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """What to train, on what, for how long, and where the results go.
+
+    `model` is a Hugging Face folder, a `.gguf` file or a folder that holds one; `data` and `eval_data` are `.txt` or
+    `.jsonl` files or folders of them; `out` is a folder that does not exist yet or is empty.
+
+    Length: `steps` optimizer steps or, where it is None, `epochs` passes over the data (a fraction is allowed). A step
+    takes `grad_accum` micro-batches of `batch` sequences of `seq_len` tokens, each loss token with the same weight.
+
+    Rate: `lr` after `warmup` steps (below 1: a fraction of all steps), then `schedule` "cosine", "linear" (both to 0)
+    or "constant". `max_grad_norm` clips the global norm (0.3 is the QLoRA paper's; 0: no clipping).
+
+    `seed` (None: that of `qlora`) orders the data and draws dropout. `save_every` steps a checkpoint is written (0:
+    only when interrupted), of which the newest `keep_last` stay. `resume` is True (the newest checkpoint in `out`) or
+    a checkpoint folder. `eval_every` (0: only before and after) and `eval_batches` (None: all) bound evaluation.
+    `dtype` is the base model's (None: `qlora.compute_dtype`), `device` None means CUDA where there is one.
+
+    Raises ConfigError where a value is out of range, UnknownOptionError from `from_options`.
+    """
+
+    model: Path
+    data: Path
+    out: Path
+    eval_data: Path | None = None
+    qlora: QLoRAConfig = field(default_factory=QLoRAConfig)
+    steps: int | None = None
+    epochs: float = 1.0
+    batch: int = 1
+    grad_accum: int = 1
+    seq_len: int = 512
+    lr: float = 2e-4
+    schedule: str = "cosine"
+    warmup: float = 0.03
+    max_grad_norm: float = 0.3
+    weight_decay: float = 0.0
+    seed: int | None = None
+    save_every: int = 100
+    keep_last: int = 2
+    resume: bool | Path = False
+    eval_every: int = 0
+    eval_batches: int | None = None
+    compile: bool = True
+    dtype: torch.dtype | None = None
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("model", "data", "out", "eval_data"):
+            value = getattr(self, name)
+            if isinstance(value, (str, Path)):
+                _require(str(value) != "", name, value, "a path")
+                object.__setattr__(self, name, Path(value).expanduser())
+            else:
+                _require(value is None and name == "eval_data", name, value, "a path")
+        if not isinstance(self.resume, bool):
+            _require(isinstance(self.resume, (str, Path)), "resume", self.resume, "True, False or a checkpoint folder")
+            object.__setattr__(self, "resume", Path(self.resume).expanduser())
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", parse_dtype(self.dtype))
+        self._check_counts()
+        self._check_rates()
+
+    def _check_counts(self) -> None:
+        for name, least in (("batch", 1), ("grad_accum", 1), ("seq_len", 2), ("keep_last", 1)):
+            _require(
+                _is_int(getattr(self, name), least), name, getattr(self, name), f"a whole number of at least {least}"
+            )
+        for name in ("save_every", "eval_every"):
+            _require(_is_int(getattr(self, name), 0), name, getattr(self, name), "a number of steps, 0 for never")
+        for name in ("steps", "eval_batches"):
+            value = getattr(self, name)
+            _require(value is None or _is_int(value, 1), name, value, "a whole number of at least 1")
+        _require(_is_number(self.epochs) and self.epochs > 0, "epochs", self.epochs, "a number above 0")
+        _require(self.seed is None or _is_int(self.seed, 0), "seed", self.seed, "a whole number of at least 0")
+        if self.qlora.r == 0 and not any(self.qlora.rank_pattern.values()):
+            raise ConfigError("r is 0, so there would be no adapters to train: give a rank of at least 1.")
+
+    def _check_rates(self) -> None:
+        _require(_is_number(self.lr) and self.lr > 0, "lr", self.lr, "a number above 0")
+        _require(self.schedule in SCHEDULES, "schedule", self.schedule, f"one of {', '.join(SCHEDULES)}")
+        ok = _is_number(self.warmup) and self.warmup >= 0 and (self.warmup < 1 or float(self.warmup).is_integer())
+        _require(ok, "warmup", self.warmup, "a number of steps, or a fraction of all steps below 1")
+        for name in ("max_grad_norm", "weight_decay"):
+            value = getattr(self, name)
+            _require(_is_number(value) and value >= 0, name, value, "a number of at least 0")
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> FinetuneConfig:
+        """A dictionary of field names -> FinetuneConfig. Raises UnknownOptionError naming the nearest field."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        for name in options:
+            if name not in known:
+                raise UnknownOptionError(name, known)
+        return cls(**options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready values, for `run.json`."""
+        out: dict[str, Any] = {}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, QLoRAConfig):
+                value = value.to_dict()
+            elif isinstance(value, torch.dtype):
+                value = str(value).removeprefix("torch.")
+            elif isinstance(value, Path):
+                value = str(value)
+            out[f.name] = value
+        return out
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """What the base model's dense weights are loaded in."""
+        return self.qlora.compute_dtype if self.dtype is None else self.dtype
+
+    @property
+    def data_seed(self) -> int:
+        """What orders the data and draws dropout."""
+        return self.qlora.seed if self.seed is None else self.seed
+
+    def total_steps(self, n_blocks: int) -> int:
+        """Optimizer steps of this run over `n_blocks` packed sequences (at least 1; the last step may wrap around)."""
+        if self.steps is not None:
+            return self.steps
+        return max(1, math.ceil(self.epochs * n_blocks / (self.batch * self.grad_accum)))
+
+    def pick_device(self) -> torch.device:
+        """The device to train on. Raises ConfigError for one that does not exist here."""
+        if self.device is None:
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+        except RuntimeError:
+            raise ConfigError(f"device must be 'cpu' or 'cuda', got {self.device!r}.") from None
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"device is {self.device!r}, but torch sees no CUDA device here.")
+        return device
+
+
+def _require(condition: bool, name: str, value: object, wanted: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name} must be {wanted}, got {value!r}.")
+
+
+def _is_int(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

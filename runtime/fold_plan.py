@@ -1,0 +1,223 @@
+"""Adapters + the names and shapes of a base -> which tensor gets which terms. No weight of the base is read here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import AdapterMismatchError
+from .fold import LoraTerm
+from .formats.checkpoint_dir import TensorSpec
+from .formats.peft_files import AdapterFiles, LoraLayer
+
+FOLDABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_HEADS = ("lm_head.weight", "embed_out.weight")
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+_WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
+@dataclass(frozen=True)
+class WeightedAdapter:
+    """An adapter, how strongly it counts, and what to call it in messages."""
+
+    label: str
+    weight: float
+    files: AdapterFiles
+    folder: Path | None = None
+
+
+@dataclass
+class Target:
+    """What happens to one written tensor: it starts from `source` (a key of the base) and gets terms added.
+
+    `full` are tensors trained in full (weight w, tensor S): W becomes (1 - sum w) * W + sum w * S, which is S itself
+    for the usual single w = 1. `transposed`: W is [in, out] (Conv1D) or [vocab, dim] (an embedding).
+    `parameter` is its name in the model, which may have a prefix that the checkpoint's key lacks.
+    """
+
+    source: str
+    parameter: str
+    dtype: torch.dtype
+    terms: list[LoraTerm] = field(default_factory=list)
+    full: list[tuple[float, torch.Tensor]] = field(default_factory=list)
+    transposed: bool = False
+    embedding: bool = False
+    requantize: bool = False
+
+
+@dataclass
+class FoldPlan:
+    """Written key -> Target, for every tensor that is not just copied; `untie`: head and embedding now differ."""
+
+    targets: dict[str, Target] = field(default_factory=dict)
+    untie: bool = False
+
+
+def plan_fold(
+    specs: Mapping[str, TensorSpec], config: Mapping[str, Any], adapters: Sequence[WeightedAdapter]
+) -> FoldPlan:
+    """Match each adapter's tensors with the base's; `config` is the base's config.json.
+
+    Raises AdapterMismatchError naming the first few keys that the base does not have, or whose shapes differ.
+    """
+    tied = _tied_pair(specs, config)
+    known = dict(specs)
+    if tied and tied[0] not in known:
+        known[tied[0]] = specs[tied[1]]
+    plan = FoldPlan()
+    for adapter in adapters:
+        problems: list[str] = []
+        for module, layer in adapter.files.layers().items():
+            # A parameter that is used by other code than a linear module's carries its adapter under its own name.
+            key = resolve_key(f"{module}.weight", known) or resolve_key(module, known)
+            problem = _add_layer(plan, known, key, module, layer, adapter)
+            problems += [problem] if problem else []
+        for name, tensor in adapter.files.full_parameters().items():
+            key = resolve_key(name, known)
+            problem = _add_full(plan, known, key, name, tensor, adapter)
+            problems += [problem] if problem else []
+        if problems:
+            raise AdapterMismatchError(f"The adapter {adapter.label} does not fit the base: {first_few(problems)}.")
+    if tied:
+        _settle_tied(plan, dict(specs), tied, adapters)
+    return plan
+
+
+def mark_requantized(
+    plan: FoldPlan, specs: Mapping[str, TensorSpec], weights: Sequence[str] | None, transposed: Sequence[str]
+) -> None:
+    """Note which tensors start from their 4-bit values: those that `weights` names, or (None) each linear's target.
+
+    Raises AdapterMismatchError for a weight that the base does not have.
+    """
+    if weights is None:
+        for target in plan.targets.values():
+            target.requantize = bool(target.terms) and not target.embedding
+        return
+    keys = {name: resolve_key(name, specs) for name in weights}
+    missing = [f"the base has no {name}" for name, key in keys.items() if key is None]
+    if missing:
+        raise AdapterMismatchError(f"The adapter was trained on another base: {first_few(missing)}.")
+    for name, key in keys.items():
+        if key is not None:
+            target = _target(plan, specs, key, name)
+            target.requantize = True
+            target.transposed = name in transposed
+
+
+def resolve_key(name: str, keys: Iterable[str]) -> str | None:
+    """The key for a parameter's name: itself, else the one key that differs from it by a prefix of the path.
+
+    (A hub checkpoint of GPT-2 says `h.0...` where the model says `transformer.h.0...`.) None where there is no such
+    key, or more than one.
+    """
+    keys = keys if isinstance(keys, Mapping) else set(keys)
+    if name in keys:
+        return name
+    parts = name.split(".")
+    shorter = [key for start in range(1, len(parts) - 1) if (key := ".".join(parts[start:])) in keys]
+    longer = [key for key in keys if key.endswith(f".{name}")]
+    found = shorter + longer
+    return found[0] if len(found) == 1 else None
+
+
+def first_few(problems: Sequence[str], count: int = 3) -> str:
+    """`a; b; c (and 7 more)`."""
+    rest = f" (and {len(problems) - count} more)" if len(problems) > count else ""
+    return "; ".join(problems[:count]) + rest
+
+
+def _target(plan: FoldPlan, specs: Mapping[str, TensorSpec], key: str, parameter: str) -> Target:
+    return plan.targets.setdefault(key, Target(source=key, parameter=parameter, dtype=specs[key].dtype))
+
+
+def _add_layer(
+    plan: FoldPlan,
+    specs: Mapping[str, TensorSpec],
+    key: str | None,
+    module: str,
+    layer: LoraLayer,
+    adapter: WeightedAdapter,
+) -> str | None:
+    """Add one LoRA layer to the plan; returns what is wrong with it, or None."""
+    if key is None:
+        return f"the base has no {module}.weight"
+    spec = specs[key]
+    if spec.dtype not in FOLDABLE:
+        return f"{key} is stored as {spec.dtype}, into which nothing can be folded"
+    shape = (layer.b.shape[0], layer.a.shape[1])
+    flipped = layer.embedding or bool(adapter.files.config.get("fan_in_fan_out"))
+    if shape[0] != shape[1]:
+        # PEFT decides it by the module's class, so one file can hold both; only for squares the flag must decide.
+        flipped = flipped if spec.shape == shape[::-1] else False
+    if spec.shape != (shape[::-1] if flipped else shape):
+        return f"{key} is {list(spec.shape)} in the base, {list(shape)} in the adapter"
+    target = _target(plan, specs, key, f"{module}.weight")
+    target.terms.append(LoraTerm(layer.a, layer.b, adapter.weight * layer.scaling))
+    target.transposed = flipped
+    target.embedding = layer.embedding
+    return None
+
+
+def _add_full(
+    plan: FoldPlan,
+    specs: Mapping[str, TensorSpec],
+    key: str | None,
+    name: str,
+    tensor: torch.Tensor,
+    adapter: WeightedAdapter,
+) -> str | None:
+    """Add one parameter that was trained in full; returns what is wrong with it, or None."""
+    if key is None:
+        return f"the base has no {name}"
+    if specs[key].shape != tuple(tensor.shape):
+        return f"{key} is {list(specs[key].shape)} in the base, {list(tensor.shape)} in the adapter"
+    if specs[key].dtype not in FOLDABLE and adapter.weight != 1:
+        return f"{key} is stored as {specs[key].dtype}, which cannot be weighted"
+    _target(plan, specs, key, name).full.append((adapter.weight, tensor))
+    return None
+
+
+def _tied_pair(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> tuple[str, str] | None:
+    """(head, embedding) of a language model whose head is its embedding; None where they are two tensors."""
+    tie = config.get("tie_word_embeddings", (config.get("text_config") or {}).get("tie_word_embeddings"))
+    if tie is False or not any(str(a).endswith(_WITH_HEAD) for a in config.get("architectures") or ()):
+        return None
+    embeddings = [key for key in specs if key.endswith(_EMBEDDINGS)]
+    heads = [key for key in specs if key.endswith(_HEADS)]
+    if len(embeddings) != 1 or len(heads) > 1 or (heads and tie is None):
+        return None
+    return (heads[0] if heads else _HEADS[0]), embeddings[0]
+
+
+def _settle_tied(
+    plan: FoldPlan, specs: dict[str, TensorSpec], tied: tuple[str, str], adapters: Sequence[WeightedAdapter]
+) -> None:
+    """A head and an embedding that were one tensor: keep them one where they stay equal, else write both.
+
+    PEFT computes with a head that it has untied as soon as one of the two is trained, so folding into the shared
+    tensor would change the other one (peft: `ensure_weight_tying` is the exception).
+    """
+    head, embedding = (plan.targets.get(key) for key in tied)
+    if head is None and embedding is None:
+        return
+    if head is None and any(adapter.files.config.get("ensure_weight_tying") for adapter in adapters):
+        return
+    if head and embedding and not head.terms and not embedding.terms and _same_full(head, embedding):
+        if tied[0] not in specs:
+            del plan.targets[tied[0]]
+        return
+    plan.untie = True
+    if tied[0] not in specs:
+        _target(plan, specs | {tied[0]: specs[tied[1]]}, tied[0], tied[0]).source = tied[1]
+
+
+def _same_full(one: Target, other: Target) -> bool:
+    return len(one.full) == len(other.full) and all(
+        w1 == w2 and t1.dtype == t2.dtype and torch.equal(t1, t2)
+        for (w1, t1), (w2, t2) in zip(one.full, other.full, strict=True)
+    )

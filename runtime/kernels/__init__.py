@@ -1,0 +1,44 @@
+"""Generated kernels, found by (op, device type). An op without one runs its plain-torch reference."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import cpp_build, cpu
+
+__all__ = ["find", "kernel_source"]
+
+
+@functools.cache
+def find(op: str, device_type: str) -> Callable[..., Any] | None:
+    """The kernel of `op` ("dequantize_4bit", ...) on a device type, built on first use; None where there is none.
+
+    Raises KernelError if the compiler fails on the generated source.
+    """
+    if device_type != "cpu" or op not in cpu.KERNELS:
+        return None
+    if cpp_build.find_compiler() is None:
+        _warn_no_compiler()
+        return None
+    return cpu.KERNELS[op]()
+
+
+@functools.cache
+def _warn_no_compiler() -> None:
+    warnings.warn(
+        "No C++ compiler was found, so NF4 work on the CPU runs in plain torch, many times slower. Install g++ "
+        "(Debian, Ubuntu: apt install g++) or clang++, or set CXX, and start again for the fast path.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def kernel_source(op: str, device_type: str) -> Path | None:
+    """The generated source file of a kernel, for the report; None where `find` has no kernel."""
+    if device_type != "cpu" or op not in cpu.KERNELS or cpp_build.find_compiler() is None:
+        return None
+    return cpp_build.write_source(op)

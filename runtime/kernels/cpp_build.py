@@ -1,0 +1,168 @@
+"""template + spec -> C++ source -> shared library, on first use, cached by content.
+
+The cache folder holds `<op>-<hash>.cpp` beside `<op>-<hash>.so`; the hash is over the source, whose header names the
+template, the spec, the compiler with its version and the flags. Files appear by renaming, so processes may race.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from ...errors import KernelError
+from ...nf4 import CODE_BOOKS, code_bounds
+
+TEMPLATES = Path(__file__).parent
+PURPOSES = {
+    "dequantize_4bit": "4-bit codes and (double-quantized) scales -> fp32, bf16 or fp16 weight",
+    "quantize_4bit": "fp32, bf16 or fp16 weight -> 4-bit codes and fp32 block scales",
+    "linear_4bit_small": "y = x @ W^T for a few rows of x, straight from 4-bit codes",
+}
+# No fused multiply-add: every product is rounded on its own, as in the torch reference.
+_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off")
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """What this machine's architecture can have, best first; which of them it has is asked at run time."""
+    return ("avx512", "avx2", "portable") if platform.machine() in ("x86_64", "AMD64") else ("portable",)
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler that Inductor uses: its configuration where it is loaded, else $CXX, else g++ (clang++)."""
+    config = sys.modules.get("torch._inductor.config")
+    if config is not None:
+        known = config.cpp.cxx if isinstance(config.cpp.cxx, (list, tuple)) else (config.cpp.cxx,)
+    else:
+        known = (os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"),)
+    return next((path for name in known if name and (path := shutil.which(name))), None)
+
+
+@functools.cache
+def compiler_version(compiler: str) -> str:
+    """First line of `compiler --version`. Raises KernelError if it does not run."""
+    try:
+        done = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise KernelError(f"The C++ compiler {compiler!r} does not run: {error}. Set CXX to one that does.") from error
+    return done.stdout.partition("\n")[0]
+
+
+def compiler_flags() -> tuple[str, ...]:
+    """Flags of every library; OpenMP except where the platform's default compiler lacks it."""
+    return _FLAGS if sys.platform == "darwin" else (*_FLAGS, "-fopenmp")
+
+
+def cache_dir() -> Path:
+    """$QLORA_COMPILE_CACHE_DIR, else a folder of this user's beside Inductor's cache. Made if it does not exist.
+
+    Raises KernelError if it belongs to somebody else, whose libraries we would run, or cannot be made.
+    """
+    chosen = os.environ.get("QLORA_COMPILE_CACHE_DIR")
+    user = str(os.getuid()) if hasattr(os, "getuid") else "user"
+    beside = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", Path(tempfile.gettempdir()) / "torchinductor"))
+    folder = Path(chosen) if chosen else beside.parent / f"qlora_compile_{user}"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise KernelError(f"The kernel cache {folder} cannot be made: {error}. Set QLORA_COMPILE_CACHE_DIR.") from error
+    if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
+        raise KernelError(f"The kernel cache {folder} belongs to another user. Set QLORA_COMPILE_CACHE_DIR.")
+    return folder
+
+
+def render(op: str, build: str) -> str:
+    """The C++ source of an op. `build` (compiler, version, flags) stands in its header."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # C++, not HTML
+    )
+    bounds = {}
+    for name in CODE_BOOKS:
+        midpoints, order = code_bounds(name)
+        ascending = order.tolist()
+        literals = [_literal(v) for v in midpoints.tolist()]
+        bounds[name] = {"bounds": literals, "order": ascending, "sorted": ascending == list(range(16))}
+    template = f"{op}.cpp.jinja"
+    return environment.get_template(template).render(
+        op=op,
+        purpose=PURPOSES[op],
+        template=f"runtime/kernels/{template}",
+        isas=instruction_sets(),
+        code_books={name: [_literal(v) for v in values] for name, values in CODE_BOOKS.items()},
+        bounds=bounds,
+        build=build,
+    )
+
+
+def _literal(value: float) -> str:
+    return f"{value.hex()}f"  # hexadecimal: exact
+
+
+def write_source(op: str) -> Path:
+    """Renders an op into the cache folder and returns the path. Raises KernelError (no compiler, no folder)."""
+    compiler = find_compiler()
+    if compiler is None:
+        raise KernelError("There is no C++ compiler: install g++ or clang++, or set CXX to one.")
+    build = f"{' '.join([compiler, *compiler_flags()])}  # {compiler_version(compiler)}"
+    source = render(op, build)
+    path = cache_dir() / f"{op}-{hashlib.sha256(source.encode()).hexdigest()[:16]}.cpp"
+    if not path.exists():
+        _write_atomically(path, source.encode())
+    return path
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+    os.replace(name, path)
+
+
+def compile_library(source: Path, library: Path, compiler: str, flags: tuple[str, ...]) -> None:
+    """`compiler flags source -o library`, renamed into place. Raises KernelError with the compiler's message."""
+    handle, temporary = tempfile.mkstemp(dir=library.parent, prefix=f".{library.name}.")
+    os.close(handle)
+    command = [compiler, *flags, str(source), "-o", temporary]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise KernelError(f"The C++ compiler failed on {source} ({' '.join(command)}):\n{done.stderr.strip()}")
+        os.replace(temporary, library)
+    except OSError as error:
+        raise KernelError(f"The C++ compiler {compiler!r} does not run: {error}.") from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+@functools.cache
+def load(op: str) -> Any:
+    """The op's shared library (`ctypes.CDLL`), compiled if the cache has none. Raises KernelError."""
+    source = write_source(op)
+    library = source.with_suffix(".so")
+    compiler = find_compiler()
+    assert compiler is not None  # write_source raised otherwise
+    if library.exists():
+        try:
+            return ctypes.CDLL(str(library))
+        except OSError:
+            pass  # cut short by a crash of the machine: build it again
+    compile_library(source, library, compiler, compiler_flags())
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise KernelError(f"The compiled kernel {library} cannot be loaded: {error}.") from error

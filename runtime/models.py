@@ -1,0 +1,152 @@
+"""Folders and files -> causal language models: Hugging Face folders, and GGUF files unpacked to dense weights."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..errors import CheckpointError, MissingDependencyError
+from .formats.atomic import check_output_folder, new_folder
+
+
+# What transformers, tokenizers, safetensors and gguf were seen to raise on damaged files.
+READ_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, MemoryError)
+READ_ERRORS += (ArithmeticError, AssertionError, struct.error)
+
+
+class ModelSource(NamedTuple):
+    """Where a model lies: its folder and, where it is one, the GGUF file's name in it."""
+
+    folder: Path
+    gguf_file: str | None
+
+
+def locate_model(path: Path | str) -> ModelSource:
+    """A folder with config.json, a .gguf file, or a folder with exactly one. Raises CheckpointError otherwise."""
+    path = Path(path)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise CheckpointError(f"{path} is not a model: give a folder with config.json, or a .gguf file.")
+        return ModelSource(path.parent, path.name)
+    if not path.is_dir():
+        raise CheckpointError(f"There is no model folder or .gguf file {path}.")
+    if (path / "config.json").is_file():
+        return ModelSource(path, None)
+    ggufs = sorted(file.name for file in path.glob("*.gguf"))
+    if len(ggufs) == 1:
+        return ModelSource(path, ggufs[0])
+    if ggufs:
+        raise CheckpointError(f"{path} holds {len(ggufs)} .gguf files: name one of {', '.join(ggufs)}.")
+    raise CheckpointError(f"{path} holds neither a config.json nor a .gguf file, so it is not a model folder.")
+
+
+def load_model(path: Path | str, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
+    """A model folder or .gguf file -> (model in `dtype` on the CPU, tokenizer).
+
+    GGUF weights are unpacked in fp32 and rounded to `dtype` once. Nothing is downloaded. Raises CheckpointError where
+    it is missing, corrupt, truncated or incomplete, MissingDependencyError without transformers (or gguf).
+    """
+    return load_weights(path, dtype), load_tokenizer(path)
+
+
+def load_tokenizer(path: Path | str) -> Any:
+    """The tokenizer of a model folder or .gguf file; errors as `load_model`."""
+    source = locate_model(path)
+    transformers = _transformers(source)
+    options = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    with _quiet(transformers), _reading(path, "tokenizer"):
+        return transformers.AutoTokenizer.from_pretrained(str(source.folder), local_files_only=True, **options)
+
+
+def load_weights(path: Path | str, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The model of a model folder or .gguf file, in evaluation mode; errors as `load_model`."""
+    source = locate_model(path)
+    transformers = _transformers(source)
+    options: dict[str, Any] = {"dtype": dtype}
+    if source.gguf_file:
+        # Without it the weights stay packed in transformers' own GGUF layers, which no pass of ours knows.
+        unpacked = transformers.GgufConfig(dequantize=True)
+        options = {"dtype": torch.float32, "gguf_file": source.gguf_file, "quantization_config": unpacked}
+    with _quiet(transformers), _reading(path, "weights"):
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            str(source.folder), local_files_only=True, output_loading_info=True, **options
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(f"{path} lacks {len(missing)} of the model's tensors, for example {missing[0]}.")
+    if source.gguf_file:
+        model = model.to(dtype)
+        # The weights are plain ones now: a saved copy must not claim to be quantized.
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+    return model.eval()
+
+
+def model_fingerprint(model: torch.nn.Module) -> str:
+    """SHA-256 of every parameter's name, shape, dtype and first 64 values: enough to tell models apart."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def materialize(path: Path | str, out: Path | str, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """A model of any kind -> a Hugging Face folder `out` with safetensors, config and tokenizer; returns `out`.
+
+    The folder appears at once, whole. Raises OutputError where `out` is not empty or cannot be written, else what
+    `load_model` does.
+    """
+    out = Path(out)
+    check_output_folder(out)
+    model, tokenizer = load_model(path, dtype)
+    with new_folder(out) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    return out
+
+
+def _transformers(source: ModelSource) -> Any:
+    """The package, imported when it is first needed. Raises MissingDependencyError."""
+    purpose = f"Loading {source.folder / (source.gguf_file or '')}"
+    try:
+        import transformers
+    except ImportError:
+        raise MissingDependencyError("transformers", "transformers", purpose) from None
+    if source.gguf_file:
+        try:
+            import gguf  # noqa: F401
+        except ImportError:
+            raise MissingDependencyError("gguf", "gguf", purpose) from None
+    return transformers
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """No progress bars of transformers in between ours."""
+    logging = transformers.utils.logging
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _reading(path: Path | str, what: str) -> Iterator[None]:
+    """Whatever the readers of a broken model raise -> CheckpointError with their first line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (*READ_ERRORS, SafetensorError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"The {what} of {path} cannot be loaded: {lines[0]}") from error

@@ -1,0 +1,84 @@
+"""The output folder of a training run: its names, when it may be written, and what a resumed run starts from."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, OutputError
+from .checkpoint import SET_ASIDE, Checkpoint, list_checkpoints, load_checkpoint, load_newest, set_aside
+from .finetune_config import FinetuneConfig
+from .formats.atomic import check_output_folder, output_errors
+from .reporters import Reporter
+
+# Fields that a resumed run may change: they choose where, how long and how, not what is computed in a step.
+FREE = {"model", "data", "out", "eval_data", "steps", "epochs", "save_every", "keep_last", "resume"}
+FREE |= {"eval_every", "eval_batches", "compile", "device"}
+FREE_QLORA = {"lowering", "dump_dir", "activation_budget", "keep_logits"}
+
+
+class RunFolder:
+    """`adapter/`, `metrics.jsonl`, `run.json` and `checkpoints/` in one folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.adapter = path / "adapter"
+        self.metrics = path / "metrics.jsonl"
+        self.run = path / "run.json"
+        self.checkpoints = path / "checkpoints"
+
+    def open(self, config: FinetuneConfig, reporter: Reporter) -> Checkpoint | None:
+        """Make the folder and return the checkpoint to resume from (None: start at step 0).
+
+        Raises OutputError where it is not empty (without `resume`), is not a run's or cannot be written, and
+        CheckpointError where the checkpoint asked for is damaged or was made with other settings.
+        """
+        resumed = self.run.is_file()
+        if config.resume is False or not resumed:
+            if resumed:
+                raise OutputError(f"{self.path} holds a training run: resume it, or choose another output folder.")
+            check_output_folder(self.path)
+        with output_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.path).close()
+        checkpoint = self._find_checkpoint(config, reporter)
+        if checkpoint is not None:
+            check_same_settings(config, checkpoint)
+            reporter.notice(f"resuming from {checkpoint.path} at step {checkpoint.step}")
+        elif config.resume is not False:
+            reporter.notice(f"there is no checkpoint in {self.path} yet: starting at step 0")
+        return checkpoint
+
+    def remove_if_empty(self) -> None:
+        """Leave nothing behind of a run that failed before it wrote anything."""
+        if self.path.is_dir() and not any(self.path.iterdir()):
+            self.path.rmdir()
+
+    def _find_checkpoint(self, config: FinetuneConfig, reporter: Reporter) -> Checkpoint | None:
+        if isinstance(config.resume, bool):
+            return load_newest(self.checkpoints, reporter.notice) if config.resume else None
+        checkpoint = load_checkpoint(config.resume)
+        for path in list_checkpoints(self.checkpoints):
+            # Those of later steps belong to a line of training that is left now.
+            if int(path.name.removeprefix("step-")) > checkpoint.step:
+                reporter.notice(f"{path} is newer than the checkpoint to resume: renamed to {path.name}{SET_ASIDE}")
+                set_aside(path)
+        return checkpoint
+
+
+def check_same_settings(config: FinetuneConfig, checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError naming the first setting that a resumed run must not change, but does."""
+    stored = checkpoint.state.get("config")
+    if not isinstance(stored, dict) or not isinstance(stored.get("qlora"), dict):
+        raise CheckpointError(f"The checkpoint {checkpoint.path} does not say what it was trained with.")
+    here = config.to_dict()
+    pairs: list[tuple[str, Any, Any]] = [(name, stored.get(name), here[name]) for name in here if name not in FREE]
+    pairs.remove(("qlora", stored["qlora"], here["qlora"]))
+    pairs += [(k, stored["qlora"].get(k), v) for k, v in here["qlora"].items() if k not in FREE_QLORA]
+    for name, before, now in pairs:
+        if before != now:
+            raise CheckpointError(
+                f"{checkpoint.path} was trained with {name}={before!r}, this run has {now!r}: give the same value, or "
+                f"start a new run in another folder."
+            )

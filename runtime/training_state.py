@@ -1,0 +1,108 @@
+"""Everything that a training run must carry over a restart <-> named tensors and JSON values of a checkpoint."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from .checkpoint import Checkpoint
+
+Parameters = Mapping[str, nn.Parameter]
+
+
+def capture(
+    parameters: Parameters, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """-> (tensors by file, JSON state). `parameters` are the trained ones by name, in the optimizer's order."""
+    names = list(parameters)
+    packed = optimizer.state_dict()
+    moments: dict[str, Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for index, values in packed["state"].items():
+        for key, value in values.items():
+            store: dict[str, Any] = moments if isinstance(value, Tensor) else scalars
+            store[f"{names[index]}/{key}"] = value
+    groups = [{**group, "params": [names[i] for i in group["params"]]} for group in packed["param_groups"]]
+    tensors = {"parameters": dict(parameters), "optimizer": moments, "rng": _rng_tensors()}
+    state = {
+        "optimizer": {"class": type(optimizer).__name__, "groups": groups, "scalars": scalars},
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "python_rng": random.getstate(),
+    }
+    return tensors, state
+
+
+def restore(
+    checkpoint: Checkpoint,
+    parameters: Parameters,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+) -> None:
+    """Put back what `capture` took, in place and bit for bit.
+
+    Raises CheckpointError, with nothing changed, where the checkpoint's parameters are not those of this run.
+    """
+    path, tensors, state = checkpoint.path, checkpoint.tensors, checkpoint.state
+    try:
+        stored, moments, rng = tensors["parameters"], tensors["optimizer"], tensors["rng"]
+        packed, scaler_state, python_rng = state["optimizer"], state["scaler"], state["python_rng"]
+    except KeyError as error:
+        raise CheckpointError(
+            f"The checkpoint {path} holds no {error.args[0]!r}: it is not a training run's."
+        ) from None
+    _check_same_parameters(stored, parameters, path)
+    if packed["class"] != type(optimizer).__name__:
+        raise CheckpointError(f"{path} was trained with {packed['class']}, this run uses {type(optimizer).__name__}.")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(stored[name])
+    _restore_optimizer(optimizer, list(parameters), packed, moments)
+    if scaler is not None and scaler_state is not None:
+        scaler.load_state_dict(scaler_state)
+    _restore_rng(rng)
+    version, internal, gauss = python_rng
+    random.setstate((version, tuple(internal), gauss))
+
+
+def _check_same_parameters(stored: Mapping[str, Tensor], parameters: Parameters, path: Any) -> None:
+    for name, parameter in parameters.items():
+        if name not in stored:
+            raise CheckpointError(f"{path} has no {name}: it was trained with other adapters.")
+        if stored[name].shape != parameter.shape:
+            shapes = f"{tuple(stored[name].shape)} there and {tuple(parameter.shape)} here"
+            raise CheckpointError(f"{path} does not fit: {name} is {shapes}.")
+    extra = sorted(stored.keys() - parameters.keys())
+    if extra:
+        raise CheckpointError(f"{path} trains {extra[0]}, which this run does not: it was trained with other adapters.")
+
+
+def _restore_optimizer(
+    optimizer: torch.optim.Optimizer, names: list[str], packed: Mapping[str, Any], moments: Mapping[str, Tensor]
+) -> None:
+    index = {name: i for i, name in enumerate(names)}
+    state: dict[int, dict[str, Any]] = {}
+    for store in (moments, packed["scalars"]):
+        for full_name, value in store.items():
+            name, key = full_name.rsplit("/", 1)
+            state.setdefault(index[name], {})[key] = value
+    groups = [{**group, "params": [index[name] for name in group["params"]]} for group in packed["groups"]]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _rng_tensors() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda:{i}": value for i, value in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def _restore_rng(states: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    for name, value in states.items():
+        if name.startswith("cuda:") and int(name[5:]) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(value, name)

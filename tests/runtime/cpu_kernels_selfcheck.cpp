@@ -1,0 +1,86 @@
+// Runs every path of the codec kernels on buffers of exactly the promised sizes, for the sanitizers to watch, and
+// compares each path with the portable one. Exit status 0: all equal.
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <initializer_list>
+#include <memory>
+
+extern "C" int qlora_best_isa();
+extern "C" void qlora_dequantize_4bit(
+    const uint8_t*, const void*, const float*, const float*, const float*, void*, int64_t, int64_t, int, int, int, int
+);
+extern "C" void qlora_quantize_4bit(const void*, uint8_t*, float*, int64_t, int64_t, int, int, int, int);
+
+namespace {
+
+uint32_t state = 1;
+uint32_t random_bits() { return state = state * 1664525u + 1013904223u; }
+
+template <typename T>
+std::unique_ptr<T[]> buffer(int64_t size) {
+    return std::unique_ptr<T[]>(new T[static_cast<size_t>(size)]());
+}
+
+int64_t size_of(int dtype) { return dtype == 0 ? 4 : 2; }
+
+// Random numbers of a few binades: the top bits of each element are a moderate exponent in every format.
+std::unique_ptr<uint8_t[]> weights(int64_t numel, int dtype) {
+    auto out = buffer<uint8_t>(numel * size_of(dtype));
+    for (int64_t i = 0; i < numel; ++i) {
+        const float value = (static_cast<float>(random_bits() >> 8) / 8388608.0f - 1.0f) * 3.0f;
+        if (dtype == 0) std::memcpy(&out[i * 4], &value, 4);
+        const uint16_t half = static_cast<uint16_t>((random_bits() & 0x83ffu) | (dtype == 1 ? 0x3f00u : 0x3400u));
+        if (dtype != 0) std::memcpy(&out[i * 2], &half, 2);
+    }
+    return out;
+}
+
+bool check(int64_t numel, int64_t block_size, int quant_type, int dtype, int isa) {
+    const int64_t blocks = (numel + block_size - 1) / block_size, groups = (blocks + 255) / 256;
+    const int64_t code_bytes = (numel + 1) / 2, out_bytes = numel * size_of(dtype);
+    const auto weight = weights(numel, dtype);
+    auto codes = buffer<uint8_t>(code_bytes), other_codes = buffer<uint8_t>(code_bytes);
+    auto absmax = buffer<float>(blocks), other_absmax = buffer<float>(blocks);
+    qlora_quantize_4bit(weight.get(), codes.get(), absmax.get(), numel, block_size, quant_type, dtype, 0, 2);
+    qlora_quantize_4bit(weight.get(), other_codes.get(), other_absmax.get(), numel, block_size, quant_type, dtype, isa, 2);
+    if (std::memcmp(codes.get(), other_codes.get(), static_cast<size_t>(code_bytes)) != 0) return false;
+    if (std::memcmp(absmax.get(), other_absmax.get(), static_cast<size_t>(blocks) * 4) != 0) return false;
+
+    auto scale_codes = buffer<uint8_t>(blocks);
+    auto scale = buffer<float>(groups), map = buffer<float>(256), offset = buffer<float>(1);
+    for (int64_t i = 0; i < blocks; ++i) scale_codes[i] = static_cast<uint8_t>(random_bits() >> 24);
+    for (int64_t i = 0; i < groups; ++i) scale[i] = 0.3f + static_cast<float>(i);
+    for (int i = 0; i < 256; ++i) map[i] = static_cast<float>(i - 127) / 128.0f;
+    offset[0] = 0.7f;
+    for (const bool nested : {false, true}) {
+        auto out = buffer<uint8_t>(out_bytes), other = buffer<uint8_t>(out_bytes);
+        const void* scales = nested ? static_cast<const void*>(scale_codes.get()) : absmax.get();
+        const auto decode = [&](void* to, int path) {
+            qlora_dequantize_4bit(
+                codes.get(), scales, nested ? scale.get() : nullptr, nested ? offset.get() : nullptr, map.get(), to, numel,
+                block_size, quant_type, dtype, path, 2
+            );
+        };
+        decode(out.get(), 0);
+        decode(other.get(), isa);
+        if (std::memcmp(out.get(), other.get(), static_cast<size_t>(out_bytes)) != 0) return false;
+    }
+    return true;
+}
+
+}  // namespace
+
+int main() {
+    for (int isa = qlora_best_isa(); isa >= 0; --isa)
+        for (int dtype = 0; dtype < 3; ++dtype)
+            for (int quant_type = 0; quant_type < 2; ++quant_type)
+                for (const int64_t block_size : {32, 64, 4096})
+                    for (const int64_t numel : {0, 1, 33, 197, 64 * 259 + 31, 2 * 4096, 70001})
+                        if (!check(numel, block_size, quant_type, dtype, isa)) {
+                            std::printf("isa %d dtype %d type %d: %lld values differ\n", isa, dtype, quant_type,
+                                        static_cast<long long>(numel));
+                            return 1;
+                        }
+    return 0;
+}

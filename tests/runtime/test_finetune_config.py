@@ -1,0 +1,94 @@
+"""Every value that a training run can be asked for is checked before anything starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qlora_compile.config import QLoRAConfig
+from qlora_compile.errors import ConfigError, UnknownOptionError
+from qlora_compile.runtime.finetune_config import FinetuneConfig
+
+PATHS: dict[str, Any] = {"model": "m", "data": "d.txt", "out": "o"}
+
+
+def test_paths_and_dtypes_are_parsed() -> None:
+    config = FinetuneConfig(**PATHS, eval_data="e.txt", dtype="fp16", resume="o/checkpoints/step-3")
+    assert (config.model, config.eval_data) == (Path("m"), Path("e.txt"))
+    assert config.resume == Path("o/checkpoints/step-3") and config.base_dtype == torch.float16
+
+
+def test_dtype_and_seed_follow_the_qlora_config() -> None:
+    config = FinetuneConfig(**PATHS, qlora=QLoRAConfig(seed=7, compute_dtype="float32"))
+    assert config.base_dtype == torch.float32 and config.data_seed == 7
+    assert FinetuneConfig(**PATHS, seed=2, qlora=QLoRAConfig(seed=7)).data_seed == 2
+
+
+def test_to_dict_is_json() -> None:
+    plain = json.loads(json.dumps(FinetuneConfig(**PATHS, dtype="bf16", warmup=5).to_dict()))
+    assert plain["model"] == "m" and plain["dtype"] == "bfloat16" and plain["qlora"]["r"] == 16
+
+
+@pytest.mark.parametrize(
+    ("steps", "epochs", "blocks", "wanted"),
+    [(7, 1.0, 100, 7), (None, 1.0, 100, 17), (None, 2.5, 100, 42), (None, 0.001, 3, 1)],
+)
+def test_total_steps(steps: int | None, epochs: float, blocks: int, wanted: int) -> None:
+    config = FinetuneConfig(**PATHS, steps=steps, epochs=epochs, batch=3, grad_accum=2)
+    assert config.total_steps(blocks) == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model", ""),
+        ("data", None),
+        ("batch", 0),
+        ("grad_accum", 1.5),
+        ("seq_len", 1),
+        ("keep_last", 0),
+        ("save_every", -1),
+        ("eval_every", True),
+        ("steps", 0),
+        ("eval_batches", 0),
+        ("epochs", 0),
+        ("epochs", float("nan")),
+        ("lr", 0),
+        ("lr", float("inf")),
+        ("schedule", "cosin"),
+        ("warmup", -1),
+        ("warmup", 2.5),
+        ("max_grad_norm", -0.1),
+        ("weight_decay", "0"),
+        ("seed", -1),
+        ("resume", 3),
+        ("dtype", "int8"),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=name):
+        FinetuneConfig(**(PATHS | {name: value}))
+
+
+def test_rank_zero_has_nothing_to_train() -> None:
+    with pytest.raises(ConfigError, match="no adapters to train"):
+        FinetuneConfig(**PATHS, qlora=QLoRAConfig(r=0))
+    FinetuneConfig(**PATHS, qlora=QLoRAConfig(r=0, rank_pattern={"q_proj": 4}))
+
+
+def test_an_unknown_option_names_the_nearest() -> None:
+    with pytest.raises(UnknownOptionError, match="grad_accum"):
+        FinetuneConfig.from_options(PATHS | {"grad_acum": 2})
+
+
+def test_devices() -> None:
+    assert FinetuneConfig(**PATHS, device="cpu").pick_device() == torch.device("cpu")
+    with pytest.raises(ConfigError, match="'gpu'"):
+        FinetuneConfig(**PATHS, device="gpu").pick_device()
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="no CUDA device"):
+            FinetuneConfig(**PATHS, device="cuda:0").pick_device()

@@ -1,0 +1,182 @@
+"""One optimizer step: exact accumulation and clipping, loss scaling, and what happens when numbers are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import qlora_compile as qc
+from qlora_compile.errors import NoAdapterError, NonFiniteError
+from qlora_compile.runtime.data import IGNORE, Batch, count_loss_tokens
+from qlora_compile.runtime.optimizer import make_optimizer, trainable_parameters
+from qlora_compile.runtime.train_step import TrainStep
+
+CONFIG = {"r": 3, "compute_dtype": "float32", "init_lora_weights": False}
+
+
+def make_batch(rows: int, learned: list[int], seed: int = 0, seq_len: int = 13) -> Batch:
+    """`learned[i]` labels of row i count."""
+    ids = torch.randint(3, 211, (rows, seq_len), generator=torch.Generator().manual_seed(seed))
+    labels = ids.clone()
+    for row, count in zip(labels, learned):
+        row[: seq_len - count] = IGNORE
+    return Batch(ids, labels, count_loss_tokens(labels))
+
+
+@pytest.fixture
+def model(tiny_llama: Callable[..., nn.Module]) -> nn.Module:
+    return qc.prepare(tiny_llama(num_hidden_layers=2), CONFIG).train()
+
+
+class TestOptimizer:
+    def test_it_holds_the_adapters(self, model: nn.Module) -> None:
+        optimizer = make_optimizer(model, lr=0.1, weight_decay=0.2)
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        assert held == {id(p) for p in trainable_parameters(model).values()} and len(held) == 2 * 7 * 2
+        assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (0.1, 0.2)
+
+    def test_an_unprepared_model_is_refused(self, tiny_llama: Callable[..., nn.Module]) -> None:
+        dense = tiny_llama()
+        with pytest.raises(NoAdapterError, match=r"given no adapter parameters: call qlora_compile\.prepare"):
+            make_optimizer(dense)
+
+    def test_lists_without_adapters_are_refused(self, model: nn.Module) -> None:
+        with pytest.raises(NoAdapterError, match="given no adapter parameters"):
+            make_optimizer(model, [])
+        with pytest.raises(NoAdapterError, match="given no adapter parameters"):
+            make_optimizer(model, [nn.Parameter(torch.ones(3))])
+
+
+def gradients_of(model: nn.Module, batches: list[Batch], **options: Any) -> dict[str, torch.Tensor]:
+    """The gradients that the optimizer sees in one step."""
+    seen: dict[str, torch.Tensor] = {}
+    optimizer = make_optimizer(model)
+    parameters = trainable_parameters(model)
+
+    def keep(*args: Any) -> None:
+        seen.update({name: p.grad.clone() for name, p in parameters.items() if p.grad is not None})
+
+    optimizer.register_step_pre_hook(keep)
+    TrainStep(model, optimizer, **({"max_grad_norm": 0.0} | options))(batches, lr=0.0)
+    return seen
+
+
+def test_uneven_micro_batches_give_the_gradient_of_the_whole_batch(model: nn.Module) -> None:
+    parts = [make_batch(2, [11, 2], seed=1), make_batch(2, [1, 0], seed=2), make_batch(2, [5, 12], seed=3)]
+    assert [part.loss_tokens for part in parts] == [13, 1, 17]
+    whole = Batch(torch.cat([p.input_ids for p in parts]), torch.cat([p.labels for p in parts]), 31)
+    wanted = gradients_of(model, [whole])
+    found = gradients_of(model, parts)
+    for name, gradient in wanted.items():
+        # fp32 sums over 31 tokens in another order: 2e-5 of the largest value is some ten roundings.
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=2e-5 * float(gradient.abs().max()))
+    # An unweighted mean of the parts' means would be something else altogether.
+    means = [gradients_of(model, [part]) for part in parts]
+    name = next(iter(wanted))
+    unweighted = torch.stack([mean[name] for mean in means]).mean(0)
+    assert (unweighted - wanted[name]).abs().max() > 0.1 * wanted[name].abs().max()
+
+
+def test_the_loss_is_the_mean_over_all_tokens(model: nn.Module) -> None:
+    parts = [make_batch(2, [11, 2], seed=1), make_batch(2, [1, 3], seed=2)]
+    with torch.no_grad():
+        losses = [float(model(input_ids=p.input_ids, labels=p.labels).loss) for p in parts]
+    result = TrainStep(model, make_optimizer(model), max_grad_norm=0.0)(parts, lr=1e-3)
+    wanted = (losses[0] * 13 + losses[1] * 4) / 17
+    assert result.loss == pytest.approx(wanted, rel=1e-6) and result.loss_tokens == 17 and not result.skipped
+
+
+def test_clipping_bounds_the_global_norm(model: nn.Module) -> None:
+    batch = make_batch(2, [12, 9])
+    free = gradients_of(model, [batch])
+    norm = float(torch.cat([g.flatten() for g in free.values()]).norm())
+    clipped = gradients_of(model, [batch], max_grad_norm=norm / 3)
+    for name, gradient in free.items():
+        # clip_grads_with_norm_ divides by norm + 1e-6.
+        torch.testing.assert_close(clipped[name], gradient / 3, rtol=1e-5, atol=1e-12)
+    untouched = gradients_of(model, [batch], max_grad_norm=norm * 3)
+    assert all(torch.equal(untouched[name], free[name]) for name in free)
+    step = TrainStep(model, make_optimizer(model), max_grad_norm=norm / 3)
+    assert step([batch], lr=0.0).grad_norm == pytest.approx(norm, rel=1e-6)
+
+
+def test_the_rate_is_set_and_no_gradient_stays(model: nn.Module) -> None:
+    before = {name: p.detach().clone() for name, p in trainable_parameters(model).items()}
+    step = TrainStep(model, make_optimizer(model, lr=9.0), max_grad_norm=1.0)
+    step([make_batch(2, [12, 9])], lr=1e-3)
+    for name, parameter in trainable_parameters(model).items():
+        assert parameter.grad is None
+        moved = (parameter.detach() - before[name]).abs().max()
+        # Adam's first step moves each value by the learning rate, wherever its gradient is far above eps.
+        assert 0 < moved <= 1.01e-3
+
+
+class Poisoned(nn.Module):
+    """The model, its loss multiplied by what `factors` gives for each call."""
+
+    def __init__(self, model: nn.Module, factors: list[float]) -> None:
+        super().__init__()
+        self.model = model
+        self.factors = iter(factors)
+
+    def forward(self, **inputs: Any) -> Any:
+        return SimpleNamespace(loss=self.model(**inputs).loss * next(self.factors))
+
+
+def test_a_bad_step_is_skipped_and_changes_nothing(model: nn.Module) -> None:
+    nan = float("nan")
+    step = TrainStep(Poisoned(model, [1, nan, 1, nan, nan, nan, nan, 1]), make_optimizer(model), max_grad_norm=1.0)
+    batch = make_batch(2, [12, 9])
+    assert not step([batch], lr=1e-3).skipped
+    before = [p.detach().clone() for p in step.parameters.values()]
+    moments = [s["exp_avg"].clone() for s in step.optimizer.state.values()]
+    assert step([batch], lr=1e-3).skipped
+    assert all(torch.equal(a, b) for a, b in zip(before, step.parameters.values()))
+    assert all(torch.equal(a, s["exp_avg"]) for a, s in zip(moments, step.optimizer.state.values()))
+    assert not step([batch], lr=1e-3).skipped
+    # Four in a row are borne, and a good step starts the count anew.
+    assert [step([batch], lr=1e-3).skipped for _ in range(5)] == [True] * 4 + [False]
+    assert step.bad_steps == 0
+
+
+def test_five_bad_steps_in_a_row_stop_the_run_and_name_a_parameter(model: nn.Module) -> None:
+    step = TrainStep(Poisoned(model, [float("inf")] * 9), make_optimizer(model), max_grad_norm=1.0)
+    for _ in range(4):
+        step([make_batch(2, [12, 9])], lr=1e-3)
+    with pytest.raises(NonFiniteError, match=r"5 steps in a row .* of model\..*lora_A"):
+        step([make_batch(2, [12, 9])], lr=1e-3)
+
+
+def test_scaled_gradients_are_unscaled_before_clipping(model: nn.Module) -> None:
+    batch = make_batch(2, [12, 9])
+    wanted = gradients_of(model, [batch], max_grad_norm=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    found = gradients_of(model, [batch], max_grad_norm=0.01, scaler=scaler)
+    for name, gradient in wanted.items():
+        # A power of two scales fp32 without rounding, so only underflow could differ.
+        torch.testing.assert_close(found[name], gradient, rtol=1e-6, atol=1e-12)
+
+
+def test_overflow_halves_the_scale_and_is_no_bad_step(model: nn.Module) -> None:
+    # fp32 does not overflow at fp16's scales; a huge loss stands for it: finite, with infinite scaled gradients.
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=3)
+    step = TrainStep(Poisoned(model, [64.0] * 30), make_optimizer(model), max_grad_norm=1.0, scaler=scaler)
+    batch = make_batch(2, [12, 9])
+    results = [step([batch], lr=1e-3) for _ in range(12)]
+    skipped = [result.skipped for result in results]
+    first = skipped.index(False)
+    assert first > 0 and skipped[:first] == [True] * first
+    assert scaler.get_scale() < 2.0**127 and step.bad_steps == 0
+
+
+def test_at_a_scale_of_one_overflow_counts_as_bad(model: nn.Module) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    step = TrainStep(Poisoned(model, [float("nan")] * 9), make_optimizer(model), max_grad_norm=1.0, scaler=scaler)
+    with pytest.raises(NonFiniteError, match="float16"):
+        for _ in range(5):
+            step([make_batch(2, [12, 9])], lr=1e-3)
