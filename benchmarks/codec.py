@@ -1,4 +1,4 @@
-"""NF4 codec on this machine: our generated C++ against bitsandbytes, and against a plain copy of as many bytes.
+"""NF4 kernels on this CPU: our generated C++ against bitsandbytes, a plain copy of as many bytes, and bf16 linears.
 
     python benchmarks/codec.py [--threads 2] [--repeats 15] [--shapes 4096x4096,11008x4096] [--json FILE]
 
@@ -22,9 +22,10 @@ import torch
 from bitsandbytes import __version__ as bitsandbytes_version
 from bitsandbytes import functional as bnb
 from bitsandbytes.cextension import lib
-from qlora_compile.runtime.kernels import find
+from bitsandbytes.nn import Linear4bit, Params4bit
 
 from qlora_compile import nf4
+from qlora_compile.runtime.kernels import find
 
 
 def alternate(contestants: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -81,6 +82,29 @@ def bench_quantize(rows: int, columns: int, repeats: int) -> dict[str, float]:
     )
 
 
+def bench_linear(rows: int, columns: int, tokens: int, repeats: int) -> dict[str, float] | None:
+    """Times in seconds of a product with `tokens` rows; None on a machine that has no such kernel."""
+    kernel = find("linear_4bit_small", "cpu")
+    if kernel is None:
+        return None
+    weight = torch.randn(rows, columns, dtype=torch.bfloat16)
+    x = torch.randn(tokens, columns, dtype=torch.bfloat16)
+    data = nf4.quantize_reference(weight, "nf4", 64, True)
+    out = torch.empty(tokens, rows, dtype=torch.bfloat16)
+    layer = Linear4bit(columns, rows, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+    layer.weight = Params4bit(weight, requires_grad=False, quant_type="nf4")
+    layer = layer.to("cpu").eval()
+    with torch.no_grad():
+        return alternate(
+            {
+                "ours": lambda: kernel(x, *data, rows, columns, "nf4", 64, out),
+                "bitsandbytes": lambda: layer(x),
+                "bf16 linear": lambda: torch.nn.functional.linear(x, weight),
+            },
+            repeats,
+        )
+
+
 def show(title: str, times: dict[str, float]) -> None:
     print(title)
     for name, seconds in times.items():
@@ -100,6 +124,10 @@ def main() -> None:
         rows, columns = map(int, shape.split("x"))
         results[f"dequantize {shape}"] = bench_dequantize(rows, columns, args.repeats)
         results[f"quantize {shape}"] = bench_quantize(rows, columns, max(3, args.repeats // 3))
+        for tokens in (1, 8, 16):
+            times = bench_linear(rows, columns, tokens, args.repeats)
+            if times is not None:
+                results[f"linear {shape}, {tokens} rows of x"] = times
     for title, times in results.items():
         show(f"{title} (nf4, block 64, double quantization, bf16)", times)
     about = {

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..config import parse_dtype
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, InvalidWeightError
 from .export_inputs import Adapters, PathLike, check_not_an_input, dense_folder, lora_only, read_adapters
 from .export_report import ExportReport
 from .export_sources import FolderSource, ModelSource, WeightSource, unwrap
@@ -166,7 +166,10 @@ def _fold_one(job: _Job, key: str, target: Target, dtype: torch.dtype, result: E
     """One tensor of the output: read, made 4-bit and back if asked, folded, checked and measured."""
     weight = job.source.tensor(target.source)
     if target.requantize and job.quantized is not None:
-        weight = job.quantized.round_trip(weight, transposed=target.transposed)
+        try:
+            weight = job.quantized.round_trip(weight, transposed=target.transposed)
+        except InvalidWeightError as error:
+            raise InvalidWeightError(f"{key}: {error}") from None
     if target.full:
         keep = 1 - sum(w for w, _ in target.full)
         if len(target.full) == 1 and keep == 0:

@@ -53,6 +53,8 @@ class ExportReport:
         from rich.table import Table
 
         console = Console(file=file, soft_wrap=True)
+        if not console.is_terminal:
+            console.width = 160  # a file or a pipe has no width: whole module names
         console.print(
             f"Wrote {self.out}: {self.folded} folded and {self.copied} copied tensors, "
             f"{self.total_bytes / 1e6:,.1f} MB in {self.seconds:.1f} s, base precision {self.base_precision}.",
@@ -60,7 +62,8 @@ class ExportReport:
             markup=False,
         )
         if self.layers:
-            table = Table("layer", title="Error against the exact sum, worst first")
+            table = Table(title="Error against the exact sum, worst first")
+            table.add_column("layer", overflow="fold")
             for column in ("max", "mean", "relative", "1 - cosine"):
                 table.add_column(column, justify="right")
             for layer in self.layers[:limit]:

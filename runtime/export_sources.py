@@ -19,8 +19,11 @@ from .formats.checkpoint_dir import DTYPE_NAMES, TensorSpec, copy_side_files, op
 class WeightSource(Protocol):
     """Names, dtypes and shapes of the base's tensors; each tensor when asked; and the files that go with them."""
 
-    specs: Mapping[str, TensorSpec]
-    config: Mapping[str, Any]
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]: ...
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
 
     def tensor(self, key: str) -> torch.Tensor:
         """The dense tensor, on the CPU; not to be written to."""
@@ -57,8 +60,8 @@ class ModelSource:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = unwrap(model)
-        config = getattr(self.model, "config", None)
-        self.config = config.to_dict() if hasattr(config, "to_dict") else {}
+        config: Any = getattr(self.model, "config", None)
+        self.config: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}
         self._tensors = _plain_state(self.model)
         self.specs = {key: TensorSpec(t.dtype, tuple(t.shape)) for key, t in sorted(self._tensors.items())}
         for key, spec in self.specs.items():
@@ -70,11 +73,11 @@ class ModelSource:
         return (tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor).cpu()
 
     def write_side_files(self, folder: Path) -> None:
-        config = copy.deepcopy(getattr(self.model, "config", None))
+        config: Any = copy.deepcopy(getattr(self.model, "config", None))
         if hasattr(config, "save_pretrained"):
             config.architectures = [type(self.model).__name__]  # as PreTrainedModel.save_pretrained notes it
             config.save_pretrained(folder)
-        generation = getattr(self.model, "generation_config", None)
+        generation: Any = getattr(self.model, "generation_config", None)
         if hasattr(generation, "save_pretrained"):
             generation.save_pretrained(folder)
 

@@ -185,9 +185,11 @@ class _Run:
             self.step, lr=config.lr, schedule=config.schedule, total_steps=self.total_steps, warmup=warmup
         )
         batches = [self._next_batch() for _ in range(config.grad_accum)]
+        started = time.perf_counter()
         result = self.take_step(batches, lr)
+        seconds = time.perf_counter() - started
         self.step += 1
-        record = self._record(result, lr, clock)
+        record = self._record(result, lr, seconds, clock.seconds_left(self.step))
         self.log.write(record.to_dict())
         self.reporter.step(record)
 
@@ -195,8 +197,7 @@ class _Run:
         batch = self.data.batch(self.order.take(self.config.batch))
         return batch._replace(input_ids=batch.input_ids.to(self.device), labels=batch.labels.to(self.device))
 
-    def _record(self, result: StepResult, lr: float, clock: Clock) -> StepRecord:
-        seconds = clock.lap()
+    def _record(self, result: StepResult, lr: float, seconds: float, seconds_left: float | None) -> StepRecord:
         scaler = self.take_step.scaler
         return StepRecord(
             step=self.step,
@@ -208,7 +209,7 @@ class _Run:
             tokens_per_s=round(self._step_tokens / seconds, 2),
             seconds=round(seconds, 4),
             memory_bytes=memory_bytes(self.device),
-            seconds_left=clock.seconds_left(self.step),
+            seconds_left=seconds_left,
             skipped=result.skipped,
             loss_scale=None if scaler is None else scaler.get_scale(),
         )

@@ -86,24 +86,20 @@ def memory_bytes(device: torch.device) -> int:
 
 
 class Clock:
-    """Seconds per step, and an estimate of the rest that leaves out the first step, which compiles."""
+    """Estimates the time left from all that passed since the first step ended, which compiles and would mislead."""
 
     def __init__(self, total_steps: int) -> None:
         self.total_steps = total_steps
-        self._last = time.perf_counter()
-        self._laps: list[float] = []
-
-    def lap(self) -> float:
-        """Seconds since the last lap."""
-        now = time.perf_counter()
-        self._laps.append(now - self._last)
-        self._last = now
-        return self._laps[-1]
+        self._first: tuple[int, float] | None = None
 
     def seconds_left(self, step: int) -> float | None:
-        """Seconds until the last step, from the mean of the laps; None until there are two."""
-        later = self._laps[1:]
-        return (self.total_steps - step) * sum(later) / len(later) if later else None
+        """Seconds until the last step ends, saving and evaluation included; None until there are two steps."""
+        now = time.perf_counter()
+        if self._first is None:
+            self._first = (step, now)
+            return None
+        first_step, then = self._first
+        return (self.total_steps - step) * (now - then) / (step - first_step)
 
 
 def finite_or_none(value: float) -> float | None:

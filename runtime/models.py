@@ -14,10 +14,9 @@ import torch
 from ..errors import CheckpointError, MissingDependencyError
 from .formats.atomic import check_output_folder, new_folder
 
-
 # What transformers, tokenizers, safetensors and gguf were seen to raise on damaged files.
-READ_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, MemoryError)
-READ_ERRORS += (ArithmeticError, AssertionError, struct.error)
+READ_ERRORS: tuple[type[Exception], ...] = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError)
+READ_ERRORS += (RuntimeError, MemoryError, ArithmeticError, AssertionError, struct.error)
 
 
 class ModelSource(NamedTuple):

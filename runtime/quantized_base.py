@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..config import parse_dtype
-from ..errors import CheckpointError, ConfigError, UnknownOptionError
+from ..errors import CheckpointError, ConfigError, InvalidWeightError, UnknownOptionError
 from ..nf4 import BLOCK_SIZES, CODE_BOOKS
 from ..tensor import QuantizedTensor, quantize_4bit
 from .formats.checkpoint_dir import read_json
@@ -89,7 +89,12 @@ class QuantizedBase:
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
     def round_trip(self, weight: torch.Tensor, *, transposed: bool) -> torch.Tensor:
-        """`weight` -> the values that the 4-bit model computes with, in the dtype that its weight had."""
+        """`weight` -> the values that the 4-bit model computes with, in the dtype that its weight had.
+
+        Raises InvalidWeightError for NaN and infinity.
+        """
+        if not bool(torch.isfinite(weight).all()):
+            raise InvalidWeightError("the weight holds NaN or infinity and cannot be quantized.")
         quantized = quantize_4bit(
             weight.to(self.dtype or weight.dtype),
             quant_type=self.quant_type,

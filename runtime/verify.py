@@ -152,7 +152,9 @@ def _random_ids(model: nn.Module, seed: int) -> torch.Tensor:
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     if not isinstance(embedding, nn.Embedding):
         raise CheckpointError("Only models with token embeddings can be verified.")
-    return torch.randint(embedding.num_embeddings, IDS_SHAPE, generator=torch.Generator().manual_seed(seed))
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None) or IDS_SHAPE[1]
+    shape = (IDS_SHAPE[0], min(IDS_SHAPE[1], int(positions)))
+    return torch.randint(embedding.num_embeddings, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -212,4 +214,3 @@ def _low_rank_hook(layer: LoraLayer, weight: float) -> Callable[[nn.Module, Any,
         return output + scale * (low @ b.t())
 
     return hook
-

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import torch
 
 from ...errors import KernelError
 from ...nf4 import CODE_BOOKS, code_bounds
@@ -104,6 +105,7 @@ def render(op: str, build: str) -> str:
         template=f"runtime/kernels/{template}",
         isas=instruction_sets(),
         code_books={name: [_literal(v) for v in values] for name, values in CODE_BOOKS.items()},
+        code_books_bf16={name: _bf16_bits(values) for name, values in CODE_BOOKS.items()},
         bounds=bounds,
         build=build,
     )
@@ -111,6 +113,10 @@ def render(op: str, build: str) -> str:
 
 def _literal(value: float) -> str:
     return f"{value.hex()}f"  # hexadecimal: exact
+
+
+def _bf16_bits(values: tuple[float, ...]) -> list[int]:
+    return [bits & 0xFFFF for bits in torch.tensor(values).bfloat16().view(torch.int16).tolist()]
 
 
 def write_source(op: str) -> Path:
@@ -141,7 +147,8 @@ def compile_library(source: Path, library: Path, compiler: str, flags: tuple[str
     try:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
-            raise KernelError(f"The C++ compiler failed on {source} ({' '.join(command)}):\n{done.stderr.strip()}")
+            first_lines = "\n".join(done.stderr.strip().splitlines()[:20])
+            raise KernelError(f"The C++ compiler failed on {source} ({' '.join(command)}):\n{first_lines}")
         os.replace(temporary, library)
     except OSError as error:
         raise KernelError(f"The C++ compiler {compiler!r} does not run: {error}.") from error

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import json
 import signal
 import subprocess
@@ -15,18 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_compile import QLoRAConfig, cli, cli_common, cli_doctor, cli_export, cli_finetune
+from qlora_compile import cli, cli_doctor
 from qlora_compile.errors import CheckpointError, ConfigError
-from qlora_compile.runtime.finetune_config import FinetuneConfig
 
 COMMANDS = ("finetune", "export", "inspect", "doctor")
 TEXT = "the quick brown fox jumps over the lazy dog while seven wizards mix a jug of bad liquor\n\n"
-
-
-def _defaults(**given: Any) -> dict[str, Any]:
-    """The parameters that typer passes when only `given` were typed."""
-    parameters = inspect.signature(cli_finetune.finetune).parameters.values()
-    return {p.name: p.default for p in parameters} | {"model": Path("m"), "data": Path("d"), "out": Path("o")} | given
 
 
 def _error(capsys: pytest.CaptureFixture[str]) -> str:
@@ -151,104 +142,6 @@ def test_the_installed_script_ends_with_the_exit_code() -> None:
     assert run.stderr == "error: No such option '--bse': did you mean '--base'?\n"
 
 
-# Options -> configuration
-
-
-def test_defaults_are_those_of_the_configurations() -> None:
-    config = cli_finetune.finetune_config(_defaults())
-    assert config == FinetuneConfig(model=Path("m"), data=Path("d"), out=Path("o"), seed=0)
-    assert config.qlora == QLoRAConfig()
-
-
-def test_every_field_of_a_run_has_an_option() -> None:
-    options = set(_defaults()) - {"as_json", "resume_from"}
-    options |= set(cli_finetune.ADAPTER_FIELDS.values())
-    options = {name.rstrip("_") for name in options}
-    missing = {f.name for f in dataclasses.fields(FinetuneConfig)} - options
-    assert missing == {"qlora"}
-    missing = {f.name for f in dataclasses.fields(QLoRAConfig)} - options
-    # What a library user may want to set, and what the command line decides by itself.
-    assert missing <= {
-        "init_lora_weights",
-        "quantize",
-        "adapter_dtype",
-        "activation_budget",
-        "keep_logits",
-        "dump_dir",
-        "outline_layers",
-    }
-
-
-def test_options_reach_the_configuration() -> None:
-    config = cli_finetune.finetune_config(
-        _defaults(
-            r=5,
-            alpha=7.0,
-            dropout=0.1,
-            use_rslora=True,
-            target_modules="q_proj,mlp.down_proj",
-            exclude_modules=r".*\.0\..*",
-            modules_to_save="lm_head,embed",
-            rank_pattern=["q_proj=3", "a=b=4"],
-            alpha_pattern=["q_proj=2.5"],
-            quant_type="fp4",
-            block_size=128,
-            double_quant=False,
-            compute_dtype="fp16",
-            lowering="eager",
-            compile_=False,
-            steps=9,
-            seed=4,
-            resume=True,
-        )
-    )
-    assert config.qlora == QLoRAConfig(
-        r=5,
-        lora_alpha=7.0,
-        lora_dropout=0.1,
-        use_rslora=True,
-        target_modules=("q_proj", "mlp.down_proj"),
-        exclude_modules=r".*\.0\..*",
-        modules_to_save=("lm_head", "embed"),
-        rank_pattern={"q_proj": 3, "a=b": 4},
-        alpha_pattern={"q_proj": 2.5},
-        quant_type="fp4",
-        block_size=128,
-        double_quant=False,
-        compute_dtype=torch.float16,
-        lowering="eager",
-        seed=4,
-    )
-    assert (config.steps, config.seed, config.compile, config.resume) == (9, 4, False, True)
-
-
-def test_resume_from_names_a_checkpoint() -> None:
-    config = cli_finetune.finetune_config(_defaults(resume_from=Path("run/checkpoints/step-3")))
-    assert config.resume == Path("run/checkpoints/step-3")
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("all-linear", "all-linear"),
-        ("q_proj", ("q_proj",)),
-        ("q_proj, mlp.down_proj,", ("q_proj", "mlp.down_proj")),
-        (r".*\.(q|v)_proj", r".*\.(q|v)_proj"),
-        (r"layers\.[0-9]{1,2}\..*", r"layers\.[0-9]{1,2}\..*"),
-    ],
-)
-def test_modules_option(text: str, value: object) -> None:
-    assert cli_common.modules_option(text) == value
-
-
-def test_adapter_weights(tmp_path: Path) -> None:
-    assert cli_export.adapter_weights(["a", "b=0.25", "c=-1"]) == {"a": 1.0, "b": 0.25, "c": -1.0}
-    odd = tmp_path / "lr=2"
-    odd.mkdir()
-    assert cli_export.adapter_weights([str(odd), "b"]) == {str(odd): 1.0, "b": 1.0}
-    assert cli_export.adapter_weights([f"{odd}=0.5"]) == {str(odd): 0.5}
-
-
 # Whole commands, on a tiny model
 
 
@@ -353,7 +246,9 @@ def test_export_into_a_full_folder_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
 
 
-def test_ctrl_c_saves_a_checkpoint_and_resume_goes_on(tiny_checkpoint: Path, data: Path, tmp_path: Path) -> None:
+def test_ctrl_c_saves_a_checkpoint_and_resume_goes_on(
+    tiny_checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     line = f"finetune --model {tiny_checkpoint} --data {data} --out {run} --steps 4000 --seq-len 16 --no-compile"
     command = [sys.executable, "-m", "qlora_compile.cli", *line.split(), "--save-every", "0"]
@@ -366,10 +261,9 @@ def test_ctrl_c_saves_a_checkpoint_and_resume_goes_on(tiny_checkpoint: Path, dat
     assert last.startswith("error: ") and str(run / "checkpoints") in last
 
     done = [json.loads(text)["step"] for text in (run / "metrics.jsonl").read_text().splitlines()][-1]
-    command[command.index("4000")] = str(done + 2)
-    again = subprocess.run([*command, "--resume", "--json"], capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert json.loads(again.stdout)["steps"] == done + 2
+    capsys.readouterr()
+    assert cli.main([*line.replace("4000", str(done + 2)).split(), "--resume", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == done + 2
 
 
 def _wait_for_a_step(metrics: Path, process: subprocess.Popen[str]) -> None:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save, save_file
+
 from qlora_compile.errors import CheckpointError, ConfigError, OutputError, QLoRACompileError
 from qlora_compile.runtime.formats import atomic
 from qlora_compile.runtime.formats.atomic import new_folder, write_file
@@ -22,7 +24,6 @@ from qlora_compile.runtime.formats.checkpoint_dir import (
     plan_shards,
     write_checkpoint,
 )
-from safetensors.torch import load_file, save, save_file
 
 TENSORS = {
     "b.weight": torch.arange(15, dtype=torch.bfloat16).reshape(3, 5),
@@ -91,7 +92,11 @@ def test_shards_round_trip_and_same_bytes_whatever_the_order(tmp_path: Path) -> 
 
 
 def test_a_tensor_larger_than_a_shard_stands_alone() -> None:
-    specs = {"a": TensorSpec(torch.uint8, (3,)), "b": TensorSpec(torch.uint8, (50,)), "c": TensorSpec(torch.uint8, (4,))}
+    specs = {
+        "a": TensorSpec(torch.uint8, (3,)),
+        "b": TensorSpec(torch.uint8, (50,)),
+        "c": TensorSpec(torch.uint8, (4,)),
+    }
     assert plan_shards(specs, 10) == [["a"], ["b"], ["c"]]
     assert plan_shards(specs, 57) == [["a", "b", "c"]]
 
@@ -160,7 +165,7 @@ def test_bad_indices_are_refused(tmp_path: Path) -> None:
     folder = sharded_folder(tmp_path / "base")
     good = (folder / INDEX_FILE).read_text()
     edit_index(folder, **{"b.weight": "model-00003-of-00003.safetensors"})
-    with pytest.raises(CheckpointError, match="names the shard model-00003-of-00003.safetensors, which is missing"):
+    with pytest.raises(CheckpointError, match=r"names the shard model-00003-of-00003.safetensors, which is missing"):
         open_checkpoint(folder)
     (folder / INDEX_FILE).write_text(good)
     edit_index(folder, **{"z.weight": "model-00001-of-00002.safetensors"})

@@ -1,4 +1,4 @@
-"""Training runs from files to files on a tiny model: what they write, that they repeat, and that they can be resumed."""
+"""Training runs from files to files on a tiny model: what they write, that they repeat, that they resume."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from qlora_compile.runtime.interrupts import InterruptedRunError
 from qlora_compile.runtime.metrics import read_metrics
 from qlora_compile.runtime.reporters import SilentReporter, StepRecord
 
-WORDS = "the quick brown fox jumps over the lazy dog while seven wizards mix a jug of bad liquor".split()
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"]
+WORDS += ["while", "seven", "wizards", "mix", "a", "jug", "of", "bad", "liquor"]
 ADAPTER = "adapter_model.safetensors"
 
 
@@ -273,7 +275,7 @@ def test_kill_9_loses_at_most_the_steps_since_the_last_save(
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         metrics = out / "metrics.jsonl"
         while process.poll() is None and not (metrics.exists() and f'"step": {target},' in metrics.read_text()):
-            pass
+            time.sleep(0.02)
         process.kill()
         assert process.wait() == -signal.SIGKILL
     reporter = Recorder()

@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+
 from qlora_compile.runtime import fold as fold_module
 from qlora_compile.runtime.fold import LoraTerm, fold, measure
 
@@ -13,10 +14,9 @@ SHAPE = (37, 23)
 
 
 def half_ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Half a unit in the last place of `dtype` at each (fp64) value, which denormals bound from below."""
-    _, exponent = torch.frexp(values)
-    info = torch.finfo(dtype)
-    return torch.maximum(torch.ldexp(torch.tensor(info.eps / 4, dtype=torch.float64), exponent), values.abs() * 0)
+    """Half a unit in the last place of `dtype` at each fp64 value (none of them is a denormal of `dtype`)."""
+    _, exponent = torch.frexp(values)  # the mantissa is in [0.5, 1)
+    return torch.finfo(dtype).eps / 4 * torch.exp2(exponent.double())
 
 
 def terms(*ranks: int, scale: float = 0.5) -> list[LoraTerm]:

@@ -1,0 +1,131 @@
+"""Building the generated kernels: the compiler, the cache folder, failures, several processes at once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qlora_compile.errors import KernelError
+from qlora_compile.runtime import kernels
+from qlora_compile.runtime.kernels import cpp_build
+
+needs_compiler = pytest.mark.skipif(cpp_build.find_compiler() is None, reason="needs a C++ compiler")
+
+
+@pytest.fixture
+def fresh_kernels() -> Iterator[None]:
+    """Nothing built or looked up yet, before and after."""
+    caches = (kernels.find, kernels._warn_no_compiler, cpp_build.load, cpp_build.compiler_version)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_no_compiler_warns_once_and_finds_nothing(monkeypatch: pytest.MonkeyPatch, fresh_kernels: None) -> None:
+    monkeypatch.setattr(cpp_build, "find_compiler", lambda: None)
+    with pytest.warns(RuntimeWarning, match=r"No C\+\+ compiler was found.*apt install g\+\+.*set CXX"):
+        assert kernels.find("dequantize_4bit", "cpu") is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert kernels.find("dequantize_4bit", "cpu") is None
+        assert kernels.find("quantize_4bit", "cpu") is None
+    assert kernels.kernel_source("quantize_4bit", "cpu") is None
+
+
+def test_find_compiler_asks_inductor_then_cxx(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake = tmp_path / "my-c++"
+    fake.write_text("#!/bin/sh\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("CXX", str(fake))
+    monkeypatch.delitem(sys.modules, "torch._inductor.config", raising=False)
+    assert cpp_build.find_compiler() == str(fake)
+    monkeypatch.setenv("CXX", str(tmp_path / "absent"))
+    assert cpp_build.find_compiler() is None
+
+
+@needs_compiler
+def test_source_header_names_template_spec_and_flags() -> None:
+    path = kernels.kernel_source("dequantize_4bit", "cpu")
+    assert path is not None and path.suffix == ".cpp"
+    head = path.read_text().splitlines()[:5]
+    assert "dequantize_4bit: 4-bit codes" in head[0]
+    assert "runtime/kernels/dequantize_4bit.cpp.jinja" in head[1]
+    assert "nf4, fp4" in head[2] and "portable" in head[2]
+    assert "-ffp-contract=off" in head[3]
+    assert "{{" not in path.read_text() and "{%" not in path.read_text()
+
+
+@needs_compiler
+def test_compile_failure_carries_the_compilers_message(tmp_path: Path) -> None:
+    source = tmp_path / "broken.cpp"
+    source.write_text("int main( { return undeclared_name; }\n")
+    compiler = cpp_build.find_compiler()
+    assert compiler is not None
+    with pytest.raises(KernelError, match=r"failed on .*broken\.cpp(.|\n)*error:"):
+        cpp_build.compile_library(source, tmp_path / "broken.so", compiler, cpp_build.compiler_flags())
+    assert [p.name for p in tmp_path.iterdir()] == ["broken.cpp"], "nothing half-written stays"
+
+
+@needs_compiler
+def test_a_library_cut_short_is_built_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fresh_kernels: None
+) -> None:
+    monkeypatch.setenv("QLORA_COMPILE_CACHE_DIR", str(tmp_path))
+    source = cpp_build.write_source("dequantize_4bit")
+    source.with_suffix(".so").write_bytes(b"\x7fELF cut short")
+    assert cpp_build.load("dequantize_4bit").qlora_best_isa() >= 0
+    assert source.with_suffix(".so").stat().st_size > 1000
+
+
+def test_cache_folder_of_another_user_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("QLORA_COMPILE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + 1)
+    with pytest.raises(KernelError, match="belongs to another user"):
+        cpp_build.cache_dir()
+
+
+def test_cache_folder_that_cannot_be_made_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("QLORA_COMPILE_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    with pytest.raises(KernelError, match=r"cannot be made.*QLORA_COMPILE_CACHE_DIR"):
+        cpp_build.cache_dir()
+
+
+def test_cache_folder_stands_beside_inductors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("QLORA_COMPILE_CACHE_DIR", raising=False)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    folder = cpp_build.cache_dir()
+    assert folder.parent == tmp_path and folder.name.startswith("qlora_compile_")
+    assert folder.stat().st_mode & 0o077 == 0
+
+
+RACER = """
+import torch
+from qlora_compile import nf4
+from qlora_compile.runtime.kernels import find
+weight = torch.linspace(-1, 1, 205)
+data = find("quantize_4bit", "cpu")(weight, "nf4", 32, True)
+assert torch.equal(data.codes, nf4.quantize_reference(weight, "nf4", 32, True).codes)
+"""
+
+
+@needs_compiler
+def test_two_processes_may_build_at_once(tmp_path: Path) -> None:
+    environment = os.environ | {"QLORA_COMPILE_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    runs = [
+        subprocess.Popen([sys.executable, "-c", RACER], env=environment, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for run in runs:
+        _, message = run.communicate(timeout=120)
+        assert run.returncode == 0, message
+    names = sorted(p.suffix for p in tmp_path.iterdir())
+    assert names == [".cpp", ".so"], "one library, no temporary files"

@@ -1,0 +1,111 @@
+"""The generated C++ product of a few rows with 4-bit weights, against fp64 sums over the dequantized weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qlora_compile import nf4
+from qlora_compile.errors import KernelError
+from qlora_compile.runtime import kernels
+from qlora_compile.runtime.kernels import cpp_build
+
+available = cpp_build.find_compiler() is not None and kernels.find("linear_4bit_small", "cpu") is not None
+pytestmark = pytest.mark.skipif(not available, reason="needs a C++ compiler and AVX-512 BF16")
+
+
+def run(x: Tensor, data: nf4.QuantizedData, shape: tuple[int, int], quant_type: str, block_size: int, out: Tensor):
+    kernel = kernels.find("linear_4bit_small", "cpu")
+    assert kernel is not None
+    kernel(x, *data, *shape, quant_type, block_size, out)
+    return out
+
+
+def check(
+    x: Tensor, y: Tensor, data: nf4.QuantizedData, shape: tuple[int, int], quant_type: str, block_size: int
+) -> None:
+    dense = nf4.dequantize_reference(*data, shape, quant_type, block_size, torch.float32).double()
+    expected, magnitudes = x.double() @ dense.t(), x.double().abs() @ dense.abs().t()
+    # The kernel rounds the code book to bf16 (relative error at most 2^-9); fp32 sums of K terms add less than 2^-12.
+    # A bf16 result is rounded once more, relative to itself.
+    tolerance = magnitudes * (2**-9 + 2**-12) + (expected.abs() * 2**-8 if y.dtype == torch.bfloat16 else 0) + 1e-30
+    assert ((y.double() - expected).abs() <= tolerance).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    m=st.integers(1, 19),
+    n=st.integers(1, 37),
+    blocks=st.integers(1, 9),
+    block_size=st.sampled_from([32, 64, 128, 512]),
+    quant_type=st.sampled_from(["nf4", "fp4"]),
+    double_quant=st.booleans(),
+    out_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 999),
+)
+def test_product_equals_the_dense_one(
+    m: int, n: int, blocks: int, block_size: int, quant_type: str, double_quant: bool, out_dtype: torch.dtype, seed: int
+) -> None:
+    gen = torch.Generator().manual_seed(seed)
+    k = blocks * block_size
+    data = nf4.quantize_reference(torch.randn(n, k, generator=gen), quant_type, block_size, double_quant)
+    x = torch.randn(m, k, generator=gen).bfloat16()
+    out = torch.full((m * n + 3,), 7.0, dtype=out_dtype)
+    y = run(x, data, (n, k), quant_type, block_size, out)[: m * n].view(m, n)
+    check(x, y, data, (n, k), quant_type, block_size)
+    assert (out[m * n :] == 7.0).all(), "wrote past the end"
+
+
+def test_each_weight_meets_its_own_column() -> None:
+    """Unit rows of x pick single columns of W: an exact check of the nibble order and of each block's scale."""
+    n, k = 5, 192
+    data = nf4.quantize_reference(torch.randn(n, k) * torch.logspace(-3, 3, n * k).view(n, k), "nf4", 32, False)
+    y = run(torch.eye(k).bfloat16(), data, (n, k), "nf4", 32, torch.empty(k, n))
+    codes = torch.stack([data.codes >> 4, data.codes & 15], dim=1).view(-1)
+    book = nf4.code_book("nf4").bfloat16().float()
+    expected = book[codes.int()].view(-1, 32) * data.absmax[:, None]
+    assert torch.equal(y, expected.view(n, k).t())
+
+
+def test_rows_of_x_may_be_strided_and_absent() -> None:
+    data = nf4.quantize_reference(torch.randn(7, 320), "fp4", 64, True)
+    wide = torch.randn(3, 500).bfloat16()
+    x = wide[:, 9:329]
+    assert not x.is_contiguous()
+    y = run(x, data, (7, 320), "fp4", 64, torch.empty(3, 7))
+    assert torch.equal(y, run(x.contiguous(), data, (7, 320), "fp4", 64, torch.empty(3, 7)))
+    assert run(x[:0], data, (7, 320), "fp4", 64, torch.empty(0, 7)).shape == (0, 7)
+
+
+def test_thread_count_changes_nothing() -> None:
+    data = nf4.quantize_reference(torch.randn(301, 448), "nf4", 64, True)
+    x = torch.randn(5, 448).bfloat16()
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run(x, data, (301, 448), "nf4", 64, torch.empty(5, 301)))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_bad_arguments_never_reach_c() -> None:
+    data = nf4.quantize_reference(torch.randn(7, 96), "nf4", 64, True)
+    x, out = torch.randn(3, 96).bfloat16(), torch.empty(3, 7)
+    with pytest.raises(KernelError, match="needs whole blocks in each row: 96 is no multiple of 64"):
+        run(x, data, (7, 96), "nf4", 64, out)
+    data = nf4.quantize_reference(torch.randn(7, 128), "nf4", 64, True)
+    with pytest.raises(KernelError, match=r"x must be a bfloat16 \[M, 128\] CPU tensor"):
+        run(x, data, (7, 128), "nf4", 64, out)
+    x = torch.randn(3, 128).bfloat16()
+    with pytest.raises(KernelError, match="x must be a bfloat16"):
+        run(x.float(), data, (7, 128), "nf4", 64, out)
+    with pytest.raises(KernelError, match="codes holds 448 elements, the weight needs 512"):
+        run(x, data, (8, 128), "nf4", 64, out)
+    with pytest.raises(KernelError, match="out holds 20 elements, the product needs 21"):
+        run(x, data, (7, 128), "nf4", 64, out.view(-1)[:20])
