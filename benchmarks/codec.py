@@ -27,9 +27,11 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from qlora_compile import nf4
 from qlora_compile.runtime.kernels import find
 
+Times = dict[str, tuple[float, float]]  # contestant -> (median, best) in seconds
 
-def alternate(contestants: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each contestant, after two warm-up rounds; one call of each per round."""
+
+def alternate(contestants: dict[str, Callable[[], object]], repeats: int) -> Times:
+    """Median and best seconds of each contestant, after two warm-up rounds; one call of each per round."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(repeats + 2):
         for name, run in contestants.items():
@@ -37,10 +39,10 @@ def alternate(contestants: dict[str, Callable[[], object]], repeats: int) -> dic
             run()
             if turn >= 2:
                 times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: (statistics.median(values), min(values)) for name, values in times.items()}
 
 
-def bench_dequantize(rows: int, columns: int, repeats: int) -> dict[str, float]:
+def bench_dequantize(rows: int, columns: int, repeats: int) -> Times:
     """Times in seconds."""
     weight = torch.randn(rows, columns, dtype=torch.bfloat16)
     data = nf4.quantize_reference(weight, "nf4", 64, True)
@@ -67,7 +69,7 @@ def bench_dequantize(rows: int, columns: int, repeats: int) -> dict[str, float]:
     )
 
 
-def bench_quantize(rows: int, columns: int, repeats: int) -> dict[str, float]:
+def bench_quantize(rows: int, columns: int, repeats: int) -> Times:
     """Times in seconds, double quantization included on both sides."""
     weight = torch.randn(rows, columns, dtype=torch.bfloat16)
     kernel = find("quantize_4bit", "cpu")
@@ -82,7 +84,7 @@ def bench_quantize(rows: int, columns: int, repeats: int) -> dict[str, float]:
     )
 
 
-def bench_linear(rows: int, columns: int, tokens: int, repeats: int) -> dict[str, float] | None:
+def bench_linear(rows: int, columns: int, tokens: int, repeats: int) -> Times | None:
     """Times in seconds of a product with `tokens` rows; None on a machine that has no such kernel."""
     kernel = find("linear_4bit_small", "cpu")
     if kernel is None:
@@ -105,10 +107,12 @@ def bench_linear(rows: int, columns: int, tokens: int, repeats: int) -> dict[str
         )
 
 
-def show(title: str, times: dict[str, float]) -> None:
+def show(title: str, times: Times) -> None:
     print(title)
-    for name, seconds in times.items():
-        print(f"  {name:<24}{seconds * 1e6:>12.0f} us   {seconds / times['ours']:>6.2f}x ours")
+    ours = times["ours"]
+    for name, (median, best) in times.items():
+        ratios = f"{median / ours[0]:>7.2f}x ours, best {best / ours[1]:.2f}x"
+        print(f"  {name:<24}{median * 1e6:>9.0f} us (best {best * 1e6:>9.0f}) {ratios}")
 
 
 def main() -> None:
@@ -119,7 +123,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the times (seconds) here too")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    results: dict[str, dict[str, float]] = {}
+    results: dict[str, Times] = {}
     for shape in args.shapes.split(","):
         rows, columns = map(int, shape.split("x"))
         results[f"dequantize {shape}"] = bench_dequantize(rows, columns, args.repeats)

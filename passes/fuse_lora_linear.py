@@ -63,12 +63,18 @@ def _fuse(node: fx.Node, last: fx.Node, branches: list[Branch], quantized: bool,
     dtype = dtype_of(given) or ctx.config.compute_dtype
     if quantized:
         codes, absmax, scale, offset, shape, quant_type, block_size, dtype = weight.args
-        tensors: list[Any] = [[codes], [absmax], [scale] if scale is not None else [], [offset] if scale is not None else []]
+        tensors: list[Any] = [
+            [codes],
+            [absmax],
+            [scale] if scale is not None else [],
+            [offset] if scale is not None else [],
+        ]
         out_features = int(shape[0])
     else:
         tensors, quant_type, block_size = [[weight], [], [], []], "none", 0
         out_features = int(weight.meta["example_value"].shape[0])
     dropout = branches[0].dropout if branches else 0.0
+    before = last.next
     args = (
         x,
         *tensors,
@@ -78,14 +84,14 @@ def _fuse(node: fx.Node, last: fx.Node, branches: list[Branch], quantized: bool,
         [w for branch in branches for w in branch.weights],
         [branch.alpha for branch in branches],
         [len(branches)],
-        [_seed(last, node) for _ in branches] if dropout else [],
+        [_seed(before, node) for _ in branches] if dropout else [],
         dropout,
         [out_features],
         quant_type,
         block_size,
         dtype,
     )
-    fused = emit(last.next, torch.ops.qlora.lora_linear.default, args, node)
+    fused = emit(before, torch.ops.qlora.lora_linear.default, args, node)
     out = emit(fused.next, operator.getitem, (fused, 0), node)
     fused.meta["qlora_sites"] = node.meta.get("qlora_sites") or _sites_of(weight, ctx)
     out.meta["example_value"] = node.meta.get("example_value")
@@ -106,8 +112,8 @@ def _sites_of(weight: fx.Node, ctx: PassContext) -> tuple[str, ...]:
     return (entry.name,) if entry else ()
 
 
-def _seed(last: fx.Node, like: fx.Node) -> fx.Node:
+def _seed(before: fx.Node, like: fx.Node) -> fx.Node:
     """A fresh 0-dim int64 seed per call: the backward draws the same mask from it, so no mask is stored."""
-    node = emit(last.next, torch.randint, (0, 2**62, ()), like)
+    node = emit(before, torch.randint, (0, 2**62, ()), like)
     node.kwargs = {"dtype": torch.int64, "device": "cpu"}
     return node

@@ -32,7 +32,9 @@ def group_linears(gm: fx.GraphModule, ctx: PassContext) -> int:
     for members in groups.values():
         late = [m for m in members if _depends_on_late_input(m, members[0], order)]
         for member in late:
-            ctx.decline(", ".join(member.meta.get("qlora_sites", ())), "an input of it is computed after the first member")
+            ctx.decline(
+                ", ".join(member.meta.get("qlora_sites", ())), "an input of it is computed after the first member"
+            )
         members = [m for m in members if m not in late]
         if len(members) > 1:
             _merge(members)

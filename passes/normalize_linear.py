@@ -77,7 +77,7 @@ def _rewrite(node: fx.Node, x: Any, weight: Any, bias: Any, ctx: PassContext) ->
 
 def _under_transpose(node: Any) -> Any:
     """W.t() -> W, keeping casts that stand between them out of the way."""
-    root, odd = peel_transposes(node)
+    odd = peel_transposes(node)[1]
     while odd:
         node = node.args[0]
         odd = peel_transposes(node)[1]

@@ -38,9 +38,7 @@ def quantize_weights(gm: fx.GraphModule, ctx: PassContext) -> int:
             continue
         if not ctx.edits.quantizes() and not hasattr(entry.param, "codes"):
             continue
-        site = ctx.edits.quantize(
-            entry, fan_in_fan_out=transposed == {True}, as_module=used_as_module(entry, linears)
-        )
+        site = ctx.edits.quantize(entry, fan_in_fan_out=transposed == {True}, as_module=used_as_module(entry, linears))
         for linear in linears:
             _rewrite(linear, entry, site.info.compute_dtype, ctx)
         count += len(linears)

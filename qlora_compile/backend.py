@@ -52,7 +52,10 @@ def state_only(config: QLoRAConfig) -> Callable[..., Any]:
 
 
 def _compile(
-    gm: fx.GraphModule, example_inputs: list[Any], options: Mapping[str, Any] | QLoRAConfig | None, lower: Lowering | None
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    options: Mapping[str, Any] | QLoRAConfig | None,
+    lower: Lowering | None,
 ) -> Callable[..., Any]:
     root = root_module(gm)
     if root is None:  # a piece of a model without parameters, or a function of tensors: nothing of ours to do

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -78,9 +79,13 @@ class QLoRAConfig:
             if value is None and name == "modules_to_save":
                 object.__setattr__(self, name, ())
             elif isinstance(value, (list, set, frozenset, tuple)):
-                object.__setattr__(self, name, tuple(sorted(value)))
+                object.__setattr__(self, name, tuple(sorted(value, key=str)))
         for name in ("rank_pattern", "alpha_pattern"):
+            value = getattr(self, name)
+            _require(value is None or isinstance(value, Mapping), name, value, "a mapping of module names to numbers")
             object.__setattr__(self, name, dict(getattr(self, name) or {}))
+        if isinstance(self.dump_dir, os.PathLike):
+            object.__setattr__(self, "dump_dir", os.fspath(self.dump_dir))
         self._check_adapters()
         self._check_targets()
         self._check_rest()
@@ -121,6 +126,8 @@ class QLoRAConfig:
         ok = _is_number(self.activation_budget) and 0 <= self.activation_budget <= 1
         _require(ok, "activation_budget", self.activation_budget, "a fraction from 0 (recompute all) to 1 (keep all)")
         _require(self.lowering in LOWERINGS, "lowering", self.lowering, f"one of {', '.join(LOWERINGS)}")
+        ok = self.dump_dir is None or (isinstance(self.dump_dir, str) and self.dump_dir != "")
+        _require(ok, "dump_dir", self.dump_dir, "a folder or None")
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | QLoRAConfig | None) -> QLoRAConfig:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
 from torch._dynamo.exc import ShortenTraceback
 
-from .errors import ModelStateError, QLoRACompileError
+from .errors import QLoRACompileError
 
 _MODULE_ITEM = re.compile(r"\._(modules|parameters|buffers)\[")
 
@@ -42,7 +43,7 @@ def root_module(gm: fx.GraphModule) -> nn.Module | None:
         match = _MODULE_ITEM.search(name)
         if match is None or scopes is None:
             continue
-        value = eval(name[: match.start()], dict(scopes))  # noqa: S307  Dynamo's own source expression
+        value = eval(name[: match.start()], dict(scopes))  # Dynamo's own source expression
         if isinstance(value, torch._dynamo.eval_frame.OptimizedModule):
             value = value._orig_mod
         if isinstance(value, nn.Module):
@@ -52,12 +53,12 @@ def root_module(gm: fx.GraphModule) -> nn.Module | None:
 
 def _frame_scopes() -> dict[str, Any] | None:
     """{"L": locals, "G": globals} of the frame that Dynamo traces: its OutputGraph stands in a caller of the backend."""
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
-        owner = frame.f_locals.get("self")
+        owner: Any = frame.f_locals.get("self")
         if type(owner).__name__ == "OutputGraph":
             return {"L": owner.local_scope, "G": owner.global_scope}
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None
 
 
@@ -77,9 +78,3 @@ def surfaced(error: _Error) -> _Error:
     new._torch_dynamo_tracer_output = None
     new.frame_exec_strategy = None
     return new
-
-
-def require_dynamo_call(gm: fx.GraphModule) -> None:
-    """Raises ModelStateError if the backend was called by hand on a graph that Dynamo did not make."""
-    if not any("grapharg" in node.meta for node in gm.graph.nodes if node.op == "placeholder"):
-        raise ModelStateError("The backend 'qlora' is called by torch.compile(model, backend='qlora'), not by hand.")

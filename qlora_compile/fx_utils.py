@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +40,8 @@ def add_placeholder(graph: fx.Graph, name: str, example: torch.Tensor) -> fx.Nod
     """Append a placeholder after the last one, with a source of its own and its shape and dtype as example value."""
     last = [node for node in graph.nodes if node.op == "placeholder"]
     with graph.inserting_after(last[-1]) if last else graph.inserting_before(next(iter(graph.nodes))):
-        node = graph.placeholder(name.replace(".", "_"))
+        # `0.codes` of an nn.Sequential is no Python name
+        node = graph.placeholder(f"state_{re.sub(r'[^0-9A-Za-z_]', '_', name)}")
     node._dynamo_source = SyntheticLocalSource(node.name)  # type: ignore[attr-defined]
     node.meta["example_value"] = torch.empty(example.shape, dtype=example.dtype, device="meta")
     return node

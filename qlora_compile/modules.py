@@ -71,7 +71,7 @@ class QLoRALinear(nn.Module):
 
 
 @functools.cache
-def _qlora_class(cls: type[nn.Module]) -> type[nn.Module]:
+def _qlora_class(cls: Any) -> type[nn.Module]:
     return type("QLoRALinear", (QLoRALinear, cls), {"__module__": __name__, "__doc__": QLoRALinear.__doc__})
 
 
@@ -89,7 +89,7 @@ def _adapted_weight(module: nn.Module, param_name: str) -> Tensor:
 
 
 @functools.cache
-def _adapted_class(cls: type[nn.Module], param_name: str) -> type[nn.Module]:
+def _adapted_class(cls: Any, param_name: str) -> type[nn.Module]:
     body = {
         param_name: property(lambda self: _adapted_weight(self, param_name)),
         "__module__": cls.__module__,
@@ -186,7 +186,7 @@ def attach(owners: list[tuple[nn.Module, str]], info: AdapterInfo, *, as_module:
     shared |= {"lora_weight": {}, "lora_scaling": info.scaling, "lora_dtype": info.compute_dtype}
     shared |= {"lora_dropout": info.dropout, "lora_fan_in_fan_out": info.fan_in_fan_out}
     for module, name in owners:
-        for key, value in shared.items():
+        for key in shared:
             if hasattr(module, prefix + key):
                 raise ModelStateError(
                     f"{info.site} cannot be adapted: {type(module).__name__} already has {prefix + key!r}."
@@ -248,7 +248,9 @@ def add_adapter(
     wanted = rank if isinstance(rank, Mapping) else dict.fromkeys(sites, rank)
     missing = [site for site in wanted if site not in sites]
     if missing:
-        raise NoAdapterError(f"The model has no adapted layer {missing[0]!r} ({len(missing)} of {len(wanted)} unknown).")
+        raise NoAdapterError(
+            f"The model has no adapted layer {missing[0]!r} ({len(missing)} of {len(wanted)} unknown)."
+        )
     taken = [site for site in wanted if name in sites[site].adapters]
     if taken:
         raise ModelStateError(f"{taken[0]} already has an adapter {name!r}: choose another name.")

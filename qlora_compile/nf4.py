@@ -24,6 +24,12 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 SCALE_BLOCK_SIZE = 256  # block size of the second quantization, that of the scales
 _CHUNK = 1 << 22  # elements handled at a time: bounds temporary memory; a multiple of every block size, and even
 
+
+def _fp32(values: Sequence[float]) -> Tensor:
+    """A CPU tensor whatever the default device and dtype are."""
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
+
+
 _NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
@@ -34,7 +40,7 @@ _FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)  # by the three l
 CODE_BOOKS: dict[str, tuple[float, ...]] = {
     "nf4": _NF4,
     # The division is fp32's, as bitsandbytes' is: 1/3 here is not Python's 1/3. Both zeros are positive (0.0 + -0.0).
-    "fp4": tuple((torch.tensor([0.0 + s * m for s in (1, -1) for m in _FP4_MAGNITUDES]) / 12.0).tolist()),
+    "fp4": tuple((_fp32([0.0 + s * m for s in (1, -1) for m in _FP4_MAGNITUDES]) / 12.0).tolist()),
 }
 
 
@@ -62,7 +68,7 @@ def check_format(quant_type: str, block_size: int) -> None:
 @functools.cache
 def code_book(quant_type: str) -> Tensor:
     """The 16 values by code index, fp32 [16], on the CPU. Shared: do not write to it."""
-    return torch.tensor(CODE_BOOKS[quant_type], dtype=torch.float32)
+    return _fp32(CODE_BOOKS[quant_type])
 
 
 @functools.cache
@@ -83,20 +89,27 @@ def dynamic_map(signed: bool = True) -> Tensor:
     values = [0.0, 1.0]
     for exponent in range(7):
         steps = 2**exponent if signed else 2 ** (exponent + 1)
-        boundaries = torch.linspace(0.1, 1, steps + 1, dtype=torch.float32)
+        boundaries = torch.linspace(0.1, 1, steps + 1, dtype=torch.float32, device="cpu")
         means = (boundaries[:-1] + boundaries[1:]) / 2.0 * 10 ** (exponent - 6)
         values += means.tolist()
         if signed:
             values += (-means).tolist()
-    return torch.tensor(sorted(values + [0.0] * (256 - len(values))), dtype=torch.float32)
+    return _fp32(sorted(values + [0.0] * (256 - len(values))))
 
 
 @functools.cache
 def _dynamic_map_lookup() -> Tensor:
     """Nearest signed dynamic code of each of 65,536 evenly spaced values in [-1, 1], uint8 [65536]."""
     values = dynamic_map()
-    grid = torch.arange(65536, dtype=torch.float64) / 65535 * 2 - 1
+    grid = torch.arange(65536, dtype=torch.float64, device="cpu") / 65535 * 2 - 1
     return torch.bucketize(grid.float(), (values[:-1] + values[1:]) / 2).to(torch.uint8)
+
+
+# Filled now: first called later, they might keep a fake tensor or an inference tensor of whoever called.
+with torch.inference_mode(False):
+    for _name in CODE_BOOKS:
+        code_book(_name), code_bounds(_name)
+    dynamic_map(), _dynamic_map_lookup()
 
 
 def quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor]:

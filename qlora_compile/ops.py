@@ -419,10 +419,7 @@ def _(
     return [*dx, *(torch.empty_like(a) for a in lora_a), *(torch.empty_like(b) for b in lora_b)]
 
 
-_ARGUMENTS = (
-    "x weight absmax absmax_scale absmax_offset bias lora_a lora_b scaling alpha adapters seed dropout out_features "
-    "quant_type block_size dtype"
-).split()
+_ARGUMENTS = tuple(argument.name for argument in torch.ops.qlora.lora_linear.default._schema.arguments)
 _TENSOR_LISTS = ("weight", "absmax", "absmax_scale", "absmax_offset", "lora_a", "lora_b", "scaling", "seed")
 
 

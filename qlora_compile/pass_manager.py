@@ -115,13 +115,11 @@ def run_passes(gm: fx.GraphModule, ctx: PassContext, pipeline: Sequence[Pass]) -
             gm.recompile()
         except QLoRACompileError:
             raise
-        except Exception as error:  # noqa: BLE001  re-raised with the pass's name: the original is the cause
+        except Exception as error:  # re-raised with the pass's name: the original is the cause
             raise PassError(f"Pass {name!r} failed: {type(error).__name__}: {error}") from error
         ms = (time.perf_counter() - start) * 1e3
         result.stages[name] = snapshot(gm.graph)
-        result.passes.append(
-            PassResult(name, rewrites, ms, tuple(ctx.declined), len(before), len(result.stages[name]))
-        )
+        result.passes.append(PassResult(name, rewrites, ms, tuple(ctx.declined), len(before), len(result.stages[name])))
         _dump(ctx, number, name, gm)
     return result
 

@@ -60,7 +60,11 @@ def require_targets(targets: Iterable[ParamInfo], found: Iterable[ParamInfo], ed
     what = f"it has: {'; '.join(names[:8])}{f'; and {len(names) - 8} more' if len(names) > 8 else ''}"
     raise NoTargetError(
         f"No linear layer of {type(edits.root).__name__} matches target_modules={edits.config.target_modules!r}: "
-        + (what if names else "it has no linear module; give prepare() example_inputs to find linears that are not modules")
+        + (
+            what
+            if names
+            else "it has no linear module; give prepare() example_inputs to find linears that are not modules"
+        )
         + "."
     )
 

@@ -46,7 +46,9 @@ class CompileReport:
     graphs: int = 0
 
     @classmethod
-    def of_graph(cls, root: nn.Module, config: QLoRAConfig, gm: fx.GraphModule, result: PipelineResult) -> CompileReport:
+    def of_graph(
+        cls, root: nn.Module, config: QLoRAConfig, gm: fx.GraphModule, result: PipelineResult
+    ) -> CompileReport:
         """The report of one compiled graph: its passes and stages; the rest is read off the model when asked."""
         return cls(type(root).__name__, config, passes=result.passes, stages=result.stages, graphs=1)
 
@@ -104,7 +106,9 @@ class CompileReport:
             table.add_row(linear.name, shape, f"{linear.bits:.3f}", rank, group, linear.lowering)
         console.print(table)
         for what, amount in self.memory.items():
-            console.print(f"{what.replace('_', ' ')}: {amount:,.3f}" if what.startswith("bits") else _bytes(what, amount))
+            console.print(
+                f"{what.replace('_', ' ')}: {amount:,.3f}" if what.startswith("bits") else _bytes(what, amount)
+            )
 
     def __str__(self) -> str:
         text = io.StringIO()

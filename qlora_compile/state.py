@@ -115,7 +115,7 @@ class ModelEdits:
     def decline_reason(self, entry: ParamInfo) -> str | None:
         """Why this weight is no target (for a linear whose weight it is), or None if it is one."""
         name, param, config = entry.name, entry.param, self.config
-        if self.is_peft and not config.quantize == True:  # noqa: E712 ("auto" is truthy)
+        if self.is_peft and not self.quantizes():
             return "a PEFT model's dense base stays as it is (quantize='auto')"
         if self.is_peft and any(part in name for part in ("lora_A.", "lora_B.", "lora_embedding", "modules_to_save")):
             return "it is a PEFT adapter"
@@ -233,8 +233,7 @@ def linear_entries(edits: ModelEdits) -> list[tuple[ParamInfo, bool]]:
     found: list[tuple[ParamInfo, bool]] = []
     for entry in edits.all():
         owners: list[Any] = [module for _, module, key in entry.owners if key == "weight" and is_linear_module(module)]
-        if owners and len(owners) == len(entry.owners):
-            found.append((entry, is_conv1d(owners[0])))
-        elif owners and edits.decline_reason(entry) is not None:
+        # one that something else holds too is listed where it is no target anyway, so that an error can name it
+        if owners and (len(owners) == len(entry.owners) or edits.decline_reason(entry) is not None):
             found.append((entry, is_conv1d(owners[0])))
     return found

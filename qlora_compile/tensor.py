@@ -236,7 +236,12 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
 
 
 def quantize_4bit(
-    weight: Tensor, *, quant_type: str = "nf4", block_size: int = 64, double_quant: bool = True, transposed: bool = False
+    weight: Tensor,
+    *,
+    quant_type: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    transposed: bool = False,
 ) -> QuantizedTensor:
     """Dense weight (fp32, bf16 or fp16, any shape) -> QuantizedTensor of the same shape and dtype.
 
@@ -254,11 +259,15 @@ def quantize_4bit(
         raise InvalidWeightError(f"Only a 2-D weight can be stored transposed, this one is {tuple(weight.shape)}.")
     with torch.inference_mode(False), torch.no_grad():
         weight = weight.detach()
-        parts = torch.ops.qlora.quantize_4bit(weight.t() if transposed else weight, quant_type, block_size, double_quant)
+        parts = torch.ops.qlora.quantize_4bit(
+            weight.t() if transposed else weight, quant_type, block_size, double_quant
+        )
     # One NaN or infinity makes its block's absmax NaN or infinite: looking at the scales is enough.
     scales = parts[2:] if double_quant else parts[1:2]
     if weight.device.type != "meta" and not all(bool(torch.isfinite(part).all()) for part in scales):
-        raise InvalidWeightError("The weight holds NaN or infinity and cannot be quantized: repair the checkpoint first.")
+        raise InvalidWeightError(
+            "The weight holds NaN or infinity and cannot be quantized: repair the checkpoint first."
+        )
     data = nf4.QuantizedData(*parts, *[None] * (4 - len(parts)))
     layout = Layout(quant_type, block_size, transposed, tuple(weight.shape), weight.stride(), weight.dtype)
     return QuantizedTensor(data, layout)

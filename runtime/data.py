@@ -8,6 +8,7 @@ loss; blocks without any token to learn are left out.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class PackedData:
         """How many labels count in the loss: the first of each block has nothing before it to be predicted from."""
         return count_loss_tokens(self.labels)
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """The SHA-256 of every token and label, so that a resumed run can tell whether it sees the same data."""
         digest = hashlib.sha256(f"{tuple(self.input_ids.shape)}".encode())

@@ -68,8 +68,10 @@ def finetune(config: FinetuneConfig, reporter: Reporter | None = None) -> Finetu
             run.train()
             return run.finish()
     except QLoRACompileError as error:
-        run.record_end("interrupted" if isinstance(error, InterruptedRunError) else "failed", error=str(error))
-        run.folder.remove_if_empty()
+        if run.step == 0:
+            run.folder.remove_unstarted()
+        else:
+            run.record_end("interrupted" if isinstance(error, InterruptedRunError) else "failed", error=str(error))
         raise
     finally:
         reporter.close()
@@ -152,10 +154,10 @@ class _Run:
             while self.step < self.total_steps:
                 self._one_step(clock)
                 last = self.step == self.total_steps
-                if config.save_every and (self.step % config.save_every == 0 or last):
-                    self._save()
                 if watch.signal_name and not last:
                     self._stop(watch.signal_name)
+                if config.save_every and (self.step % config.save_every == 0 or last):
+                    self._save()
                 if config.eval_every and self.step % config.eval_every == 0 and not last:
                     self._evaluate("training")
 
@@ -244,8 +246,8 @@ class _Run:
     def _stop(self, signal_name: str) -> None:
         path = self._save()
         raise InterruptedRunError(
-            f"Stopped by {signal_name} after step {self.step} of {self.total_steps}; the checkpoint is {path}: go on "
-            f"from it by running the same command with resume."
+            f"Stopped by {signal_name} after step {self.step} of {self.total_steps}; the checkpoint is {path}: "
+            f"to go on, run the same command with --resume (in Python: resume=True)."
         )
 
     def _check_same(self, what: str, fingerprint: str, path: Path) -> None:

@@ -105,7 +105,7 @@ def materialize(path: Path | str, out: Path | str, dtype: torch.dtype = torch.bf
     out = Path(out)
     check_output_folder(out)
     model, tokenizer = load_model(path, dtype)
-    with new_folder(out) as temporary:
+    with new_folder(out) as temporary, _quiet(_transformers(locate_model(path))):
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     return out

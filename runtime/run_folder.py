@@ -50,8 +50,10 @@ class RunFolder:
             reporter.notice(f"there is no checkpoint in {self.path} yet: starting at step 0")
         return checkpoint
 
-    def remove_if_empty(self) -> None:
-        """Leave nothing behind of a run that failed before it wrote anything."""
+    def remove_unstarted(self) -> None:
+        """Leave nothing behind of a run that failed before its first step, so that the next try finds no run here."""
+        for file in (self.run, self.metrics):
+            file.unlink(missing_ok=True)
         if self.path.is_dir() and not any(self.path.iterdir()):
             self.path.rmdir()
 

@@ -22,7 +22,7 @@ import jinja2
 import torch
 
 from ...errors import KernelError
-from ...nf4 import CODE_BOOKS, code_bounds
+from ...nf4 import CODE_BOOKS, code_book, code_bounds
 
 TEMPLATES = Path(__file__).parent
 PURPOSES = {
@@ -105,7 +105,7 @@ def render(op: str, build: str) -> str:
         template=f"runtime/kernels/{template}",
         isas=instruction_sets(),
         code_books={name: [_literal(v) for v in values] for name, values in CODE_BOOKS.items()},
-        code_books_bf16={name: _bf16_bits(values) for name, values in CODE_BOOKS.items()},
+        code_books_bf16={name: _bf16_bits(name) for name in CODE_BOOKS},
         bounds=bounds,
         build=build,
     )
@@ -115,8 +115,8 @@ def _literal(value: float) -> str:
     return f"{value.hex()}f"  # hexadecimal: exact
 
 
-def _bf16_bits(values: tuple[float, ...]) -> list[int]:
-    return [bits & 0xFFFF for bits in torch.tensor(values).bfloat16().view(torch.int16).tolist()]
+def _bf16_bits(quant_type: str) -> list[int]:
+    return [bits & 0xFFFF for bits in code_book(quant_type).bfloat16().view(torch.int16).tolist()]
 
 
 def write_source(op: str) -> Path:

@@ -111,8 +111,8 @@ def make_quantize_4bit() -> Callable[..., QuantizedData]:
         check_format(quant_type, block_size)
         _check("weight", weight, tuple(DTYPES), 0)
         numel = weight.numel()
-        codes = torch.empty((numel + 1) // 2, dtype=torch.uint8)
-        absmax = torch.empty(-(-numel // block_size), dtype=torch.float32)
+        codes = torch.empty((numel + 1) // 2, dtype=torch.uint8, device="cpu")
+        absmax = torch.empty(-(-numel // block_size), dtype=torch.float32, device="cpu")
         kernel(
             *(weight.data_ptr(), codes.data_ptr(), absmax.data_ptr(), numel, block_size),
             *(_QUANT_TYPES[quant_type], DTYPES[weight.dtype], _isa_number(isa), torch.get_num_threads()),
@@ -159,7 +159,7 @@ def make_linear_4bit_small() -> Callable[..., None] | None:
         _check("codes", codes, (torch.uint8,), N * K // 2)
         _check_scales(absmax, absmax_scale, absmax_offset, N * K // block_size)
         _check("out", out, (torch.float32, torch.bfloat16), M * N, "the product")
-        planes = torch.empty(M * -(-K // 128) * 128, dtype=torch.bfloat16)
+        planes = torch.empty(M * -(-K // 128) * 128, dtype=torch.bfloat16, device="cpu")
         kernel(
             *(x.data_ptr(), codes.data_ptr(), absmax.data_ptr(), _data(absmax_scale), _data(absmax_offset)),
             *(scale_map.data_ptr(), planes.data_ptr(), out.data_ptr(), M, N, K, x.stride(0), block_size),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -199,6 +201,21 @@ def test_error_is_at_most_half_a_step() -> None:
     absmax = data.absmax.repeat_interleave(64)[: w.numel()].view(w.shape)
     # Half of the widest gap of the code book (-1.0 to -0.696); 1e-6 for the fp32 products.
     assert ((w - out).abs() <= absmax * (0.3038072 / 2 + 1e-6)).all()
+
+
+def test_tables_do_not_depend_on_the_callers_modes() -> None:
+    """Imported first under another default device and dtype, used first under inference mode."""
+    program = """
+import torch
+torch.set_default_dtype(torch.bfloat16)
+with torch.device("meta"), torch.inference_mode():
+    from qlora_compile import nf4
+    tables = [nf4.dynamic_map(), *map(nf4.code_book, nf4.CODE_BOOKS), nf4.code_bounds("fp4")[0]]
+assert all(t.dtype == torch.float32 and t.device.type == "cpu" and not t.is_inference() for t in tables)
+assert nf4.CODE_BOOKS["fp4"][5] == 0.5 and nf4.CODE_BOOKS["fp4"][4] == torch.tensor(1 / 3, dtype=torch.float32).item()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_bad_arguments_are_named() -> None:

@@ -49,8 +49,11 @@ bool check(int64_t numel, int64_t block_size, int quant_type, int dtype, int isa
     const auto weight = weights(numel, dtype);
     auto codes = buffer<uint8_t>(code_bytes), other_codes = buffer<uint8_t>(code_bytes);
     auto absmax = buffer<float>(blocks), other_absmax = buffer<float>(blocks);
-    qlora_quantize_4bit(weight.get(), codes.get(), absmax.get(), numel, block_size, quant_type, dtype, 0, 2);
-    qlora_quantize_4bit(weight.get(), other_codes.get(), other_absmax.get(), numel, block_size, quant_type, dtype, isa, 2);
+    const auto encode = [&](uint8_t* to, float* scales, int path) {
+        qlora_quantize_4bit(weight.get(), to, scales, numel, block_size, quant_type, dtype, path, 2);
+    };
+    encode(codes.get(), absmax.get(), 0);
+    encode(other_codes.get(), other_absmax.get(), isa);
     if (std::memcmp(codes.get(), other_codes.get(), static_cast<size_t>(code_bytes)) != 0) return false;
     if (std::memcmp(absmax.get(), other_absmax.get(), static_cast<size_t>(blocks) * 4) != 0) return false;
 
@@ -65,8 +68,8 @@ bool check(int64_t numel, int64_t block_size, int quant_type, int dtype, int isa
         const void* scales = nested ? static_cast<const void*>(scale_codes.get()) : absmax.get();
         const auto decode = [&](void* to, int path) {
             qlora_dequantize_4bit(
-                codes.get(), scales, nested ? scale.get() : nullptr, nested ? offset.get() : nullptr, map.get(), to, numel,
-                block_size, numel % 2 ? 0 : int64_t{1} << 40, quant_type, dtype, path, 2
+                codes.get(), scales, nested ? scale.get() : nullptr, nested ? offset.get() : nullptr, map.get(), to,
+                numel, block_size, numel % 2 ? 0 : int64_t{1} << 40, quant_type, dtype, path, 2
             );
         };
         decode(out.get(), 0);
@@ -82,7 +85,8 @@ bool check_linear(int64_t M, int64_t N, int64_t K, int64_t block_size) {
     const int64_t numel = N * K, blocks = numel / block_size, stride = K + 3;
     const auto weight = weights(numel, 0), x_bytes = weights(M * stride, 1);
     auto codes = buffer<uint8_t>(numel / 2);
-    auto absmax = buffer<float>(blocks), map = buffer<float>(256), dense = buffer<float>(numel), y = buffer<float>(M * N);
+    auto absmax = buffer<float>(blocks), map = buffer<float>(256);
+    auto dense = buffer<float>(numel), y = buffer<float>(M * N);
     auto planes = buffer<uint16_t>(M * ((K + 127) / 128) * 128), x = buffer<uint16_t>((M - 1) * stride + K);
     std::memcpy(x.get(), x_bytes.get(), static_cast<size_t>((M - 1) * stride + K) * 2);
     qlora_quantize_4bit(weight.get(), codes.get(), absmax.get(), numel, block_size, 0, 0, 0, 2);
@@ -90,8 +94,8 @@ bool check_linear(int64_t M, int64_t N, int64_t K, int64_t block_size) {
         codes.get(), absmax.get(), nullptr, nullptr, map.get(), dense.get(), numel, block_size, 0, 0, 0, 0, 2
     );
     qlora_linear_4bit_small(
-        x.get(), codes.get(), absmax.get(), nullptr, nullptr, map.get(), planes.get(), y.get(), M, N, K, stride, block_size,
-        0, 0, 2
+        x.get(), codes.get(), absmax.get(), nullptr, nullptr, map.get(), planes.get(), y.get(), M, N, K, stride,
+        block_size, 0, 0, 2
     );
     for (int64_t m = 0; m < M; ++m)
         for (int64_t n = 0; n < N; ++n) {
@@ -117,7 +121,7 @@ int main() {
                 for (const int64_t block_size : {32, 64, 256})
                     for (const int64_t K : {1, 3, 4})
                         if (!check_linear(M, N, K * block_size, block_size)) {
-                            std::printf("linear %lld x %lld: wrong\n", static_cast<long long>(M), static_cast<long long>(N));
+                            std::printf("linear, M %d N %d: wrong\n", static_cast<int>(M), static_cast<int>(N));
                             return 1;
                         }
     for (int isa = qlora_best_isa(); isa >= 0; --isa)

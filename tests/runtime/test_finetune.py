@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_compile.config import QLoRAConfig
-from qlora_compile.errors import CheckpointError, ConfigError, DataError, NonFiniteError, OutputError
+from qlora_compile.errors import CheckpointError, ConfigError, DataError, NonFiniteError, NoTargetError, OutputError
 from qlora_compile.runtime import finetune as ft
 from qlora_compile.runtime.finetune import FinetuneConfig, FinetuneResult, finetune
 from qlora_compile.runtime.interrupts import InterruptedRunError
@@ -319,6 +319,12 @@ class TestBadInput:
         with pytest.raises(ConfigError, match="seq_len is 257, but the model reads at most 256"):
             run(make_config(seq_len=257))
 
+    def test_targets_that_match_nothing_leave_no_run_behind(self, make_config: Any, texts: Path) -> None:
+        config = make_config(eval_data=texts, qlora={"target_modules": ("no_such_layer",)})
+        with pytest.raises(NoTargetError, match="no_such_layer"):
+            run(config)
+        assert not config.out.exists()
+
     def test_numbers_that_stay_nan_end_the_run(self, make_config: Any) -> None:
         config = make_config(lr=1e18, max_grad_norm=0.0, steps=30, warmup=0)
         with pytest.raises(NonFiniteError, match="5 steps in a row"):
@@ -347,3 +353,17 @@ def test_modules_to_save_are_trained_and_resumed(make_config: Any) -> None:
     with pytest.raises(InterruptedRunError):
         run(make_config("cut", **changes), Recorder(at=4))
     assert_same_run(whole, run(make_config("cut", resume=True, **changes)))
+
+
+def test_a_compiled_run_gives_the_same_losses_from_one_graph(make_config: Any, texts: Path) -> None:
+    # Evaluation in the middle runs eagerly: it must neither compile a second graph nor undo the first.
+    common: dict[str, Any] = {"eval_data": texts, "eval_every": 3, "qlora": {"lora_dropout": 0.0, "lowering": "eager"}}
+    eager = run(make_config("eager", **common))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = run(make_config("compiled", compile=True, **common))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    # fp32 with sums in another order, over 8 steps.
+    assert compiled.losses == pytest.approx(eager.losses, abs=1e-4)
+    assert compiled.perplexity == pytest.approx(eager.perplexity, rel=1e-3)

@@ -1,0 +1,203 @@
+"""Whole training steps, side by side in one run: ours, bitsandbytes NF4 + PEFT, and the dense frozen floor.
+
+    python benchmarks/train_step.py --model DIR [--json FILE]
+
+Each contender runs in a process of its own (so peak memory is its own), compiled by Inductor, on the same token ids;
+the processes take turns step by step, so a busy minute of the machine hits all of them alike. Reported: median step
+time, cold compile time, peak resident memory above what the imports take, and the ratio to bitsandbytes + PEFT.
+The floor is the same model, dense bf16 and frozen, with only the gradient of its embedding output computed: no adapter,
+no 4 bits. No contender can be below it, since each computes at least the same matrix products.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+CONTENDERS = ("ours", "bitsandbytes", "floor")
+
+
+def build(contender: str, model_dir: str, rank: int) -> tuple[Any, list[Any]]:
+    """(compiled model, trainable parameters). bf16 compute, LoRA on all linears but the head, dropout 0."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    if contender == "bitsandbytes":
+        from peft import LoraConfig, get_peft_model
+        from transformers import BitsAndBytesConfig
+
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16, quantization_config=quantization)
+        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora)
+        backend = "inductor"
+    else:
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
+        if contender == "ours":
+            import qlora_compile
+
+            qlora_compile.prepare(model, qlora_compile.QLoRAConfig(r=rank, lora_alpha=2 * rank))
+        else:
+            for parameter in model.parameters():
+                parameter.requires_grad_(False)
+            model.enable_input_require_grads()
+        backend = "qlora" if contender == "ours" else "inductor"
+    model.config.use_cache = False
+    model.train()
+    return torch.compile(model, backend=backend), [p for p in model.parameters() if p.requires_grad]
+
+
+def worker(contender: str, arguments: argparse.Namespace) -> None:
+    """Builds the contender, then one step for each line read on standard input; answers one JSON line each."""
+    import torch
+
+    sys.path.insert(0, str(Path(__file__).parent))
+    from memory import peak_rss, rss
+
+    start_bytes = rss()
+    model, trainable = build(contender, arguments.model, arguments.rank)
+    vocabulary = model.config.vocab_size
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, vocabulary, (arguments.batch, arguments.seq_len), generator=generator)
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True) if trainable else None
+    for _ in sys.stdin:
+        begin = time.perf_counter()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+        seconds = time.perf_counter() - begin
+        answer = {"seconds": seconds, "loss": loss.item(), "peak_bytes": peak_rss() - start_bytes}
+        print("STEP " + json.dumps(answer), flush=True)
+
+
+class Contender:
+    """A worker process, stepped from here."""
+
+    def __init__(self, name: str, argv: list[str]) -> None:
+        self.name, self.steps = name, list[dict[str, float]]()
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, *argv, "--worker", name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def step(self) -> None:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("STEP "):
+                self.steps.append(json.loads(line[5:]))
+                return
+        raise SystemExit(f"{self.name}: the worker ended (exit code {self.process.wait()}); run it alone to see why.")
+
+    def result(self, warm_up: int) -> dict[str, float]:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+        times = [step["seconds"] for step in self.steps[warm_up:]]
+        return {
+            "step_s": statistics.median(times),
+            "step_min_s": min(times),
+            "step_max_s": max(times),
+            "first_step_s": self.steps[0]["seconds"],
+            "peak_mb": self.steps[-1]["peak_bytes"] / 1e6,
+            "loss_last": self.steps[-1]["loss"],
+        }
+
+
+def machine() -> dict[str, Any]:
+    """What a result must be read with."""
+    import torch
+
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("transformers", "peft", "bitsandbytes", "qlora_compile"):
+        versions[package] = __import__(package).__version__
+    cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
+    flags = next((line for line in _cpuinfo() if line.startswith("flags")), "")
+    units = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag}" in flags]
+    return {
+        "cpu": cpu,
+        "instruction_sets": units,
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a folder with a bf16 causal LM")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--contenders", default=",".join(CONTENDERS))
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        worker(arguments.worker, arguments)
+        return
+    names = arguments.contenders.split(",")
+    argv = ["--model", arguments.model, "--batch", str(arguments.batch), "--seq-len", str(arguments.seq_len)]
+    argv += ["--rank", str(arguments.rank)]
+    contenders = [Contender(name, argv) for name in names]
+    warm_up = 2
+    for contender in contenders:  # one after the other: the first step compiles
+        print(f"{contender.name}: compiling (the first step) ...", flush=True)
+        for _ in range(warm_up):
+            contender.step()
+    for number in range(arguments.steps):
+        for contender in contenders:
+            contender.step()
+        print(f"round {number + 1}/{arguments.steps}", flush=True)
+    results = {contender.name: contender.result(warm_up) for contender in contenders}
+    report(results, arguments)
+
+
+def report(results: dict[str, dict[str, float]], arguments: argparse.Namespace) -> None:
+    """The table, with ratios to bitsandbytes + PEFT where it ran; the JSON file if one is wanted."""
+    from rich.console import Console
+    from rich.table import Table
+
+    peer = results.get("bitsandbytes")
+    table = Table(title=f"training step, {arguments.batch}x{arguments.seq_len} tokens, r={arguments.rank}, all linears")
+    for column in ("", "step s (median)", "min .. max", "first step s", "peak MB", "step / bnb", "memory / bnb"):
+        table.add_column(column)
+    for name, r in results.items():
+        ratios = (f"{r['step_s'] / peer['step_s']:.2f}", f"{r['peak_mb'] / peer['peak_mb']:.2f}") if peer else ("", "")
+        spread = f"{r['step_min_s']:.3f} .. {r['step_max_s']:.3f}"
+        table.add_row(name, f"{r['step_s']:.3f}", spread, f"{r['first_step_s']:.0f}", f"{r['peak_mb']:.0f}", *ratios)
+    Console().print(table)
+    if arguments.json:
+        setting = {key: getattr(arguments, key) for key in ("batch", "seq_len", "rank", "steps")}
+        setting["model"] = Path(arguments.model).name
+        body = {"machine": machine(), "setting": setting, "results": results}
+        arguments.json.write_text(json.dumps(body, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
