@@ -1,6 +1,6 @@
 """Whole training steps, side by side in one run: ours, bitsandbytes NF4 + PEFT, and the dense frozen floor.
 
-    python benchmarks/train_step.py --model DIR [--json FILE]
+    python benchmarks/train_step.py [--model DIR] [--json FILE]
 
 Each contender runs in a process of its own (so peak memory is its own), compiled by Inductor, on the same token ids;
 the processes take turns step by step, so a busy minute of the machine hits all of them alike. Reported: median step
@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from common import load_ours, load_peer, resident_bytes, smollm2, write_results
 
 CONTENDERS = ("ours", "bitsandbytes", "floor")
 
@@ -30,44 +31,30 @@ def build(contender: str, model_dir: str, rank: int) -> tuple[Any, list[Any]]:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    if contender == "bitsandbytes":
-        from peft import LoraConfig, get_peft_model
-        from transformers import BitsAndBytesConfig
-
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16, quantization_config=quantization)
-        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = get_peft_model(model, lora)
-        backend = "inductor"
+    if contender == "ours":
+        model = load_ours(model_dir, rank)
+    elif contender == "bitsandbytes":
+        model = load_peer(model_dir, rank)
     else:
-        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
-        if contender == "ours":
-            import qlora_compile
-
-            qlora_compile.prepare(model, qlora_compile.QLoRAConfig(r=rank, lora_alpha=2 * rank))
-        else:
-            for parameter in model.parameters():
-                parameter.requires_grad_(False)
-            model.enable_input_require_grads()
-        backend = "qlora" if contender == "ours" else "inductor"
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16).requires_grad_(False)
+        model.enable_input_require_grads()
     model.config.use_cache = False
     model.train()
+    backend = "qlora" if contender == "ours" else "inductor"
     return torch.compile(model, backend=backend), [p for p in model.parameters() if p.requires_grad]
 
 
 def worker(contender: str, arguments: argparse.Namespace) -> None:
     """Builds the contender, then one step for each line read on standard input; answers one JSON line each."""
     import torch
+    import transformers  # noqa: F401  what the imports take is not the contender's memory
 
-    sys.path.insert(0, str(Path(__file__).parent))
-    from memory import peak_rss, rss
-
-    start_bytes = rss()
+    if contender == "bitsandbytes":
+        import bitsandbytes  # noqa: F401
+        import peft  # noqa: F401
+    elif contender == "ours":
+        import qlora_compile.backend  # noqa: F401
+    start_bytes = resident_bytes()
     model, trainable = build(contender, arguments.model, arguments.rank)
     vocabulary = model.config.vocab_size
     generator = torch.Generator().manual_seed(1)
@@ -81,7 +68,7 @@ def worker(contender: str, arguments: argparse.Namespace) -> None:
             optimizer.step()
             optimizer.zero_grad()
         seconds = time.perf_counter() - begin
-        answer = {"seconds": seconds, "loss": loss.item(), "peak_bytes": peak_rss() - start_bytes}
+        answer = {"seconds": seconds, "loss": loss.item(), "peak_bytes": resident_bytes("VmHWM") - start_bytes}
         print("STEP " + json.dumps(answer), flush=True)
 
 
@@ -123,33 +110,9 @@ class Contender:
         }
 
 
-def machine() -> dict[str, Any]:
-    """What a result must be read with."""
-    import torch
-
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("transformers", "peft", "bitsandbytes", "qlora_compile"):
-        versions[package] = __import__(package).__version__
-    cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
-    flags = next((line for line in _cpuinfo() if line.startswith("flags")), "")
-    units = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag}" in flags]
-    return {
-        "cpu": cpu,
-        "instruction_sets": units,
-        "threads": torch.get_num_threads(),
-        "versions": versions,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a folder with a bf16 causal LM")
+    parser.add_argument("--model", help="a folder with a bf16 causal LM (default: SmolLM2-135M from its package)")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--rank", type=int, default=16)
@@ -161,6 +124,7 @@ def main() -> None:
     if arguments.worker:
         worker(arguments.worker, arguments)
         return
+    arguments.model = smollm2(arguments.model)
     names = arguments.contenders.split(",")
     argv = ["--model", arguments.model, "--batch", str(arguments.batch), "--seq-len", str(arguments.seq_len)]
     argv += ["--rank", str(arguments.rank)]
@@ -192,11 +156,8 @@ def report(results: dict[str, dict[str, float]], arguments: argparse.Namespace) 
         spread = f"{r['step_min_s']:.3f} .. {r['step_max_s']:.3f}"
         table.add_row(name, f"{r['step_s']:.3f}", spread, f"{r['first_step_s']:.0f}", f"{r['peak_mb']:.0f}", *ratios)
     Console().print(table)
-    if arguments.json:
-        setting = {key: getattr(arguments, key) for key in ("batch", "seq_len", "rank", "steps")}
-        setting["model"] = Path(arguments.model).name
-        body = {"machine": machine(), "setting": setting, "results": results}
-        arguments.json.write_text(json.dumps(body, indent=2) + "\n")
+    setting = {key: getattr(arguments, key) for key in ("batch", "seq_len", "rank", "steps")}
+    write_results(arguments.json, setting | {"model": Path(arguments.model).name}, results)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import fx
 
 from ..fx_utils import dtype_of, is_linear, peel_transposes
+from ..modules import QLoRALinear
 from ..pass_manager import PassContext
 from ..state import ParamInfo, StateRef
 from .lora_pattern import write_branch
@@ -61,7 +62,7 @@ def _insert(node: fx.Node, entry: ParamInfo, ctx: PassContext) -> int:
     b = ctx.add_state(graph, StateRef(f"{name}_B", site.b(), lambda: site.b()))
     weight = ctx.add_state(graph, StateRef(f"{name}_weight", site.adapter_weight(), lambda: site.adapter_weight()))
     x = node.args[0]
-    training = site.module.training
-    dropout = site.info.dropout if training else 0.0
+    # a parameter that another module's code uses has no dropout: eager code adds its adapters to the weight, not beside it
+    dropout = site.info.dropout if site.module.training and isinstance(site.module, QLoRALinear) else 0.0
     write_branch(node, x, a, b, site.scaling(), weight, dropout, dtype_of(x) or site.info.compute_dtype)
     return 1

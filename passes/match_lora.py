@@ -27,7 +27,7 @@ def match_lora(gm: fx.GraphModule, ctx: PassContext) -> int:
         if not is_linear(node):
             continue
         expression, odd = peel_transposes(node.args[1])
-        found = _read_adapted(expression)
+        found = _read_adapted(expression, odd)
         if found is None:
             continue
         weight, branches = found
@@ -48,12 +48,15 @@ def _rewrite(node: fx.Node, weight: fx.Node, odd: bool, branches: list[Branch]) 
         y = write_branch(y, x, a, b, branch.alpha, branch.weights[0], 0.0, dtype)
 
 
-def _read_adapted(node: Any) -> tuple[fx.Node, list[Branch]] | None:
-    """densify(W) + Σ (B @ A)[.t()] * alpha * weight -> (W, branches), or None if this is something else."""
+def _read_adapted(node: Any, odd: bool) -> tuple[fx.Node, list[Branch]] | None:
+    """densify(W) + Σ (B @ A)[.t()] * alpha * weight -> (W, branches), or None if this is something else.
+
+    `odd`: the linear reads it transposed. A weight used the other way round than its adapter was made for stays dense.
+    """
     branches: list[Branch] = []
     node = peel_casts(node)
     while is_call(node, *ADD, "add"):
-        branch = _read_delta(node.args[1])
+        branch = _read_delta(node.args[1], odd)
         if branch is None:
             return None
         branches.insert(0, branch)
@@ -63,8 +66,10 @@ def _read_adapted(node: Any) -> tuple[fx.Node, list[Branch]] | None:
     return node.args[0], branches
 
 
-def _read_delta(node: Any) -> Branch | None:
-    node, _ = peel_transposes(node)
+def _read_delta(node: Any, odd: bool) -> Branch | None:
+    node, transposed = peel_transposes(node)
+    if transposed != odd:
+        return None
     alpha, weights = 1.0, list[fx.Node]()
     while is_call(node, *MUL, "mul"):
         left, right = node.args

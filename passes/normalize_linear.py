@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..fx_utils import LINEAR, emit, is_call, is_linear, peel_transposes, rank_of, replace, value
+from ..fx_utils import LINEAR, emit, is_call, is_linear, peel_casts, peel_transposes, rank_of, replace, value
 from ..pass_manager import PassContext
 
 _PRODUCTS = (operator.matmul, torch.matmul, torch.mm, "matmul", "mm")
@@ -28,8 +28,8 @@ def normalize_linear(gm: fx.GraphModule, ctx: PassContext) -> int:
     for node in list(gm.graph.nodes):
         if is_linear(node):
             count += _positional(node)
-        elif is_call(node, *_PRODUCTS) and not node.kwargs:
-            count += _rewrite(node, node.args[0], node.args[1], None, ctx)
+        elif is_call(node, *_PRODUCTS):
+            count += _rewrite_product(node, ctx)
         elif is_call(node, torch.addmm, "addmm"):
             count += _rewrite_addmm(node, ctx)
     return count
@@ -44,29 +44,39 @@ def _positional(node: fx.Node) -> int:
     return 1
 
 
+def _rewrite_product(node: fx.Node, ctx: PassContext) -> int:
+    given = dict(zip(("input", "other"), node.args)) | dict(node.kwargs)
+    x, weight = given.pop("input", None), given.pop("other", given.pop("mat2", None))
+    if given or not _is_product(x, weight, ctx):
+        return 0
+    return _rewrite(node, x, weight, None)
+
+
 def _rewrite_addmm(node: fx.Node, ctx: PassContext) -> int:
-    names = {"self": 0, "input": 0, "mat1": 1, "mat2": 2}
-    args: list[Any] = [*node.args, *[None] * 3][:3]
-    for key, index in names.items():
-        if key in node.kwargs:
-            args[index] = node.kwargs[key]
-    if any(node.kwargs.get(key, 1) != 1 for key in ("beta", "alpha")):
+    given = dict(zip(("input", "mat1", "mat2"), node.args)) | dict(node.kwargs)
+    x, weight, bias = given.pop("mat1", None), given.pop("mat2", None), given.pop("input", given.pop("self", None))
+    if not _is_product(x, weight, ctx):
+        return 0
+    if any(given.pop(key, 1) != 1 for key in ("beta", "alpha")):
         ctx.decline(node.name, "addmm with alpha or beta other than 1")
         return 0
-    bias, x, weight = args
     if rank_of(bias) != 1:
+        ctx.decline(node.name, f"addmm adds a tensor of {rank_of(bias)} dimensions, a bias has one")
         return 0
-    return _rewrite(node, x, weight, bias, ctx)
+    return _rewrite(node, x, weight, bias) if not given else 0
 
 
-def _rewrite(node: fx.Node, x: Any, weight: Any, bias: Any, ctx: PassContext) -> int:
+def _is_product(x: Any, weight: Any, ctx: PassContext) -> bool:
+    """Activations times a weight: two weights are an expression, a weight times activations is no linear."""
+    roots = [peel_transposes(operand)[0] for operand in (x, weight)]
+    return isinstance(x, fx.Node) and is_weight(roots[1], ctx) and not is_weight(roots[0], ctx)
+
+
+def _rewrite(node: fx.Node, x: fx.Node, weight: fx.Node, bias: Any) -> int:
     """product(x, weight) with weight [in, out] -> F.linear(x, weight.t()): a transpose on either side cancels."""
-    root, odd = peel_transposes(weight)
-    if not isinstance(x, fx.Node) or not is_weight(root, ctx) or is_weight(peel_transposes(x)[0], ctx):
-        return 0
-    inner = weight
-    if odd and weight is not root:
-        inner = _under_transpose(weight)
+    inner: Any
+    if peel_casts(weight) is weight and peel_transposes(weight)[0] is not weight:
+        inner = weight.args[0]  # the outermost call is a transpose
     else:
         inner = emit(node, "t", (weight,), node, method=True)
         shape = value(weight)
@@ -75,27 +85,21 @@ def _rewrite(node: fx.Node, x: Any, weight: Any, bias: Any, ctx: PassContext) ->
     return 1
 
 
-def _under_transpose(node: Any) -> Any:
-    """W.t() -> W, keeping casts that stand between them out of the way."""
-    odd = peel_transposes(node)[1]
-    while odd:
-        node = node.args[0]
-        odd = peel_transposes(node)[1]
-    return node
-
-
 def is_weight(node: Any, ctx: PassContext) -> bool:
     """A 2-D parameter, or a 2-D expression whose only inputs are parameters and state (`densify(W) + B @ A`)."""
     if not isinstance(node, fx.Node) or rank_of(node) != 2:
         return False
-    if node.op == "placeholder":
-        return ctx.param(node) is not None
-    return _only_params(node, ctx, depth=24)
+    return _is_parameter(node, ctx) if node.op == "placeholder" else _only_params(node, ctx, depth=24)
+
+
+def _is_parameter(node: fx.Node, ctx: PassContext) -> bool:
+    """A placeholder for a parameter of the model: one that passes may change, or an adapter (a retrace has those)."""
+    return ctx.param(node) is not None or isinstance(value(node), torch.nn.Parameter)
 
 
 def _only_params(node: fx.Node, ctx: PassContext, depth: int) -> bool:
     if node.op == "placeholder":
-        return ctx.param(node) is not None or node.name in ctx.state or rank_of(node) == 0
+        return _is_parameter(node, ctx) or node.name in ctx.state or rank_of(node) == 0
     if depth == 0 or node.op not in ("call_function", "call_method") or not node.all_input_nodes:
         return False
     return all(_only_params(source, ctx, depth - 1) for source in node.all_input_nodes)

@@ -47,10 +47,11 @@ def quantize_weights(gm: fx.GraphModule, ctx: PassContext) -> int:
 
 def decline_reason(entry: ParamInfo, transposed: set[bool], ctx: PassContext) -> str | None:
     """Why the weight stays as it is, or None. A weight with a site was decided on before."""
-    if entry.site is not None:
-        return None
     if len(transposed) > 1:
         return "it is used both as W and as its transpose"
+    if entry.site is not None:
+        fits = transposed == {entry.site.fan_in_fan_out}
+        return None if fits else "it was adapted in another graph that uses its transpose"
     return ctx.edits.decline_reason(entry)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from .config import QLoRAConfig
-from .dynamo import real_inputs, root_module, surfaced
+from .dynamo import guard_training, real_inputs, root_module, surfaced
 from .errors import QLoRACompileError
 from .fx_utils import copy_graph, placeholders
 from .modules import prepared_config
@@ -74,6 +74,9 @@ def _compile(
         pipeline = run_passes(work, ctx, PIPELINE)
         _check_targets(gm, ctx)
         edits.freeze()
+    for node in nodes:
+        if node.name in ctx.params and (site := ctx.params[node.name].site) is not None and site.info.dropout:
+            guard_training(node)
     _freeze_examples(work, original, position)
     del original
     state = edits.remember()

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import fx, nn
 from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.source import AttrSource
 
 from .errors import QLoRACompileError
 
@@ -60,6 +62,13 @@ def _frame_scopes() -> dict[str, Any] | None:
             return {"L": owner.local_scope, "G": owner.global_scope}
         frame = frame.f_back
     return None
+
+
+def guard_training(node: fx.Node) -> None:
+    """Retrace when train() or eval() changes the module that owns this parameter: a graph traced before its module drops
+    anything reads no `training`, so Dynamo guards none."""
+    module = node._dynamo_source.base.base  # type: ignore[attr-defined]  <module>._parameters['weight']
+    install_guard(AttrSource(module, "training").make_guard(GuardBuilder.CONSTANT_MATCH))
 
 
 _Error = TypeVar("_Error", bound=QLoRACompileError)

@@ -195,9 +195,9 @@ def attach(owners: list[tuple[nn.Module, str]], info: AdapterInfo, *, as_module:
             setattr(module, prefix + key, value)
         module.__dict__.setdefault("_qlora_info", {})[name] = info
         if as_module:
-            module.__class__ = _qlora_class(type(module))
+            module.__class__ = _qlora_class(type(module))  # type: ignore[arg-type]
         else:
-            module.__class__ = _adapted_class(type(module), name)
+            module.__class__ = _adapted_class(type(module), name)  # type: ignore[arg-type]
     return AdapterSite(info.site, first, param_name)
 
 

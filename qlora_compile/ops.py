@@ -78,7 +78,7 @@ def dequantize_into(
 ) -> Tensor:
     """Write the weight's values into `out` (contiguous, any shape and floating dtype), in row-major order."""
     kernel = _kernel("dequantize_4bit", codes.device)
-    if kernel is not None:
+    if kernel is not None and out.dtype in (torch.float32, torch.bfloat16, torch.float16):
         kernel(codes, absmax, absmax_scale, absmax_offset, out.numel(), quant_type, block_size, out)
         return out
     dense = nf4.dequantize_reference(
@@ -130,6 +130,7 @@ def _(weight: Tensor) -> Tensor:
 
 # --- linear + LoRA ---------------------------------------------------------------------------------------------------
 
+SMALL_M = 8  # up to here a linear reads the codes directly where there is a kernel for it
 _SCRATCH = threading.local()
 
 
@@ -195,6 +196,23 @@ class _Group:
             self.quant_type,
             self.block_size,
         )
+
+    def product(self, index: int, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [M, K] W_iᵀ + bias [M, N]: straight from the codes for a few rows, else dequantize once + the library's GEMM.
+
+        SMALL_M is where both took the same time on two AVX-512 cores (benchmarks/results): from there the codes would be
+        decoded more often than a dense weight is read.
+        """
+        n, k = self.out_features[index], x.shape[1]
+        if x.shape[0] <= SMALL_M and self.dtype == torch.bfloat16 and self.quant_type != "none":
+            kernel = _kernel("linear_4bit_small", x.device) if k % self.block_size == 0 else None
+            if kernel is not None:
+                out = x.new_empty((x.shape[0], n))
+                double = bool(self.absmax_scale)
+                scales = (self.absmax_scale[index], self.absmax_offset[index]) if double else (None, None)
+                kernel(x, self.weight[index], self.absmax[index], *scales, n, k, self.quant_type, self.block_size, out)
+                return out if bias is None else out.add_(bias)
+        return torch.nn.functional.linear(x, self.dense_weight(index, k), bias)
 
     def a_cat(self) -> Tensor:
         """All adapters' A, one under the other: [sum R, K] in the compute dtype."""
@@ -279,7 +297,7 @@ def lora_linear(
     parts = _split_ranks(group, h)
     outs = []
     for i, mine in enumerate(group.adapters_of()):
-        y = torch.nn.functional.linear(x2, group.dense_weight(i, k), bias[i].to(dtype) if bias else None)
+        y = group.product(i, x2, bias[i].to(dtype) if bias else None)
         for j in mine:
             _add_low_rank(y, parts[j], lora_b[j].to(dtype), group.factor(j))
         outs.append(y.to(x.dtype).view(*x.shape[:-1], out_features[i]))

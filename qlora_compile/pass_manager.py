@@ -116,7 +116,9 @@ def run_passes(gm: fx.GraphModule, ctx: PassContext, pipeline: Sequence[Pass]) -
         except QLoRACompileError:
             raise
         except Exception as error:  # re-raised with the pass's name: the original is the cause
-            raise PassError(f"Pass {name!r} failed: {type(error).__name__}: {error}") from error
+            # a lint error holds the whole graph: its first line says what is wrong
+            summary = next(iter(str(error).splitlines()), "")
+            raise PassError(f"Pass {name!r} failed: {type(error).__name__}: {summary}") from error
         ms = (time.perf_counter() - start) * 1e3
         result.stages[name] = snapshot(gm.graph)
         result.passes.append(PassResult(name, rewrites, ms, tuple(ctx.declined), len(before), len(result.stages[name])))

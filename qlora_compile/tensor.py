@@ -214,6 +214,40 @@ def _copy_(dest: Any, source: Any, non_blocking: bool = False) -> Any:
     return dest
 
 
+def _linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Any:
+    """x [..., K] Wᵀ + bias for a W [N, K] stored row-major: the op of compiled code, without adapters."""
+    q = weight
+    usable = q.dim() == 2 and not q.transposed and x.dtype == q.dtype and not isinstance(x, QuantizedTensor)
+    if not usable or (bias is not None and bias.dim() != 1):
+        return NotImplemented
+    double = q.double_quant
+    scales = [q.absmax_scale] if double else [], [q.absmax_offset] if double else []
+    rest = (
+        [] if bias is None else [bias],
+        [],
+        [],
+        [],
+        [],
+        [0],
+        [],
+        0.0,
+        [q.shape[0]],
+        q.quant_type,
+        q.block_size,
+        x.dtype,
+    )
+    return torch.ops.qlora.lora_linear(x, [q.codes], [q.absmax], *scales, *rest)[0]
+
+
+def _mm(x: Tensor, weight: Any) -> Any:
+    return _linear(x, _transpose(weight)) if isinstance(weight, QuantizedTensor) else NotImplemented
+
+
+def _addmm(bias: Tensor, x: Tensor, weight: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    plain = isinstance(weight, QuantizedTensor) and alpha == beta == 1
+    return _linear(x, _transpose(weight), bias) if plain else NotImplemented
+
+
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.detach.default: lambda q: q._with(),
     aten.alias.default: lambda q: q._with(),
@@ -229,6 +263,9 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.mT.default: _transpose,
     aten._to_copy.default: _to_copy,
     aten.copy_.default: _copy_,
+    aten.linear.default: lambda x, w, b=None: _linear(x, w, b) if isinstance(w, QuantizedTensor) else NotImplemented,
+    aten.mm.default: _mm,
+    aten.addmm.default: _addmm,
     torch.ops.qlora.densify.default: lambda q: q.dequantize(),
 }
 

@@ -1,7 +1,7 @@
 """Folding: `W' = W + sum_i scale_i * B_i @ A_i`, accumulated in fp64 and rounded once.
 
-Work goes by blocks of rows that fit a cache: the wide copy stays at BLOCK_BYTES whatever the size of the weight, and fp64
-in blocks takes less time than fp32 in one piece (4096 x 4096, bf16, rank 16, one core: 40 and 68 ms). Unlike an fp32
+Work goes by blocks of rows that fit a cache: the wide copy stays at BLOCK_BYTES whatever the size of the weight, and
+fp64 in blocks takes less time than fp32 in one piece (4096 x 4096, bf16, rank 16, one core: 40 and 68 ms). Unlike an fp32
 product it is not changed by `torch.set_float32_matmul_precision`.
 """
 

@@ -144,8 +144,9 @@ def _reading(path: Path | str, what: str) -> Iterator[None]:
     """Whatever the readers of a broken model raise -> CheckpointError with their first line."""
     from safetensors import SafetensorError
 
+    errors: tuple[type[Exception], ...] = (*READ_ERRORS, SafetensorError)
     try:
         yield
-    except (*READ_ERRORS, SafetensorError) as error:
+    except errors as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(f"The {what} of {path} cannot be loaded: {lines[0]}") from error

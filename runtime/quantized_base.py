@@ -88,21 +88,21 @@ class QuantizedBase:
         }
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
-    def round_trip(self, weight: torch.Tensor, *, transposed: bool) -> torch.Tensor:
-        """`weight` -> the values that the 4-bit model computes with, in the dtype that its weight had.
-
-        Raises InvalidWeightError for NaN and infinity.
-        """
+    def quantize(self, weight: torch.Tensor, *, transposed: bool) -> QuantizedTensor:
+        """Dense -> 4 bits as noted here. Raises InvalidWeightError for NaN and infinity."""
         if not bool(torch.isfinite(weight).all()):
             raise InvalidWeightError("the weight holds NaN or infinity and cannot be quantized.")
-        quantized = quantize_4bit(
-            weight.to(self.dtype or weight.dtype),
+        return quantize_4bit(
+            weight,
             quant_type=self.quant_type,
             block_size=self.block_size,
             double_quant=self.double_quant,
             transposed=transposed,
         )
-        return quantized.dequantize()
+
+    def round_trip(self, weight: torch.Tensor, *, transposed: bool) -> torch.Tensor:
+        """`weight` -> the values that the 4-bit model computes with, in the dtype that its weight had."""
+        return self.quantize(weight.to(self.dtype or weight.dtype), transposed=transposed).dequantize()
 
 
 def read_side_file(adapter: Path) -> QuantizedBase | None:

@@ -52,6 +52,12 @@ class Traced:
         given = self.values | values | {name: ref.get() for name, ref in self.ctx.state.items()}
         return self.gm(*[given[node.name] for node in placeholders(self.gm.graph)])[0]
 
+    def numbers(self, *wrt: Tensor) -> list[Tensor]:
+        """The output, then the gradients of `wrt` for a cotangent that is random but always the same."""
+        y = self()
+        cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(y.dtype)
+        return [y.detach(), *torch.autograd.grad(y, wrt, cotangent)]
+
     def targets(self) -> list[str]:
         """Short names of the calls, in order."""
         calls = ("call_function", "call_method")

