@@ -28,8 +28,9 @@ def quantize_weights(gm: fx.GraphModule, ctx: PassContext) -> int:
         entry = ctx.param(weight)
         linears = linears_of(weight) if entry else []
         if entry is None or linears is None or not linears:
-            if entry is not None and linears is None and ctx.edits.decline_reason(entry) is None:
-                ctx.decline(entry.name, "something other than a linear uses its weight")
+            if entry is not None and linears is None and _has_linear(weight):
+                other_use = "something other than a linear uses its weight"
+                ctx.decline(entry.name, ctx.edits.decline_reason(entry) or other_use)
             continue
         transposed = {peel_transposes(linear.args[1])[1] for linear in linears}
         reason = decline_reason(entry, transposed, ctx)
@@ -68,6 +69,18 @@ def linears_of(weight: fx.Node) -> list[fx.Node] | None:
         else:
             return None
     return found
+
+
+def _has_linear(weight: fx.Node) -> bool:
+    """Whether some linear has this weight: otherwise nobody expects it to be quantized."""
+    queue = list(weight.users)
+    while queue:
+        user = queue.pop()
+        if is_linear(user) and peel_transposes(user.args[1])[0] is weight:
+            return True
+        if peel_transposes(user)[0] is weight:
+            queue += user.users
+    return False
 
 
 def used_as_module(entry: ParamInfo, linears: list[fx.Node]) -> bool:

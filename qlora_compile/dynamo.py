@@ -67,7 +67,8 @@ def _frame_scopes() -> dict[str, Any] | None:
 def guard_training(node: fx.Node) -> None:
     """Retrace when train() or eval() changes the module that owns this parameter: a graph traced before its module drops
     anything reads no `training`, so Dynamo guards none."""
-    module = node._dynamo_source.base.base  # type: ignore[attr-defined]  <module>._parameters['weight']
+    source: Any = node._dynamo_source  # type: ignore[attr-defined]
+    module = source.base.base  # of <module>._parameters['weight']
     install_guard(AttrSource(module, "training").make_guard(GuardBuilder.CONSTANT_MATCH))
 
 
@@ -79,7 +80,8 @@ def surfaced(error: _Error) -> _Error:
     kind = type(error)
     if issubclass(kind, ShortenTraceback):
         return error
-    both = type(kind.__name__, (kind, ShortenTraceback), {"__module__": kind.__module__})
+    sentence = str(error)  # Dynamo appends advice on its own stack traces to args
+    both = type(kind.__name__, (kind, ShortenTraceback), {"__module__": kind.__module__, "__str__": lambda _: sentence})
     new = both.__new__(both, *error.args)
     new.args = error.args
     new.__dict__.update(error.__dict__)

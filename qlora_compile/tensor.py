@@ -222,7 +222,7 @@ def _linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> A
         return NotImplemented
     double = q.double_quant
     scales = [q.absmax_scale] if double else [], [q.absmax_offset] if double else []
-    rest = (
+    rest: Any = (
         [] if bias is None else [bias],
         [],
         [],
@@ -296,18 +296,23 @@ def quantize_4bit(
         raise InvalidWeightError(f"Only a 2-D weight can be stored transposed, this one is {tuple(weight.shape)}.")
     with torch.inference_mode(False), torch.no_grad():
         weight = weight.detach()
+        _check_finite(weight)
         parts = torch.ops.qlora.quantize_4bit(
             weight.t() if transposed else weight, quant_type, block_size, double_quant
-        )
-    # One NaN or infinity makes its block's absmax NaN or infinite: looking at the scales is enough.
-    scales = parts[2:] if double_quant else parts[1:2]
-    if weight.device.type != "meta" and not all(bool(torch.isfinite(part).all()) for part in scales):
-        raise InvalidWeightError(
-            "The weight holds NaN or infinity and cannot be quantized: repair the checkpoint first."
         )
     data = nf4.QuantizedData(*parts, *[None] * (4 - len(parts)))
     layout = Layout(quant_type, block_size, transposed, tuple(weight.shape), weight.stride(), weight.dtype)
     return QuantizedTensor(data, layout)
+
+
+def _check_finite(weight: Tensor) -> None:
+    """One pass without a temporary. The scales would not do: a kernel's maximum may skip NaN."""
+    if weight.device.type != "meta" and weight.numel():
+        bounds = torch.stack(torch.aminmax(weight))  # NaN if any value is
+        if not bool(torch.isfinite(bounds).all()):
+            raise InvalidWeightError(
+                "The weight holds NaN or infinity and cannot be quantized: repair the checkpoint first."
+            )
 
 
 def quantize_like(weight: Tensor, like: QuantizedTensor) -> QuantizedTensor:

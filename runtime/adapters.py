@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import AdapterMismatchError, ConfigError, NoAdapterError
-from ..modules import AdapterSite, adapter_sites, add_adapter, prepared_config, prepared_state
+from ..modules import AdapterSite, adapter_sites, add_adapter, is_quantized, prepared_config, prepared_state
 from .export_sources import unwrap
 from .fold_plan import first_few
 from .formats.peft_files import PREFIX, AdapterFiles, LoraLayer, read_adapter, write_adapter
@@ -45,7 +45,8 @@ def load_adapter(
     sites = _sites(model)
     files = read_adapter(path, allow_pickle=allow_pickle)
     layers, parameters = files.layers(), files.full_parameters()
-    own = dict(model.named_parameters(remove_duplicate=False))
+    own: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    own |= model.named_buffers(remove_duplicate=False)
     problems = [p for module, layer in layers.items() if (p := _layer_problem(sites, module, layer))]
     problems += [p for key, tensor in parameters.items() if (p := _parameter_problem(own, key, tensor))]
     there = [site for site in sites.values() if name in site.adapters]
@@ -208,9 +209,11 @@ def _layer_problem(sites: Mapping[str, AdapterSite], module: str, layer: LoraLay
     return None
 
 
-def _parameter_problem(own: Mapping[str, nn.Parameter], key: str, tensor: torch.Tensor) -> str | None:
+def _parameter_problem(own: Mapping[str, torch.Tensor], key: str, tensor: torch.Tensor) -> str | None:
     if key not in own:
         return f"the model has no parameter {key}"
+    if is_quantized(own[key]):
+        return f"{key} was trained in full but is 4-bit in the model: prepare it with modules_to_save"
     if own[key].shape != tensor.shape:
         return f"{key} is {list(own[key].shape)} in the model, {list(tensor.shape)} in the adapter"
     return None

@@ -69,9 +69,9 @@ def verify_folder(
     if plan is not None and quantized is not None:
         _requantize(model, plan, quantized)
     alone = _logits(model, ids)
+    layers = sum(1 for module in model.modules() if isinstance(module, nn.Linear))
     model, applied_by = _apply(model, adapters)
     reference = _logits(model, ids)
-    layers = sum(1 for module in model.modules() if isinstance(module, nn.Linear))
     del model
     return _compare(folder, ids, reference, alone, _tolerance(dtype, layers), f"base + adapters by {applied_by}")
 
@@ -94,6 +94,7 @@ def load_plain(folder: str | os.PathLike[str]) -> nn.Module:
     """The folder's model in fp32 by the class that its config names. Raises CheckpointError, MissingDependencyError."""
     try:
         import transformers
+        from huggingface_hub.errors import StrictDataclassError
     except ImportError:
         raise MissingDependencyError("transformers", "transformers", "Verifying an export") from None
     try:
@@ -102,7 +103,7 @@ def load_plain(folder: str | os.PathLike[str]) -> nn.Module:
         model, info = cls.from_pretrained(
             str(folder), dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, StrictDataclassError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"transformers cannot load {folder}: {first}") from error
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"]})

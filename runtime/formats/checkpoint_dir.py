@@ -41,6 +41,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_SIDE_FOLDERS = ("additional_chat_templates",)  # the one folder that tokenizers write
 _ORDER = {name: position for position, name in enumerate(DTYPES)}
 
 
@@ -196,7 +197,11 @@ def copy_side_files(source: Path, target: Path) -> list[str]:
         if file.is_file() and not name.startswith((".", "adapter_", "README")) and not name.endswith(left_out):
             shutil.copyfile(file, target / name)
             copied.append(name)
-    return copied
+    for folder in (source / name for name in _SIDE_FOLDERS):
+        if folder.is_dir():
+            shutil.copytree(folder, target / folder.name)
+            copied.append(folder.name)
+    return sorted(copied)
 
 
 def _load(files: list[Path], folder: Path) -> Checkpoint:

@@ -205,8 +205,12 @@ def test_side_files_are_copied_and_weights_are_not(tmp_path: Path) -> None:
         (source / name).write_text(name)
     for name in ("model.safetensors", INDEX_FILE, "pytorch_model.bin", ".hidden", "adapter_config.json"):
         (source / name).write_text(name)
+    for folder in ("additional_chat_templates", "checkpoints"):
+        (source / folder).mkdir()
+        (source / folder / "a.jinja").write_text(folder)
     names = copy_side_files(source, target)
     assert names == sorted(f.name for f in target.iterdir())
+    assert (target / names.pop(0) / "a.jinja").read_text() == "additional_chat_templates"
     assert names == ["chat_template.jinja", "config.json", "generation_config.json", "tokenizer.json", "vocab.txt"]
 
 

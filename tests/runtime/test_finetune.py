@@ -17,16 +17,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora_compile.config import QLoRAConfig
-from qlora_compile.errors import CheckpointError, ConfigError, DataError, NonFiniteError, NoTargetError, OutputError
-from qlora_compile.runtime import finetune as ft
+from qlora_compile.errors import CheckpointError
 from qlora_compile.runtime.finetune import FinetuneConfig, FinetuneResult, finetune
 from qlora_compile.runtime.interrupts import InterruptedRunError
 from qlora_compile.runtime.metrics import read_metrics
 from qlora_compile.runtime.reporters import SilentReporter, StepRecord
 
-WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"]
-WORDS += ["while", "seven", "wizards", "mix", "a", "jug", "of", "bad", "liquor"]
 ADAPTER = "adapter_model.safetensors"
 
 
@@ -45,37 +41,6 @@ class Recorder(SilentReporter):
         self.steps.append(record)
         if record.step == self.at:
             os.kill(os.getpid(), self.signal_number)
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two documents of 60 and 45 words, in an order that repeats only after 11 words."""
-    folder = tmp_path_factory.mktemp("texts")
-    for name, count in (("a.txt", 60), ("b.txt", 45)):
-        (folder / name).write_text(" ".join(WORDS[(i * 5 + i // 11) % len(WORDS)] for i in range(count)))
-    return folder
-
-
-@pytest.fixture
-def make_config(tiny_checkpoint: Path, texts: Path, tmp_path: Path) -> Any:
-    def make(out: str = "out", **changes: Any) -> FinetuneConfig:
-        qlora = {"r": 3, "compute_dtype": "float32", "lora_dropout": 0.1} | changes.pop("qlora", {})
-        options: dict[str, Any] = {
-            "model": tiny_checkpoint,
-            "data": texts,
-            "out": tmp_path / out,
-            "qlora": QLoRAConfig(**qlora),
-            "steps": 8,
-            "batch": 2,
-            "grad_accum": 2,
-            "seq_len": 11,
-            "lr": 1e-2,
-            "save_every": 3,
-            "compile": False,
-        }
-        return FinetuneConfig(**(options | changes))
-
-    return make
 
 
 def run(config: FinetuneConfig, reporter: Any = None) -> FinetuneResult:
@@ -282,57 +247,6 @@ def test_kill_9_loses_at_most_the_steps_since_the_last_save(
     resumed = run(make_config("killed", steps=40, resume=True), reporter)
     assert reporter.steps[0].step >= 16  # step 15 was saved, and step 17 reached
     assert resumed.losses == run(make_config("whole", steps=40)).losses
-
-
-class TestBadInput:
-    def test_an_output_folder_that_is_not_empty(self, make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(ft, "load_tokenizer", lambda path: pytest.fail("nothing may be loaded"))
-        config = make_config()
-        config.out.mkdir()
-        (config.out / "thesis.tex").touch()
-        for resume in (False, True):
-            with pytest.raises(OutputError, match="not empty"):
-                run(make_config(resume=resume))
-        (config.out / "run.json").touch()
-        with pytest.raises(OutputError, match="holds a training run: resume it"):
-            run(config)
-        with pytest.raises(OutputError, match="not a folder"):
-            run(make_config(out="out/thesis.tex"))
-        with pytest.raises(OutputError, match="cannot be written"):
-            run(make_config(out="out/thesis.tex/deeper"))
-        assert sorted(p.name for p in config.out.iterdir()) == ["run.json", "thesis.tex"]
-
-    def test_bad_data_leaves_no_folder_and_loads_no_model(
-        self, make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(ft, "load_weights", lambda *args: pytest.fail("the model must not be loaded"))
-        bad = tmp_path / "bad.jsonl"
-        bad.write_text('{"text": "the lazy dog"}\n{"text": \n')
-        config = make_config(data=bad)
-        with pytest.raises(DataError, match=r"bad\.jsonl:2: "):
-            run(config)
-        assert not config.out.exists()
-
-    def test_a_missing_model_and_a_sequence_too_long_for_it(self, make_config: Any, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match="no model folder"):
-            run(make_config(model=tmp_path / "nothing"))
-        with pytest.raises(ConfigError, match="seq_len is 257, but the model reads at most 256"):
-            run(make_config(seq_len=257))
-
-    def test_targets_that_match_nothing_leave_no_run_behind(self, make_config: Any, texts: Path) -> None:
-        config = make_config(eval_data=texts, qlora={"target_modules": ("no_such_layer",)})
-        with pytest.raises(NoTargetError, match="no_such_layer"):
-            run(config)
-        assert not config.out.exists()
-
-    def test_numbers_that_stay_nan_end_the_run(self, make_config: Any) -> None:
-        config = make_config(lr=1e18, max_grad_norm=0.0, steps=30, warmup=0)
-        with pytest.raises(NonFiniteError, match="5 steps in a row"):
-            run(config)
-        record = json.loads((config.out / "run.json").read_text())
-        assert record["status"] == "failed" and "5 steps in a row" in record["error"]
-        for line in (config.out / "metrics.jsonl").read_text().splitlines():
-            json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
 def test_chats_train_on_completions_only(make_config: Any, tmp_path: Path) -> None:
