@@ -123,7 +123,7 @@ class ModelEdits:
             return f"its weight has {param.dim()} dimensions"
         if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"its weight is {param.dtype}"
-        if names_module(config.modules_to_save, name):
+        if self.saved_in_full(entry):
             return "modules_to_save trains it in full"
         other = [owner for owner in entry.owners if isinstance(owner[1], (nn.Embedding, nn.EmbeddingBag))]
         if other:
@@ -133,6 +133,15 @@ class ModelEdits:
         if not config.is_target(name):
             return "target_modules does not name it"
         return None
+
+    def saved_in_full(self, entry: ParamInfo) -> bool:
+        """Whether `modules_to_save` names a module that holds this parameter, directly or further down (PEFT's rule)."""
+        for module_name, _, _ in entry.owners:
+            parts = module_name.split(".")
+            prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
+            if any(names_module(self.config.modules_to_save, prefix) for prefix in prefixes):
+                return True
+        return False
 
     def quantizes(self) -> bool:
         """Whether targets are quantized at all (`quantize`; "auto" leaves the dense base of a PEFT model)."""
@@ -183,7 +192,7 @@ class ModelEdits:
         if self.is_peft:
             return
         for entry in self._params.values():
-            if names_module(self.config.modules_to_save, entry.name):
+            if self.saved_in_full(entry):
                 entry.param.requires_grad_(True)
             elif entry.param.requires_grad and not _is_adapter(entry):
                 entry.param.requires_grad_(False)

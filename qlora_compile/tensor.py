@@ -315,6 +315,15 @@ def _check_finite(weight: Tensor) -> None:
             )
 
 
+def _check_finite(weight: Tensor) -> None:
+    """Raises InvalidWeightError for NaN or infinity: least and greatest value carry both, in one pass and no memory."""
+    if weight.numel() and weight.device.type != "meta":
+        if not all(bool(torch.isfinite(end)) for end in torch.aminmax(weight)):
+            raise InvalidWeightError(
+                "The weight holds NaN or infinity and cannot be quantized: repair the checkpoint first."
+            )
+
+
 def quantize_like(weight: Tensor, like: QuantizedTensor) -> QuantizedTensor:
     """Dense -> 4 bits with the type, block size and storage order that `like` has."""
     return quantize_4bit(

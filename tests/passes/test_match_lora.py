@@ -113,7 +113,9 @@ def test_without_adapters_only_the_weight_is_left(
 
 
 @pytest.mark.parametrize(
-    ("made_with", "used_with"), [("linear(x, w)", "other way"), ("x @ w", "other way round")], ids=["normal", "[in, out]"]
+    ("made_with", "used_with"),
+    [("linear(x, w)", "other way"), ("x @ w", "other way round")],
+    ids=["normal", "[in, out]"],
 )
 def test_a_weight_used_the_other_way_round_stays_dense(
     traced: Callable[..., Any], adapted: Callable[..., nn.Module], made_with: str, used_with: str

@@ -1,0 +1,478 @@
+"""`QuantizedTensor`: what it keeps in 4 bits, what it dequantizes for, how it is stored, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import qlora_compile as qc
+from qlora_compile import nf4
+from qlora_compile.errors import ConfigError, InvalidWeightError, ModelStateError
+from qlora_compile.tensor import QuantizedTensor, quantize_like
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPE = (29, 45)  # 1305 values: 20 blocks of 64 and 25 values, an odd number of codes
+
+
+def make(dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = SHAPE, **options: Any) -> QuantizedTensor:
+    generator = torch.Generator().manual_seed(7)
+    return qc.quantize_4bit(torch.randn(shape, generator=generator).to(dtype), **options)
+
+
+def same_parts(a: QuantizedTensor, b: QuantizedTensor) -> bool:
+    pairs = list(zip(a.data_4bit, b.data_4bit, strict=True))
+    return all((x is None) == (y is None) and (x is None or torch.equal(x, y)) for x, y in pairs)
+
+
+def saved_for_backward(run: Callable[[], Tensor]) -> list[Tensor]:
+    """Everything that autograd saves in `run`, inner tensors of subclasses included."""
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        parts = tensor.data_4bit if isinstance(tensor, QuantizedTensor) else (tensor,)
+        saved.extend(part for part in parts if part is not None)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return saved
+
+
+# --- outer and inner form ---
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_outer_form_is_the_dense_weights_and_inner_form_is_bitsandbytes(dtype: torch.dtype, double_quant: bool):
+    q = make(dtype, double_quant=double_quant)
+    assert (q.shape, q.stride(), q.dtype, q.device) == (SHAPE, (45, 1), dtype, torch.device("cpu"))
+    assert (q.quant_type, q.block_size, q.double_quant, q.transposed) == ("nf4", 64, double_quant, False)
+    assert q.codes.dtype == torch.uint8 and q.codes.shape == (653,)
+    assert q.absmax.shape == (21,) and q.absmax.dtype == (torch.uint8 if double_quant else torch.float32)
+    if double_quant:
+        assert q.absmax_scale.shape == (1,) and q.absmax_offset.shape == ()
+    else:
+        assert q.absmax_scale is None and q.absmax_offset is None
+    assert q.dequantize().dtype == dtype and q.dequantize().shape == SHAPE
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_are_the_reference_codecs(dtype: torch.dtype):
+    weight = torch.randn(SHAPE).to(dtype)
+    q = qc.quantize_4bit(weight, quant_type="fp4", block_size=32)
+    data = nf4.quantize_reference(weight, "fp4", 32, True)
+    expected = nf4.dequantize_reference(*data, SHAPE, "fp4", 32, dtype)
+    assert torch.equal(q.dequantize(), expected)
+    assert torch.equal(qc.dequantize_4bit(q), expected)
+
+
+def test_stored_bits_of_a_real_weight_are_at_most_4_13():
+    q = make(torch.bfloat16, (512, 1536))
+    assert q.stored_bytes == 512 * 1536 // 2 + 12288 + 48 * 4 + 4  # codes, scales, scales' scales, offset
+    assert q.stored_bytes * 8 / q.numel() <= 4.13
+
+
+def test_printing_names_what_it_is_and_does_not_dequantize():
+    text = "QuantizedTensor((29, 45), torch.bfloat16, nf4, block_size=64, double_quant, device='cpu')"
+    assert repr(make(torch.bfloat16)) == text
+    assert "double_quant" not in repr(make(double_quant=False))
+    module = nn.Linear(45, 29)
+    module.weight = nn.Parameter(make(), requires_grad=False)
+    assert "QuantizedTensor((29, 45), torch.float32, nf4" in repr(module.weight)
+
+
+# --- ops that keep the 4 bits ---
+
+
+def test_clone_and_deepcopy_own_their_storage():
+    q = make()
+    for other in (q.clone(), copy.deepcopy(q)):
+        assert isinstance(other, QuantizedTensor) and same_parts(q, other)
+        pairs = zip(q.data_4bit, other.data_4bit, strict=True)
+        assert all(a.data_ptr() != b.data_ptr() for a, b in pairs)
+
+
+def test_deepcopy_keeps_a_parameter_a_parameter_and_shared_ones_shared():
+    weight = nn.Parameter(make(), requires_grad=False)
+    first, second = copy.deepcopy([weight, weight])
+    assert first is second and first is not weight
+    assert isinstance(first, nn.Parameter) and not first.requires_grad
+    assert same_parts(first, weight)
+
+
+def test_detach_shares_storage():
+    q = make()
+    assert isinstance(q.detach(), QuantizedTensor)
+    assert q.detach().codes.data_ptr() == q.codes.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_to_another_dtype_changes_what_it_dequantizes_to_and_no_code(dtype: torch.dtype):
+    q = make(torch.float32)
+    moved = q.to(dtype)
+    assert isinstance(moved, QuantizedTensor) and moved.dtype == dtype and same_parts(q, moved)
+    # one rounding from the fp32 product, which is what q itself gives
+    assert torch.equal(moved.dequantize(), q.dequantize().to(dtype))
+
+
+def test_to_an_integer_dtype_gives_a_dense_tensor():
+    q = make()
+    assert type(q.to(torch.int32)) is Tensor
+    assert torch.equal(q.to(torch.int32), q.dequantize().to(torch.int32))
+
+
+def test_to_the_meta_device_keeps_the_layout():
+    q = make(torch.bfloat16).to("meta")
+    assert isinstance(q, QuantizedTensor) and q.device.type == "meta" and q.codes.device.type == "meta"
+    assert q.dequantize().shape == SHAPE and q.dequantize().dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda q: q.t(),
+        lambda q: q.T,
+        lambda q: q.mT,
+        lambda q: q.transpose(0, 1),
+        lambda q: q.transpose(-1, -2),
+        lambda q: q.permute(1, 0),
+        lambda q: q.swapaxes(0, 1),
+    ],
+)
+def test_every_spelling_of_a_transpose_stays_4_bit(view: Callable[[Tensor], Tensor]):
+    q = make(torch.bfloat16)
+    turned = view(q)
+    assert isinstance(turned, QuantizedTensor) and turned.transposed
+    assert turned.shape == (45, 29) and turned.stride() == (1, 45)
+    assert torch.equal(turned.dequantize(), q.dequantize().t())
+    assert turned.dequantize().stride() == (1, 45)
+    back = view(turned)
+    assert not back.transposed and back.shape == SHAPE and torch.equal(back.dequantize(), q.dequantize())
+
+
+@pytest.mark.parametrize("view", [lambda q: q.transpose(0, 0), lambda q: q.transpose(1, -1), lambda q: q.permute(0, 1)])
+def test_a_transpose_of_nothing_changes_nothing(view: Callable[[Tensor], Tensor]):
+    q = make()
+    same = view(q)
+    assert isinstance(same, QuantizedTensor) and not same.transposed and same.shape == SHAPE
+
+
+def test_other_tensor_ranks_transpose_densely():
+    q = make(shape=(3, 5, 7))
+    turned = q.transpose(0, 2)
+    assert type(turned) is Tensor and torch.equal(turned, q.dequantize().transpose(0, 2))
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda q: q + 1,
+        lambda q: q[3:9, 1],
+        lambda q: q.sum(0),
+        lambda q: torch.cat([q, q]),
+        lambda q: q.view(-1)[:7],
+        lambda q: torch.ones(3, 29) @ q,
+        lambda q: q.float().norm(),
+        lambda q: torch.stack([q.t(), q.t()]),
+    ],
+)
+def test_ops_that_it_does_not_know_dequantize_and_run(run: Callable[[Tensor], Tensor]):
+    q = make()
+    out = run(q)
+    assert type(out) is Tensor
+    # products sum 29 terms in fp32, in whatever order
+    torch.testing.assert_close(out, run(q.dequantize()), rtol=1e-5, atol=1e-5)
+
+
+def test_transposed_storage_is_that_of_the_transposed_weight():
+    """GPT-2's Conv1D: the weight is [in, out], the codes follow [out, in]."""
+    weight = torch.randn(29, 45, dtype=torch.bfloat16)
+    q = qc.quantize_4bit(weight, transposed=True)
+    assert q.transposed and q.shape == (29, 45) and q.stride() == (45, 1)
+    assert same_parts(q, qc.quantize_4bit(weight.t().contiguous()))
+    dense = q.dequantize()
+    assert dense.stride() == (45, 1)
+    assert torch.equal(dense, qc.quantize_4bit(weight.t().contiguous()).dequantize().t())
+    assert not torch.equal(dense, qc.quantize_4bit(weight).dequantize())  # the blocks run the other way
+
+
+def test_a_weight_with_other_strides_keeps_them():
+    weight = torch.randn(45, 29).t()
+    q = qc.quantize_4bit(weight)
+    assert q.stride() == (1, 29 + 0 if False else 45) or q.stride() == weight.stride()
+    assert q.dequantize().stride() == weight.stride()
+    assert torch.equal(q.dequantize(), qc.quantize_4bit(weight.contiguous()).dequantize())
+
+
+# --- writing ---
+
+
+def test_copy_of_a_dense_tensor_quantizes_again_in_place():
+    q, new = make(torch.bfloat16, block_size=32), torch.randn(SHAPE)
+    pointer = q.codes.data_ptr()
+    q.copy_(new)
+    assert q.codes.data_ptr() == pointer
+    assert same_parts(q, qc.quantize_4bit(new.bfloat16(), block_size=32))
+
+
+def test_copy_of_a_quantized_tensor_copies_the_bytes():
+    q, other = make(), qc.quantize_4bit(torch.randn(SHAPE))
+    q.copy_(other)
+    assert same_parts(q, other) and q.codes.data_ptr() != other.codes.data_ptr()
+
+
+def test_copy_from_another_layout_goes_through_its_values():
+    q, other = make(block_size=64), qc.quantize_4bit(torch.randn(SHAPE), quant_type="fp4", double_quant=False)
+    q.copy_(other)
+    assert q.quant_type == "nf4" and same_parts(q, quantize_like(other.dequantize(), q))
+
+
+def test_copy_into_a_dense_tensor_dequantizes():
+    q, dense = make(torch.bfloat16), torch.empty(SHAPE)
+    dense.copy_(q)
+    assert torch.equal(dense, q.dequantize().float())
+
+
+def test_copy_of_another_shape_is_refused():
+    with pytest.raises(ModelStateError, match=r"shape \(45, 29\) cannot be copied into QuantizedTensor\(\(29, 45\)"):
+        make().copy_(torch.randn(45, 29))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda q: q.add_(1),
+        lambda q: q.mul_(2),
+        lambda q: q.zero_(),
+        lambda q: q.normal_(),
+        lambda q: q.fill_(0.5),
+        lambda q: q.__setitem__((0, 0), 1.0),
+        lambda q: torch.add(q.dequantize(), 1, out=q),
+        lambda q: torch._foreach_add_([q], 1.0),
+    ],
+)
+def test_writing_in_place_is_refused_and_nothing_changes(write: Callable[[QuantizedTensor], Any]):
+    q = make()
+    before = q.clone()
+    with pytest.raises(ModelStateError, match=r"4-bit weight.*dequantize\(\) it first"):
+        write(q)
+    assert same_parts(q, before)
+
+
+# --- public functions ---
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_dequantize_into_out(dtype: torch.dtype):
+    q, out = make(torch.bfloat16), torch.full(SHAPE, 9.0, dtype=dtype)
+    assert qc.dequantize_4bit(q, out=out) is out
+    # out's dtype holds: one rounding from fp32, so an fp32 out is more precise than the bf16 weight
+    assert torch.equal(out, q.to(torch.float32).dequantize().to(dtype))
+
+
+def test_dequantize_into_out_that_is_not_contiguous_or_transposed():
+    q = make()
+    out = torch.zeros(45, 29).t()
+    assert torch.equal(qc.dequantize_4bit(q, out=out), q.dequantize())
+    turned = torch.zeros(45, 29)
+    assert torch.equal(qc.dequantize_4bit(q.t(), out=turned), q.dequantize().t())
+
+
+def test_out_of_another_shape_is_refused():
+    with pytest.raises(ConfigError, match=r"\(29, 45\), got \(45, 29\)"):
+        qc.dequantize_4bit(make(), out=torch.empty(45, 29))
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_zeros_denormals_and_a_single_value(double_quant: bool):
+    zeros = qc.quantize_4bit(torch.zeros(3, 77), double_quant=double_quant)
+    if not double_quant:  # with it, scales are rounded: a zero scale among equal ones stays zero
+        assert torch.equal(zeros.dequantize(), torch.zeros(3, 77))
+    assert torch.equal(zeros.dequantize(), torch.zeros(3, 77))
+    tiny = qc.quantize_4bit(torch.full((3, 77), 1e-41), double_quant=double_quant).dequantize()
+    assert bool(torch.isfinite(tiny).all())
+    one = qc.quantize_4bit(torch.tensor([-2.5]), double_quant=double_quant)
+    assert one.codes.shape == (1,) and one.absmax.shape == (1,)
+    torch.testing.assert_close(one.dequantize(), torch.tensor([-2.5]))  # code -1 times its own absmax
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_nan_and_infinity_are_refused(bad: float, dtype: torch.dtype, double_quant: bool):
+    for index in ((0, 0), (17, 31), (28, 44)):
+        weight = torch.randn(SHAPE).to(dtype)
+        weight[index] = bad
+        with pytest.raises(InvalidWeightError, match="NaN or infinity"):
+            qc.quantize_4bit(weight, double_quant=double_quant)
+
+
+def test_wrong_arguments_are_refused():
+    with pytest.raises(ConfigError, match="quant_type must be one of nf4, fp4, got 'nf8'"):
+        qc.quantize_4bit(torch.randn(3, 5), quant_type="nf8")
+    with pytest.raises(ConfigError, match="block_size must be one of 32, .*, got 48"):
+        qc.quantize_4bit(torch.randn(3, 5), block_size=48)
+    with pytest.raises(InvalidWeightError, match=r"torch\.int8"):
+        qc.quantize_4bit(torch.ones(3, 5, dtype=torch.int8))
+    with pytest.raises(InvalidWeightError, match=r"2-D.*\(3, 5, 7\)"):
+        qc.quantize_4bit(torch.randn(3, 5, 7), transposed=True)
+
+
+def test_meta_weights_quantize_without_values():
+    q = qc.quantize_4bit(torch.empty(29, 45, device="meta", dtype=torch.bfloat16))
+    assert q.device.type == "meta" and q.codes.shape == (653,) and q.shape == (29, 45)
+
+
+# --- autograd ---
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(6, 45), (2, 3, 45), (45,)])
+def test_linear_saves_nothing_dense_and_gives_the_right_gradient(bias: bool, shape: tuple[int, ...]):
+    weight = nn.Parameter(make(), requires_grad=False)
+    b = torch.randn(29) if bias else None
+    x = torch.randn(shape, requires_grad=True)
+    saved = saved_for_backward(lambda: F.linear(x, weight, b))
+    assert saved, "the codes at least are saved"
+    floating = [t.numel() for t in saved if t.is_floating_point()]
+    assert all(numel < weight.numel() for numel in floating)
+    y = F.linear(x, weight, b)
+    cotangent = torch.randn_like(y)
+    (grad,) = torch.autograd.grad(y, x, cotangent)
+    # fp32 products of 45 and 29 terms
+    torch.testing.assert_close(y.detach(), F.linear(x.detach(), weight.dequantize(), b), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad, cotangent @ weight.dequantize(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_transposed_weight_saves_nothing_dense_either():
+    """Conv1D: addmm(bias, x, W) with W [in, out] stored transposed."""
+    weight = nn.Parameter(make(transposed=True), requires_grad=False)
+    x, bias = torch.randn(6, 29, requires_grad=True), torch.randn(45)
+    saved = saved_for_backward(lambda: torch.addmm(bias, x, weight))
+    assert all(t.numel() < weight.numel() for t in saved if t.is_floating_point())
+    y = torch.addmm(bias, x, weight)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(y.detach(), torch.addmm(bias, x.detach(), weight.dequantize()), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad, weight.dequantize().sum(1).expand(6, 29), rtol=1e-5, atol=1e-5)  # 45 fp32 terms
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_reading_without_gradients_works(mode: Callable[[], Any]):
+    q, x = make(torch.bfloat16), torch.randn(3, 45, dtype=torch.bfloat16)
+    with mode():
+        y = F.linear(x, q)
+        inside = make(torch.bfloat16)
+    # bf16: both round an fp32 sum of 45 terms once, in different orders: half a unit in the last place each
+    torch.testing.assert_close(y, F.linear(x, q.dequantize()), rtol=2**-7, atol=2**-6)
+    assert not inside.codes.is_inference()  # a weight that was quantized in there can be used in training
+    x = x.float().requires_grad_()
+    F.linear(x, inside.float()).sum().backward()
+    assert x.grad is not None
+
+
+def test_linear_with_another_dtype_is_torchs_own_error():
+    with pytest.raises(RuntimeError, match="dtype"):
+        F.linear(torch.randn(3, 45), make(torch.bfloat16))
+
+
+# --- modules and files ---
+
+
+def module_with(weight: QuantizedTensor) -> nn.Linear:
+    module = nn.Linear(weight.shape[1], weight.shape[0])
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    return module
+
+
+def test_modules_move_it_between_dtypes():
+    module = module_with(make())
+    codes = module.weight.codes.clone()
+    for change, dtype in (
+        (module.half, torch.float16),
+        (module.bfloat16, torch.bfloat16),
+        (module.float, torch.float32),
+    ):
+        change()
+        assert isinstance(module.weight, QuantizedTensor) and isinstance(module.weight, nn.Parameter)
+        assert module.weight.dtype == dtype == module.bias.dtype and not module.weight.requires_grad
+        assert torch.equal(module.weight.codes, codes)
+    module.to(torch.device("meta"))
+    assert isinstance(module.weight, QuantizedTensor) and module.weight.device.type == "meta"
+
+
+def test_state_dict_round_trip():
+    source, target = module_with(make()), module_with(qc.quantize_4bit(torch.randn(SHAPE)))
+    state = source.state_dict()
+    assert isinstance(state["weight"], QuantizedTensor)
+    assert state["weight"].codes.data_ptr() == source.weight.codes.data_ptr()  # no copy, as for a dense weight
+    target.load_state_dict(state)
+    assert same_parts(source.weight, target.weight)
+
+
+def test_loading_a_dense_checkpoint_quantizes_it():
+    dense = nn.Linear(45, 29)
+    target = module_with(make(block_size=32))
+    target.load_state_dict(dense.state_dict())
+    assert same_parts(target.weight, qc.quantize_4bit(dense.weight, block_size=32))
+
+
+def test_assign_keeps_it_quantized():
+    source, target = module_with(make()), nn.Linear(45, 29, device="meta")
+    target.load_state_dict(source.state_dict(), assign=True)
+    assert isinstance(target.weight, QuantizedTensor) and same_parts(source.weight, target.weight)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tensor") / "state.pt"
+    module = module_with(make(torch.bfloat16))
+    torch.save({"tensor": make(transposed=True), "state": module.state_dict(), "parameter": module.weight}, path)
+    return path
+
+
+def test_load_weights_only(saved: Path):
+    loaded = torch.load(saved, weights_only=True)
+    assert same_parts(loaded["tensor"], make(transposed=True)) and loaded["tensor"].transposed
+    assert same_parts(loaded["state"]["weight"], make(torch.bfloat16))
+    parameter = loaded["parameter"]
+    assert isinstance(parameter, nn.Parameter) and isinstance(parameter, QuantizedTensor)
+    assert not parameter.requires_grad and parameter.dtype == torch.bfloat16
+
+
+def test_a_file_holds_4_bits(tmp_path: Path):
+    q = make(torch.bfloat16, (512, 768))
+    torch.save(q, tmp_path / "q.pt")
+    assert (tmp_path / "q.pt").stat().st_size < q.numel() * 0.53 + 4000  # 4.13 bits and the archive's headers
+
+
+_LOAD = """
+import sys, torch
+{imports}
+loaded = torch.load(sys.argv[1], weights_only=True)
+print(type(loaded["tensor"]).__name__, tuple(loaded["tensor"].dequantize().shape))
+"""
+
+
+@pytest.mark.parametrize(
+    "imports", ["import qlora_compile.tensor", "import qlora_compile; qlora_compile.QuantizedTensor"]
+)
+def test_load_weights_only_in_a_fresh_process(saved: Path, imports: str):
+    code = _LOAD.format(imports=imports)
+    done = subprocess.run([sys.executable, "-c", code, str(saved)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "QuantizedTensor (29, 45)"
+
+
+def test_without_our_import_torch_names_what_to_allow(saved: Path):
+    done = subprocess.run([sys.executable, "-c", _LOAD.format(imports=""), str(saved)], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "qlora_compile.tensor._rebuild" in done.stderr
