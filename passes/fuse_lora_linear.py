@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..fx_utils import dtype_of, emit, is_call, is_linear, peel_casts, peel_transposes, replace
+from ..fx_utils import dtype_of, emit, is_call, is_linear, peel_casts, peel_transposes, replace, under_cast
 from ..pass_manager import PassContext
 from .lora_pattern import Branch, cast, find_branches
 
@@ -32,22 +32,32 @@ def fuse_lora_linear(gm: fx.GraphModule, ctx: PassContext) -> int:
         last, branches = find_branches(node)
         if not quantized and not branches:
             continue
-        reason = _decline_reason(node, branches)
+        reason = _decline_reason(node, branches, ctx)
         if reason is not None:
-            ctx.decline(_site(node), reason)
+            ctx.decline((_sites(node, ctx) or (node.name,))[0], reason)
             continue
         _fuse(node, last, branches, quantized, ctx)
         count += 1
     return count
 
 
-def _site(node: fx.Node) -> str:
-    return (node.meta.get("qlora_sites") or (node.name,))[0]
+def _sites(node: fx.Node, ctx: PassContext) -> tuple[str, ...]:
+    known = node.meta.get("qlora_sites")
+    entry = ctx.param(peel_transposes(node.args[1])[0])
+    return known or ((entry.name,) if entry else ())
 
 
-def _decline_reason(node: fx.Node, branches: list[Branch]) -> str | None:
-    if dtype_of(peel_casts(node.args[0])) not in _FLOATS:
-        return f"its input is {dtype_of(peel_casts(node.args[0]))}"
+def _decline_reason(node: fx.Node, branches: list[Branch], ctx: PassContext) -> str | None:
+    x, weight, bias = node.args
+    if dtype_of(x) not in _FLOATS:
+        return f"its input is {dtype_of(x)}"
+    # the op has gradients for x, A and B only
+    if bias is not None and not _is_frozen(bias, ctx):
+        return "its bias trains or is computed"
+    if not is_call(weight, _DEQUANTIZE) and not _is_frozen(weight, ctx):
+        return "its weight trains or is computed"
+    if not all(_is_frozen(scale, ctx) for branch in branches for scale in branch.weights):
+        return "an adapter is scaled by a tensor that trains or is computed"
     if len({branch.dropout for branch in branches}) > 1:
         return "its adapters drop with different probabilities"
     if any(len(branch.weights) > 1 for branch in branches):
@@ -57,10 +67,17 @@ def _decline_reason(node: fx.Node, branches: list[Branch]) -> str | None:
     return None
 
 
+def _is_frozen(node: Any, ctx: PassContext) -> bool:
+    """A parameter, buffer or state (through casts and transposes) that will not train."""
+    root = peel_transposes(peel_casts(node))[0]
+    entry = ctx.param(root)
+    return root.op == "placeholder" and not (entry is not None and ctx.edits.trains(entry))
+
+
 def _fuse(node: fx.Node, last: fx.Node, branches: list[Branch], quantized: bool, ctx: PassContext) -> None:
     given, weight, bias = node.args
-    x = peel_casts(given)
     dtype = dtype_of(given) or ctx.config.compute_dtype
+    x = _uncast_input(given, last)
     if quantized:
         codes, absmax, scale, offset, shape, quant_type, block_size, dtype = weight.args
         tensors: list[Any] = [
@@ -93,7 +110,7 @@ def _fuse(node: fx.Node, last: fx.Node, branches: list[Branch], quantized: bool,
     )
     fused = emit(before, torch.ops.qlora.lora_linear.default, args, node)
     out = emit(fused.next, operator.getitem, (fused, 0), node)
-    fused.meta["qlora_sites"] = node.meta.get("qlora_sites") or _sites_of(weight, ctx)
+    fused.meta["qlora_sites"] = _sites(node, ctx)
     out.meta["example_value"] = node.meta.get("example_value")
     if dtype_of(x) != dtype:
         out = cast(out.next, _as(out, dtype_of(x)), dtype, node)
@@ -107,9 +124,19 @@ def _as(node: fx.Node, dtype: torch.dtype | None) -> fx.Node:
     return node
 
 
-def _sites_of(weight: fx.Node, ctx: PassContext) -> tuple[str, ...]:
-    entry = ctx.param(peel_transposes(weight)[0])
-    return (entry.name,) if entry else ()
+def _uncast_input(given: fx.Node, last: fx.Node) -> fx.Node:
+    """x for x.to(dtype) where the op's own casts, of x to dtype and of the result to x's dtype, give the same numbers.
+
+    They do for a cast from fp32 (the result is exact in fp32) and where only a cast back to x's dtype uses the result.
+    """
+    x, dtype = given, dtype_of(given)
+    while (inner := under_cast(x)) is not None:
+        back = all(under_cast(user) is last and dtype_of(user) == dtype_of(inner) for user in last.users)
+        exact = dtype_of(x) == dtype and (dtype_of(inner) == torch.float32 or back)
+        if dtype_of(inner) != dtype_of(x) and not (exact and dtype_of(inner) in _FLOATS):
+            break
+        x = inner
+    return x
 
 
 def _seed(before: fx.Node, like: fx.Node) -> fx.Node:

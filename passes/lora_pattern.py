@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from ..fx_utils import ADD, LINEAR, MUL, dtype_of, emit, is_call, is_linear, peel_casts, rank_of
+from ..fx_utils import ADD, LINEAR, MUL, dtype_of, emit, is_call, is_linear, peel_casts, rank_of, value
 
 
 @dataclass
@@ -65,8 +65,8 @@ def find_branches(linear: fx.Node) -> tuple[fx.Node, list[Branch]]:
         if is_call(user, *ADD, "add") and not user.kwargs:
             other = user.args[1] if user.args[0] is y else user.args[0]
             branch = read_branch(other, x)
-            if branch is None:
-                break
+            if branch is None or value(branch.b).shape[0] != value(linear).shape[-1]:
+                break  # no branch, or one that is broadcast over the outputs
             branches.append(branch)
             y = user
         elif branches and peel_casts(user) is not user and dtype_of(user) == dtype_of(linear):

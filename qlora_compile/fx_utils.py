@@ -88,12 +88,20 @@ def is_call(node: Any, *targets: Any) -> bool:
 
 def peel_casts(node: Any) -> Any:
     """The node under dtype casts (`x.to(torch.bfloat16)`, `x.float()`): same values, another precision."""
-    while is_call(node, *_CASTS) and _is_dtype_cast(node):
-        node = node.args[0]
+    while (inner := under_cast(node)) is not None:
+        node = inner
     return node
 
 
+def under_cast(node: Any) -> Any:
+    """x for `x.to(torch.bfloat16)`, from one floating dtype to another; None where the node is no such cast."""
+    return node.args[0] if is_call(node, *_CASTS) and _is_dtype_cast(node) else None
+
+
 def _is_dtype_cast(node: fx.Node) -> bool:
+    dtypes = [dtype_of(node), dtype_of(node.args[0])]
+    if any(dtype is not None and not dtype.is_floating_point for dtype in dtypes):
+        return False  # x.int() is not the same values
     if node.target != "to":
         return True
     extra = [*node.args[1:], *node.kwargs.values()]

@@ -447,7 +447,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     ctx.save_for_backward(*flat)
     ctx.lengths = [len(values[name]) for name in _TENSOR_LISTS]
     ctx.numbers = {name: values[name] for name in _ARGUMENTS if name != "x" and name not in (*_TENSOR_LISTS, "bias")}
-    ctx.bias_count = len(values["bias"])
+    ctx.bias_dtypes = [bias.dtype for bias in values["bias"]]
     ctx.set_materialize_grads(False)
 
 
@@ -463,17 +463,21 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     ]
     needs = dict(zip(_ARGUMENTS, ctx.needs_input_grad, strict=True))
     need_dx, need_adapters = bool(needs["x"]), any(needs["lora_a"]) or any(needs["lora_b"])
-    if not (need_dx or need_adapters):
-        return (None,) * len(_ARGUMENTS)
-    order = [*_ARGUMENTS[1:5], *_ARGUMENTS[6:]]  # all but x and bias, in the schema's order
-    rest = [lists[name] if name in lists else numbers[name] for name in order]
-    out = torch.ops.qlora.lora_linear_backward(dys, x, h, *rest, need_dx, need_adapters)
-    dx = out.pop(0) if need_dx else None
-    count = len(lists["lora_a"])
+    # None for each tensor; an empty list counts as a list of tensors, one of numbers as one value
     result: dict[str, Any] = {name: [None] * len(lists[name]) for name in _TENSOR_LISTS}
-    result |= {"x": dx, "bias": [None] * ctx.bias_count}
-    if need_adapters:
-        result |= {"lora_a": out[:count], "lora_b": out[count:]}
+    result |= {name: [] for name in ("alpha", "adapters") if not numbers[name]}
+    result["bias"] = [
+        dy.reshape(-1, dy.shape[-1]).sum(0).to(dtype) if need else None
+        for dy, need, dtype in zip(dys, needs["bias"], ctx.bias_dtypes)
+    ]
+    if need_dx or need_adapters:
+        order = [*_ARGUMENTS[1:5], *_ARGUMENTS[6:]]  # all but x and bias, in the schema's order
+        rest = [lists[name] if name in lists else numbers[name] for name in order]
+        out = torch.ops.qlora.lora_linear_backward(dys, x, h, *rest, need_dx, need_adapters)
+        result["x"] = out.pop(0) if need_dx else None
+        if need_adapters:
+            count = len(lists["lora_a"])
+            result |= {"lora_a": out[:count], "lora_b": out[count:]}
     return tuple(result.get(name) for name in _ARGUMENTS)
 
 

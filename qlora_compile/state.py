@@ -192,10 +192,14 @@ class ModelEdits:
         if self.is_peft:
             return
         for entry in self._params.values():
-            if self.saved_in_full(entry):
+            if self.trains(entry):
                 entry.param.requires_grad_(True)
             elif entry.param.requires_grad and not _is_adapter(entry):
                 entry.param.requires_grad_(False)
+
+    def trains(self, entry: ParamInfo) -> bool:
+        """Whether this parameter, no adapter of ours, trains after `freeze`."""
+        return entry.param.requires_grad if self.is_peft else self.saved_in_full(entry)
 
     def remember(self) -> PreparedState:
         """Leave the configuration on the root, unless it has one already."""

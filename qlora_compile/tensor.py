@@ -135,6 +135,9 @@ class QuantizedTensor(torch.Tensor):
             memo[id(self)] = copy
         return memo[id(self)]
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        _refuse_write("indexed assignment", self)  # it would write into a dense copy, and be lost
+
     def __repr__(self) -> str:  # type: ignore[override]
         double = ", double_quant" if self.double_quant else ""
         return (
@@ -150,13 +153,22 @@ class QuantizedTensor(torch.Tensor):
             result = handler(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if argument.is_write and isinstance(value, QuantizedTensor):
-                raise ModelStateError(
-                    f"{func} would write into a 4-bit weight of shape {tuple(value.shape)}: "
-                    "dequantize() it first, or copy_() a dense tensor into it to quantize again."
-                )
+        if func._schema.is_mutable:
+            given = dict(zip((argument.name for argument in func._schema.arguments), args)) | kwargs
+            for argument in func._schema.arguments:
+                if argument.is_write:
+                    _refuse_write(func, given.get(argument.name))
         return func(*tree_map(_dense, args), **tree_map(_dense, kwargs))
+
+
+def _refuse_write(func: Any, target: Any) -> None:
+    """Raises ModelStateError if the tensor (or one of the list) that `func` would write into is a 4-bit one."""
+    for value in target if isinstance(target, (list, tuple)) else [target]:
+        if isinstance(value, QuantizedTensor):
+            raise ModelStateError(
+                f"{func} would write into a 4-bit weight of shape {tuple(value.shape)}: "
+                "dequantize() it first, or copy_() a dense tensor into it to quantize again."
+            )
 
 
 def _dense(value: Any) -> Any:
@@ -317,11 +329,12 @@ def _check_finite(weight: Tensor) -> None:
 
 def _check_finite(weight: Tensor) -> None:
     """Raises InvalidWeightError for NaN or infinity: least and greatest value carry both, in one pass and no memory."""
-    if weight.numel() and weight.device.type != "meta":
-        if not all(bool(torch.isfinite(end)) for end in torch.aminmax(weight)):
-            raise InvalidWeightError(
-                "The weight holds NaN or infinity and cannot be quantized: repair the checkpoint first."
-            )
+    if not weight.numel() or weight.device.type == "meta":
+        return
+    if not all(bool(torch.isfinite(end)) for end in torch.aminmax(weight)):
+        raise InvalidWeightError(
+            "The weight holds NaN or infinity and cannot be quantized: repair the checkpoint first."
+        )
 
 
 def quantize_like(weight: Tensor, like: QuantizedTensor) -> QuantizedTensor:

@@ -60,12 +60,16 @@ class Traced:
 
     def targets(self) -> list[str]:
         """Short names of the calls, in order."""
-        calls = ("call_function", "call_method")
-        return [target_name(node).removeprefix("qlora.") for node in self.gm.graph.nodes if node.op in calls]
+        return [self.name_of(node) for node in self.gm.graph.nodes if node.op in ("call_function", "call_method")]
 
     def nodes(self, target: str) -> list[fx.Node]:
         """The calls with that short name."""
-        return [node for node in self.gm.graph.nodes if target_name(node).removeprefix("qlora.") == target]
+        return [node for node in self.gm.graph.nodes if self.name_of(node) == target]
+
+    @staticmethod
+    def name_of(node: fx.Node) -> str:
+        """`lora_linear` for `torch.ops.qlora.lora_linear.default`."""
+        return target_name(node).removeprefix("qlora.")
 
     def text(self) -> str:
         """The graph as text, to compare two states of it."""

@@ -208,8 +208,8 @@ def test_transposed_storage_is_that_of_the_transposed_weight():
 def test_a_weight_with_other_strides_keeps_them():
     weight = torch.randn(45, 29).t()
     q = qc.quantize_4bit(weight)
-    assert q.stride() == (1, 29 + 0 if False else 45) or q.stride() == weight.stride()
-    assert q.dequantize().stride() == weight.stride()
+    assert not weight.is_contiguous()
+    assert q.stride() == q.dequantize().stride() == weight.stride()
     assert torch.equal(q.dequantize(), qc.quantize_4bit(weight.contiguous()).dequantize())
 
 
@@ -257,7 +257,7 @@ def test_copy_of_another_shape_is_refused():
         lambda q: q.fill_(0.5),
         lambda q: q.__setitem__((0, 0), 1.0),
         lambda q: torch.add(q.dequantize(), 1, out=q),
-        lambda q: torch._foreach_add_([q], 1.0),
+        lambda q: torch._foreach_add_([torch.ones(3), q], 1.0),
     ],
 )
 def test_writing_in_place_is_refused_and_nothing_changes(write: Callable[[QuantizedTensor], Any]):
@@ -295,8 +295,6 @@ def test_out_of_another_shape_is_refused():
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_zeros_denormals_and_a_single_value(double_quant: bool):
     zeros = qc.quantize_4bit(torch.zeros(3, 77), double_quant=double_quant)
-    if not double_quant:  # with it, scales are rounded: a zero scale among equal ones stays zero
-        assert torch.equal(zeros.dequantize(), torch.zeros(3, 77))
     assert torch.equal(zeros.dequantize(), torch.zeros(3, 77))
     tiny = qc.quantize_4bit(torch.full((3, 77), 1e-41), double_quant=double_quant).dequantize()
     assert bool(torch.isfinite(tiny).all())
@@ -319,7 +317,7 @@ def test_nan_and_infinity_are_refused(bad: float, dtype: torch.dtype, double_qua
 def test_wrong_arguments_are_refused():
     with pytest.raises(ConfigError, match="quant_type must be one of nf4, fp4, got 'nf8'"):
         qc.quantize_4bit(torch.randn(3, 5), quant_type="nf8")
-    with pytest.raises(ConfigError, match="block_size must be one of 32, .*, got 48"):
+    with pytest.raises(ConfigError, match=r"block_size must be one of 32, .*, got 48"):
         qc.quantize_4bit(torch.randn(3, 5), block_size=48)
     with pytest.raises(InvalidWeightError, match=r"torch\.int8"):
         qc.quantize_4bit(torch.ones(3, 5, dtype=torch.int8))
