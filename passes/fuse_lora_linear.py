@@ -14,7 +14,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..fx_utils import dtype_of, emit, is_call, is_linear, peel_casts, peel_transposes, replace, under_cast
+from ..fx_utils import (
+    dtype_of,
+    emit,
+    is_call,
+    is_linear,
+    peel_casts,
+    peel_transposes,
+    replace,
+    under_cast,
+    writes_between,
+)
 from ..pass_manager import PassContext
 from .lora_pattern import Branch, cast, find_branches
 
@@ -33,6 +43,8 @@ def fuse_lora_linear(gm: fx.GraphModule, ctx: PassContext) -> int:
         if not quantized and not branches:
             continue
         reason = _decline_reason(node, branches, ctx)
+        if branches and writes_between(node, last, None):
+            reason = "something between it and its adapters may write into their input"
         if reason is not None:
             ctx.decline((_sites(node, ctx) or (node.name,))[0], reason)
             continue
@@ -48,12 +60,10 @@ def _sites(node: fx.Node, ctx: PassContext) -> tuple[str, ...]:
 
 
 def _decline_reason(node: fx.Node, branches: list[Branch], ctx: PassContext) -> str | None:
-    x, weight, bias = node.args
+    x, weight, _ = node.args
     if dtype_of(x) not in _FLOATS:
         return f"its input is {dtype_of(x)}"
-    # the op has gradients for x, A and B only
-    if bias is not None and not _is_frozen(bias, ctx):
-        return "its bias trains or is computed"
+    # the op has no gradient for these
     if not is_call(weight, _DEQUANTIZE) and not _is_frozen(weight, ctx):
         return "its weight trains or is computed"
     if not all(_is_frozen(scale, ctx) for branch in branches for scale in branch.weights):
@@ -78,6 +88,8 @@ def _fuse(node: fx.Node, last: fx.Node, branches: list[Branch], quantized: bool,
     given, weight, bias = node.args
     dtype = dtype_of(given) or ctx.config.compute_dtype
     x = _uncast_input(given, last)
+    inner_bias = under_cast(bias) if dtype_of(bias) == dtype else None
+    bias = inner_bias if inner_bias is not None else bias  # the op casts it by itself
     if quantized:
         codes, absmax, scale, offset, shape, quant_type, block_size, dtype = weight.args
         tensors: list[Any] = [

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..fx_utils import emit, is_call
+from ..fx_utils import emit, is_call, writes_between
 from ..pass_manager import PassContext
 
 _OP = torch.ops.qlora.lora_linear.default
@@ -30,12 +30,11 @@ def group_linears(gm: fx.GraphModule, ctx: PassContext) -> int:
     order = {node: index for index, node in enumerate(gm.graph.nodes)}
     count = 0
     for members in groups.values():
-        late = [m for m in members if _depends_on_late_input(m, members[0], order)]
-        for member in late:
-            ctx.decline(
-                ", ".join(member.meta.get("qlora_sites", ())), "an input of it is computed after the first member"
-            )
-        members = [m for m in members if m not in late]
+        reasons = {member: _decline_reason(member, members[0], order) for member in members[1:]}
+        for member, reason in reasons.items():
+            if reason is not None:
+                ctx.decline(", ".join(member.meta.get("qlora_sites", ())), reason)
+        members = [member for member in members if reasons.get(member) is None]
         if len(members) > 1:
             _merge(members)
             count += 1
@@ -50,10 +49,14 @@ def _key(node: fx.Node) -> Any:
     return args[0], has if adapted else has[:3], adapted, args[12], args[14], args[15], args[16]
 
 
-def _depends_on_late_input(node: fx.Node, first: fx.Node, order: dict[fx.Node, int]) -> bool:
-    """Seeds may move up with their op; anything else that is computed after the first member may not."""
+def _decline_reason(node: fx.Node, first: fx.Node, order: dict[fx.Node, int]) -> str | None:
+    """Why it cannot move up to the first member. Seeds move with their op; nothing else that comes after it may."""
     seeds = set(node.args[11])  # type: ignore[arg-type]
-    return any(order[source] > order[first] for source in node.all_input_nodes if source not in seeds)
+    if any(order[source] > order[first] for source in node.all_input_nodes if source not in seeds):
+        return "an input of it is computed after the first member"
+    if writes_between(first, node, _OP):
+        return "something between it and the first member may write into their input"
+    return None
 
 
 def _merge(members: list[fx.Node]) -> None:

@@ -92,8 +92,9 @@ def used_as_module(entry: ParamInfo, linears: list[fx.Node]) -> bool:
 
 
 def _is_within(node: fx.Node, owner: str) -> bool:
+    """Either name may be the longer one: the graph's starts at the traced frame's module, the owner's at the root."""
     path = module_path(node)
-    return path == owner or path.endswith(f".{owner}")
+    return path == owner or path.endswith(f".{owner}") or bool(path and owner.endswith(f".{path}"))
 
 
 def _rewrite(linear: fx.Node, entry: ParamInfo, dtype: torch.dtype, ctx: PassContext) -> None:

@@ -14,14 +14,22 @@ from torch import fx, nn
 
 from .config import QLoRAConfig
 from .dynamo import guard_training, real_inputs, root_module, surfaced
-from .errors import QLoRACompileError
-from .fx_utils import copy_graph, placeholders
+from .errors import ModelStateError, QLoRACompileError
+from .fx_utils import copy_graph, is_linear, peel_transposes, placeholders
 from .modules import prepared_config
 from .pass_manager import PassContext, run_passes
 from .passes import PIPELINE
 from .preparation import require_targets
 from .report import CompileReport
-from .state import COMPILE_ONLY, ModelEdits, ParamInfo, check_one_device, check_same_config
+from .state import (
+    COMPILE_ONLY,
+    ModelEdits,
+    ParamInfo,
+    check_one_device,
+    check_same_config,
+    is_linear_module,
+    linear_entries,
+)
 
 Lowering = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
@@ -72,7 +80,7 @@ def _compile(
     position = {node.name: index for index, node in enumerate(nodes)}
     with torch.inference_mode(False), torch.enable_grad():
         pipeline = run_passes(work, ctx, PIPELINE)
-        _check_targets(gm, ctx)
+        _check_targets(work, ctx)
         edits.freeze()
     for node in nodes:
         if node.name in ctx.params and (site := ctx.params[node.name].site) is not None and site.info.dropout:
@@ -100,13 +108,33 @@ def _configuration(root: nn.Module, options: Mapping[str, Any] | QLoRAConfig | N
     return merged
 
 
-def _check_targets(gm: fx.GraphModule, ctx: PassContext) -> None:
-    """A graph with linears, none of them a target, on a model without any site: the user meant something else."""
-    if any(entry.site is not None for entry in ctx.edits.all()) or prepared_config(ctx.edits.root) is not None:
+def _check_targets(work: fx.GraphModule, ctx: PassContext) -> None:
+    """Targets that no pass can reach, or linears without any target on a model without any site: refuse both."""
+    edits = ctx.edits
+    for node in work.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            _check_hidden(node, ctx)
+    if any(entry.site is not None for entry in edits.all()) or prepared_config(edits.root) is not None:
         return
-    linear = [entry for entry in ctx.params.values() if entry.param.dim() == 2 and entry.name]
+    if any(edits.decline_reason(entry) is None for entry, _ in linear_entries(edits)):
+        return  # after a graph break: another graph has them
+    weights = [ctx.param(peel_transposes(node.args[1])[0]) for node in work.graph.nodes if is_linear(node)]
+    linear = {entry.name: entry for entry in weights if entry is not None}
     if linear:
-        require_targets([], linear, ctx.edits)
+        require_targets([], linear.values(), edits)
+
+
+def _check_hidden(node: fx.Node, ctx: PassContext) -> None:
+    """Raises ModelStateError for a linear inside another operator's subgraph: it would stay dense and have no adapter."""
+    for source in node.all_input_nodes:
+        entry = ctx.param(source)
+        if entry is None or entry.site is not None or not any(is_linear_module(owner) for _, owner, _ in entry.owners):
+            continue
+        if ctx.edits.decline_reason(entry) is None:
+            raise ModelStateError(
+                f"{entry.name} is used inside {node.target} (activation checkpointing, for example), where the backend "
+                "cannot change it: call qlora_compile.prepare(model, config) before compiling."
+            )
 
 
 def _freeze_examples(work: fx.GraphModule, original: list[Any], position: dict[str, int]) -> None:

@@ -123,6 +123,8 @@ class QLoRAConfig:
         _require(self.block_size in BLOCK_SIZES, "block_size", self.block_size, f"one of {sizes}")
         for name in ("use_rslora", "double_quant", "keep_logits"):
             _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
+        if not self.keep_logits:
+            raise ConfigError("keep_logits=False needs the chunked loss, which this version lacks: leave it at True.")
         ok = _is_number(self.activation_budget) and 0 <= self.activation_budget <= 1
         _require(ok, "activation_budget", self.activation_budget, "a fraction from 0 (recompute all) to 1 (keep all)")
         _require(self.lowering in LOWERINGS, "lowering", self.lowering, f"one of {', '.join(LOWERINGS)}")

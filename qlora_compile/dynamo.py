@@ -39,8 +39,11 @@ def source_names(gm: fx.GraphModule) -> list[str]:
 
 
 def root_module(gm: fx.GraphModule) -> nn.Module | None:
-    """The module whose forward is being compiled: what the parameters' sources start from, in the traced frame."""
-    scopes = _frame_scopes()
+    """The module that is being compiled: what the parameters' sources start from in the traced frame.
+
+    After a graph break Dynamo traces forwards of submodules: then the module that `torch.compile` was called on.
+    """
+    scopes, outer = _frame_scopes(), _compiled_module()
     for name in source_names(gm):
         match = _MODULE_ITEM.search(name)
         if match is None or scopes is None:
@@ -49,7 +52,20 @@ def root_module(gm: fx.GraphModule) -> nn.Module | None:
         if isinstance(value, torch._dynamo.eval_frame.OptimizedModule):
             value = value._orig_mod
         if isinstance(value, nn.Module):
-            return value
+            inside = outer is not None and any(module is value for module in outer.modules())
+            return outer if inside else value
+    return None
+
+
+def _compiled_module() -> nn.Module | None:
+    """The module that `torch.compile` or `Module.compile` wrapped, from the wrapper's frame among the callers."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "compile_wrapper" and frame.f_globals["__name__"] == "torch._dynamo.eval_frame":
+            function = frame.f_locals.get("fn")  # a bound method, or what `wrap_inline` made of a module of torch's
+            owner = getattr(function, "__self__", None) or getattr(function, "__wrapped__", None)
+            return owner if isinstance(owner, nn.Module) else None
+        frame = frame.f_back
     return None
 
 
@@ -68,8 +84,9 @@ def guard_training(node: fx.Node) -> None:
     """Retrace when train() or eval() changes the module that owns this parameter: a graph traced before its module drops
     anything reads no `training`, so Dynamo guards none."""
     source: Any = node._dynamo_source  # type: ignore[attr-defined]
-    module = source.base.base  # of <module>._parameters['weight']
-    install_guard(AttrSource(module, "training").make_guard(GuardBuilder.CONSTANT_MATCH))
+    module = getattr(getattr(source, "base", None), "base", None)  # of <module>._parameters['weight']
+    if module is not None:
+        install_guard(AttrSource(module, "training").make_guard(GuardBuilder.CONSTANT_MATCH))
 
 
 _Error = TypeVar("_Error", bound=QLoRACompileError)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import re
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ LINEAR = F.linear
 ADD = (operator.add, operator.iadd, torch.add)
 MUL = (operator.mul, operator.imul, torch.mul)
 _CASTS = ("to", "float", "half", "bfloat16", "type_as")
+_WRITING_OPERATORS = ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul")
 _TRANSPOSE_METHODS = ("t", "transpose", "permute", "swapaxes", "swapdims")
 _TRANSPOSE_FUNCTIONS = (torch.t, torch.transpose, torch.permute)
 
@@ -131,6 +133,33 @@ def _is_transpose(node: Any) -> bool:
     if node.target in ("permute", torch.permute):
         return [d % 2 for d in dims] == [1, 0]
     return not dims or sorted(d % 2 for d in dims) == [0, 1]
+
+
+def written(node: fx.Node) -> fx.Node | None:
+    """The tensor that this call writes into (`relu_(h)`, `F.relu(h, inplace=True)`, `out=`, `h += 1`, `h[0] = 1`)."""
+    if node.op not in ("call_function", "call_method"):
+        return None
+    if isinstance(node.kwargs.get("out"), fx.Node):
+        return node.kwargs["out"]  # type: ignore[return-value]
+    name = str(getattr(node.target, "__name__", node.target))
+    in_place = (name.endswith("_") and not name.endswith("__")) or name in _WRITING_OPERATORS
+    if getattr(node.target, "__module__", None) == "torch.nn.functional" and inspect.isfunction(node.target):
+        in_place |= bool(inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments.get("inplace"))
+    return node.all_input_nodes[0] if in_place and node.all_input_nodes else None
+
+
+def writes_between(first: fx.Node, last: fx.Node, fresh: Any) -> bool:
+    """Whether a call from `first` to `last` may write into what existed before: what no call of `fresh` made since."""
+    node, since = first, set[fx.Node]()
+    while node is not last:
+        since.add(node)
+        target = written(node)
+        while target is not None and not is_call(target, fresh):
+            if target not in since:
+                return True
+            target = next(iter(target.all_input_nodes), None)  # it may be a view of its input
+        node = node.next
+    return False
 
 
 def module_path(node: fx.Node) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,6 +70,17 @@ class QLoRALinear(nn.Module):
             y = y + F.linear(h, self.lora_B[name].to(dtype)) * self.lora_scaling[name] * self.lora_weight[name]
         return y.to(x.dtype)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        return _moved(super()._apply(fn, recurse))
+
+
+def _moved(module: nn.Module) -> nn.Module:
+    """The module, its adapters' weights moved to the device that `Module.to` moved its parameters to; still fp32."""
+    for param_name in module.__dict__["_qlora_info"]:
+        weights, stored = getattr(module, f"{_prefix(param_name)}lora_weight"), module._parameters[param_name]
+        weights |= {name: weight.to(stored.device) for name, weight in weights.items()}  # type: ignore[union-attr]
+    return module
+
 
 @functools.cache
 def _qlora_class(cls: Any) -> type[nn.Module]:
@@ -92,6 +104,7 @@ def _adapted_weight(module: nn.Module, param_name: str) -> Tensor:
 def _adapted_class(cls: Any, param_name: str) -> type[nn.Module]:
     body = {
         param_name: property(lambda self: _adapted_weight(self, param_name)),
+        "_apply": lambda self, fn, recurse=True: _moved(cls._apply(self, fn, recurse)),
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "_qlora_original": cls,
@@ -158,15 +171,22 @@ class AdapterSite:
 
 
 def adapter_sites(model: nn.Module) -> dict[str, AdapterSite]:
-    """Every adapted or quantized weight of the model by its name, in module order; a shared weight stands once."""
-    sites: dict[str, AdapterSite] = {}
+    """Every adapted or quantized weight of the model by its name, in module order; a shared weight stands once.
+
+    A name is relative to the module that was prepared or compiled; where several were (each layer by itself) and names
+    coincide, to `model`.
+    """
+    found: list[tuple[str, str, nn.Module, str]] = []
     seen: set[int] = set()
-    for module in model.modules():
+    for path, module in model.named_modules():
         for param_name, info in module.__dict__.get("_qlora_info", {}).items():
             if id(module._parameters[param_name]) not in seen:
                 seen.add(id(module._parameters[param_name]))
-                sites[info.site] = AdapterSite(info.site, module, param_name)
-    return sites
+                full = path if param_name == "weight" else f"{path}.{param_name}".lstrip(".")
+                found.append((info.site, full, module, param_name))
+    count = Counter(site for site, _, _, _ in found)
+    names = [site if count[site] == 1 else full for site, full, _, _ in found]
+    return {name: AdapterSite(name, module, key) for name, (_, _, module, key) in zip(names, found)}
 
 
 def adapter_parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
@@ -208,22 +228,28 @@ def add_adapter_to_site(site: AdapterSite, name: str, rank: int, alpha: float, s
     """
     if name in site.adapters:
         raise ModelStateError(f"{site.name} already has an adapter {name!r}: choose another name.")
-    device, dtype = site.weight.device, config.adapter_dtype
     generator = torch.Generator().manual_seed(_seed_of(config.seed, site.name, name))
-    a = torch.empty(rank, site.in_features)
-    b = torch.zeros(site.out_features, rank)
-    if config.init_lora_weights == "gaussian":
+    device, dtype = site.weight.device, config.adapter_dtype
+    with torch.inference_mode(False):
+        a, b = _draw(rank, site.in_features, site.out_features, config.init_lora_weights, generator)
+        site._get("lora_A")[name] = nn.Parameter(a.to(device, dtype))
+        site._get("lora_B")[name] = nn.Parameter(b.to(device, dtype))
+        site._get("lora_weight")[name] = torch.ones((), device=device)
+    site.info.rank[name], site.info.alpha[name], site.info.scaling[name] = rank, float(alpha), float(scaling)
+
+
+def _draw(rank: int, k: int, n: int, init: bool | str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A [rank, k] and B [n, rank] in fp32 on the CPU, so that every device starts from the same numbers."""
+    a, b = torch.empty(rank, k), torch.zeros(n, rank)
+    if init == "gaussian":
         a.normal_(std=1 / max(rank, 1), generator=generator)
     else:
-        bound = 1 / math.sqrt(site.in_features)
+        bound = 1 / math.sqrt(k)
         a.uniform_(-bound, bound, generator=generator)
-    if config.init_lora_weights is False:
+    if init is False:
         bound = 1 / math.sqrt(max(rank, 1))
         b.uniform_(-bound, bound, generator=generator)
-    site._get("lora_A")[name] = nn.Parameter(a.to(device, dtype))
-    site._get("lora_B")[name] = nn.Parameter(b.to(device, dtype))
-    site._get("lora_weight")[name] = torch.ones((), device=device)
-    site.info.rank[name], site.info.alpha[name], site.info.scaling[name] = rank, float(alpha), float(scaling)
+    return a, b
 
 
 def _seed_of(seed: int, site: str, adapter: str) -> int:

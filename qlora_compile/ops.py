@@ -300,7 +300,8 @@ def lora_linear(
         y = group.product(i, x2, bias[i].to(dtype) if bias else None)
         for j in mine:
             _add_low_rank(y, parts[j], lora_b[j].to(dtype), group.factor(j))
-        outs.append(y.to(x.dtype).view(*x.shape[:-1], out_features[i]))
+        # no tracked view: autograd lets nobody write into one of several views (nn.ReLU(inplace=True))
+        outs.append(torch.ops.aten._unsafe_view(y.to(x.dtype), (*x.shape[:-1], out_features[i])))
     return [*outs, h]
 
 

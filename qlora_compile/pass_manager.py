@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from .config import QLoRAConfig
-from .errors import PassError, QLoRACompileError, UnknownOptionError
+from .errors import ConfigError, PassError, QLoRACompileError, UnknownOptionError
 from .fx_utils import add_placeholder, module_path, source_line, value
 from .state import ModelEdits, ParamInfo, StateRef
 
@@ -93,7 +93,9 @@ def insert_pass(
     """The pipeline with `new` before or after the pass of that name. Raises UnknownOptionError for an unknown name."""
     anchor = before or after
     names = [p.__name__ for p in pipeline]
-    if anchor not in names or (before is None) == (after is None):
+    if (before is None) == (after is None):
+        raise ConfigError("insert_pass needs one place: the name of a pass as either before or after.")
+    if anchor not in names:
         raise UnknownOptionError(str(anchor), names, what="pass")
     index = names.index(anchor) + (after is not None)
     return (*pipeline[:index], new, *pipeline[index:])
@@ -101,6 +103,8 @@ def insert_pass(
 
 def run_passes(gm: fx.GraphModule, ctx: PassContext, pipeline: Sequence[Pass]) -> PipelineResult:
     """Run the passes in order, in place. Raises PassError naming the pass if one fails unexpectedly."""
+    # The user's own calls without users are there for what they write: `F.relu(h, inplace=True)`, `out=`, `h += 1`.
+    keep = {node for node in gm.graph.nodes if not node.users}
     result = PipelineResult([], {"input": snapshot(gm.graph)})
     _dump(ctx, 0, "input", gm)
     for number, run in enumerate(pipeline, start=1):
@@ -110,7 +114,7 @@ def run_passes(gm: fx.GraphModule, ctx: PassContext, pipeline: Sequence[Pass]) -
         try:
             rewrites = run(gm, ctx)
             _stamp(gm.graph, before, name)
-            _eliminate_dead_code(gm.graph)
+            _eliminate_dead_code(gm.graph, keep)
             gm.graph.lint()
             gm.recompile()
         except QLoRACompileError:
@@ -133,18 +137,13 @@ def _stamp(graph: fx.Graph, before: set[fx.Node], name: str) -> None:
             node.meta["qlora_made_by"] = (*node.meta.get("qlora_made_by", ()), name)
 
 
-def _eliminate_dead_code(graph: fx.Graph) -> None:
-    """Drop unused pure calls. Placeholders stay (the backend drops them with their argument), so does what is impure."""
+def _eliminate_dead_code(graph: fx.Graph, keep: set[fx.Node]) -> None:
+    """Drop pure calls that a pass left without users. Placeholders stay: the backend drops them with their argument."""
     for node in reversed(list(graph.nodes)):
         pure = node.op in ("call_function", "call_method", "get_attr") and not node.users and not node.is_impure()
         in_place = node.op == "call_method" and str(node.target).endswith("_")
-        if pure and not in_place and not _is_random(node):
+        if pure and not in_place and node not in keep:
             graph.erase_node(node)
-
-
-def _is_random(node: fx.Node) -> bool:
-    """setitem and in-place functions write; torch's own list of impure functions does not hold all of them."""
-    return getattr(node.target, "__name__", "") in ("setitem", "copy_", "index_put_", "manual_seed")
 
 
 def snapshot(graph: fx.Graph) -> tuple[NodeRecord, ...]:

@@ -12,7 +12,7 @@ from torch import nn
 from .config import QLoRAConfig
 from .errors import ModelStateError, NoTargetError
 from .modules import prepared_config
-from .state import ModelEdits, ParamInfo, check_one_device, check_same_config, linear_entries
+from .state import ModelEdits, ParamInfo, check_one_device, check_same_config, is_linear_module, linear_entries
 
 
 def prepare(
@@ -45,9 +45,10 @@ def prepare(
     found = linear_entries(edits)
     targets = [(entry, fan) for entry, fan in found if edits.decline_reason(entry) is None]
     require_targets([entry for entry, _ in targets], [entry for entry, _ in found], edits)
-    for entry, fan_in_fan_out in targets:
-        edits.add_adapter(edits.quantize(entry, fan_in_fan_out=fan_in_fan_out, as_module=True))
-    edits.freeze()
+    with torch.inference_mode(False):  # or the new parameters could never train
+        for entry, fan_in_fan_out in targets:
+            edits.add_adapter(edits.quantize(entry, fan_in_fan_out=fan_in_fan_out, as_module=True))
+        edits.freeze()
     edits.remember()
     return model
 
@@ -56,7 +57,7 @@ def require_targets(targets: Iterable[ParamInfo], found: Iterable[ParamInfo], ed
     """Raises NoTargetError, listing what there was, if no linear is a target."""
     if list(targets) or edits.is_peft:
         return
-    names = [f"{entry.name} ({edits.decline_reason(entry)})" for entry in found]
+    names = [f"{_linear_name(entry)} ({edits.decline_reason(entry)})" for entry in found]
     what = f"it has: {'; '.join(names[:8])}{f'; and {len(names) - 8} more' if len(names) > 8 else ''}"
     raise NoTargetError(
         f"No linear layer of {type(edits.root).__name__} matches target_modules={edits.config.target_modules!r}: "
@@ -67,6 +68,11 @@ def require_targets(targets: Iterable[ParamInfo], found: Iterable[ParamInfo], ed
         )
         + "."
     )
+
+
+def _linear_name(entry: ParamInfo) -> str:
+    """The name that the user knows the linear by: the owner's that is one, not an embedding's that it is tied to."""
+    return next((name for name, module, _ in entry.owners if is_linear_module(module)), entry.name)
 
 
 def _trace_edits(model: nn.Module, config: QLoRAConfig, example_inputs: Any) -> None:

@@ -138,7 +138,9 @@ def explain(model: nn.Module) -> CompileReport:
         # the graph with the most nodes is the model's; the others are pieces, or the same for other shapes and modes
         best = max(state.reports, key=lambda r: len(r.stages["input"]))
         report.passes, report.stages, report.graphs = best.passes, best.stages, len(state.reports)
-    groups = _groups(report.stages)
+    groups: dict[str, tuple[str, ...]] = {}
+    for stages in [*(r.stages for r in state.reports), report.stages]:  # a piece after a graph break has other sites
+        groups |= _groups(stages)
     for site in adapter_sites(model).values():
         report.linears.append(_linear_report(site, groups))
     report.memory = _memory(model, report.linears)

@@ -202,11 +202,15 @@ class ModelEdits:
         return entry.param.requires_grad if self.is_peft else self.saved_in_full(entry)
 
     def remember(self) -> PreparedState:
-        """Leave the configuration on the root, unless it has one already."""
+        """Leave the configuration on the root, unless it has one already, and on the adapted modules: a layer of the
+        model that is compiled by itself finds it there."""
         state = prepared_state(self.root)
         if state is None:
             state = PreparedState(self.config)
             self.root.__dict__["_qlora_state"] = state
+        for entry in self._params.values():
+            for _, module, _ in entry.owners if entry.site is not None else ():
+                module.__dict__.setdefault("_qlora_state", state)
         return state
 
 

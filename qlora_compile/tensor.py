@@ -312,19 +312,9 @@ def quantize_4bit(
         parts = torch.ops.qlora.quantize_4bit(
             weight.t() if transposed else weight, quant_type, block_size, double_quant
         )
-    data = nf4.QuantizedData(*parts, *[None] * (4 - len(parts)))
-    layout = Layout(quant_type, block_size, transposed, tuple(weight.shape), weight.stride(), weight.dtype)
-    return QuantizedTensor(data, layout)
-
-
-def _check_finite(weight: Tensor) -> None:
-    """One pass without a temporary. The scales would not do: a kernel's maximum may skip NaN."""
-    if weight.device.type != "meta" and weight.numel():
-        bounds = torch.stack(torch.aminmax(weight))  # NaN if any value is
-        if not bool(torch.isfinite(bounds).all()):
-            raise InvalidWeightError(
-                "The weight holds NaN or infinity and cannot be quantized: repair the checkpoint first."
-            )
+        data = nf4.QuantizedData(*parts, *[None] * (4 - len(parts)))
+        layout = Layout(quant_type, block_size, transposed, tuple(weight.shape), weight.stride(), weight.dtype)
+        return QuantizedTensor(data, layout)
 
 
 def _check_finite(weight: Tensor) -> None:

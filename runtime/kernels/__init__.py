@@ -41,4 +41,4 @@ def kernel_source(op: str, device_type: str) -> Path | None:
     """The generated source file of a kernel, for the report; None where `find` has no kernel."""
     if device_type != "cpu" or op not in cpu.KERNELS or cpp_build.find_compiler() is None:
         return None
-    return cpp_build.write_source(op)
+    return cpp_build.write_source(cpu.TEMPLATES[op])

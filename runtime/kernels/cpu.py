@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...errors import KernelError
 from ...nf4 import CODE_BOOKS, QuantizedData, check_format, dynamic_map, pack_scales
-from . import cpp_build
+from . import cpp_build, cpu_low_rank
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of common.cpp.jinja
 _QUANT_TYPES = {name: i for i, name in enumerate(CODE_BOOKS)}
@@ -173,4 +173,9 @@ KERNELS: dict[str, Callable[[], Callable[..., Any] | None]] = {
     "dequantize_4bit": make_dequantize_4bit,
     "quantize_4bit": make_quantize_4bit,
     "linear_4bit_small": make_linear_4bit_small,
+    "lora_down": cpu_low_rank.make_lora_down,
+    "lora_up": cpu_low_rank.make_lora_up,
+    "lora_backward": cpu_low_rank.make_lora_backward,
 }
+# The template of each kernel: one of its own name, except where a library holds several kernels.
+TEMPLATES = {op: "low_rank" if op.startswith("lora_") else op for op in KERNELS}

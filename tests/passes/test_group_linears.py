@@ -81,9 +81,7 @@ def test_a_chain_is_left_alone(traced: Callable[..., Any]) -> None:
     assert t.text() == before
 
 
-def test_other_inputs_make_other_groups(
-    traced: Callable[..., Any], fill_adapters: Callable[[nn.Module], None]
-) -> None:
+def test_other_inputs_make_other_groups(traced: Callable[..., Any], fill_adapters: Callable[[nn.Module], None]) -> None:
     """Cross attention: q from x, k and v from another tensor."""
     model = Attention(lambda m, x: torch.cat([m.q(x), m.k(x.flip(0)), m.v(x.flip(0) * 1)], dim=-1))
     t = traced(model, torch.randn(7, IN))
@@ -173,6 +171,50 @@ def test_an_input_that_comes_late_declines(traced: Callable[..., Any]) -> None:
     torch.testing.assert_close(t(), before, atol=5e-5, rtol=5e-5)  # another summation order in fp32
 
 
+def _write_between(write: Callable[[Tensor, Tensor], Any]) -> Callable[[Any, Tensor], Tensor]:
+    def use(m: Any, given: Tensor) -> Tensor:
+        x = given * 1
+        q = m.q(x)
+        write(x, q)
+        return torch.cat([q, m.k(x), m.v(x)], dim=-1)
+
+    return use
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda x, q: x.mul_(2),
+        lambda x, q: F.relu(x, inplace=True),
+        lambda x, q: x.view(-1)[3:].fill_(1),
+        lambda x, q: x.__setitem__(0, 1.0),
+        lambda x, q: torch.add(x[1], x[2], out=x[0]),
+    ],
+    ids=["mul_", "relu inplace", "a view of it", "setitem", "out="],
+)
+def test_a_write_into_the_input_declines(traced: Callable[..., Any], write: Callable[[Tensor, Tensor], Any]) -> None:
+    model = Attention(_write_between(write))
+    x = torch.randn(7, IN)
+    with torch.no_grad():
+        t = traced(model, x)
+        t.run(*BEFORE)
+        before = t()
+        result = t.run(group_linears)[-1]
+        reason = "something between it and the first member may write into their input"
+        assert result.declined == (("k", reason), ("v", reason))
+        torch.testing.assert_close(t(), before, atol=0, rtol=0)
+        torch.testing.assert_close(t(), model(x), atol=5e-5, rtol=5e-5)  # another summation order in fp32
+
+
+def test_a_write_into_a_result_does_not_hinder(traced: Callable[..., Any]) -> None:
+    """act(gate(x)) * up(x) with an activation in place."""
+    t = traced(Attention(_write_between(lambda x, q: F.silu(q, inplace=True))), torch.randn(7, IN))
+    t.run(*BEFORE)
+    before = t()
+    assert t.count(group_linears) == 1
+    torch.testing.assert_close(t(), before, atol=5e-5, rtol=5e-5)  # another summation order in fp32
+
+
 def test_dropout_seeds_move_up_with_their_op(
     traced: Callable[..., Any], fill_adapters: Callable[[nn.Module], None]
 ) -> None:
@@ -213,10 +255,18 @@ def test_a_result_that_is_used_twice(traced: Callable[..., Any], fill_adapters: 
     torch.testing.assert_close(t(), before, atol=5e-5, rtol=5e-5)  # another summation order in fp32
 
 
-@pytest.mark.parametrize(("model_dtype", "compute"), [("float16", "bfloat16"), ("bfloat16", "float32")])
-def test_casts_do_not_keep_members_apart(traced: Callable[..., Any], model_dtype: str, compute: str) -> None:
-    """Each member was traced with a cast of its own; a retrace of QLoRALinear has casts of its own, too."""
-    model, x = Attention().to(getattr(torch, model_dtype)), torch.randn(2, 5, IN).to(getattr(torch, model_dtype))
+@pytest.mark.parametrize(
+    ("model_dtype", "compute"), [("float16", "bfloat16"), ("bfloat16", "float32"), ("float32", "bfloat16")]
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_casts_do_not_keep_members_apart(
+    traced: Callable[..., Any], model_dtype: str, compute: str, bias: bool
+) -> None:
+    """Each member was traced with casts of its own; a retrace of QLoRALinear has casts of its own, too."""
+    model, x = (
+        Attention(bias=(bias,) * 3).to(getattr(torch, model_dtype)),
+        torch.randn(2, 5, IN).to(getattr(torch, model_dtype)),
+    )
     for _ in range(2):
         t = traced(model, x, compute_dtype=compute)
         t.run(*BEFORE)

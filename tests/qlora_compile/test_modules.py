@@ -324,22 +324,32 @@ def test_a_prepared_model_can_be_wrapped():
     assert len(adapter_parameters(wrapped)) == 4
 
 
-def test_moving_the_model_moves_the_adapters_numbers_with_it():
-    model = prepare(Two(), FP32).to("meta")
-    devices = {p.device.type for p in model.parameters()} | {
-        site.adapter_weight().device.type for site in adapter_sites(model).values()
-    }
-    assert devices == {"meta"}
+@pytest.mark.parametrize("make", [lambda: prepare(Two(), FP32), raw])
+def test_moving_the_model_moves_the_adapters_weights_with_it(make):
+    model = make().to("meta")
+    weights = [site.adapter_weight() for site in adapter_sites(model).values()]
+    assert {t.device.type for t in (*model.parameters(), *weights)} == {"meta"}
 
 
-def test_changing_the_models_dtype_keeps_it_computing():
+@pytest.mark.parametrize("compiled", [True, False])
+def test_changing_the_models_dtype_keeps_it_computing(compiled: bool):
     model = prepare(Two(), FP32)
     fill(model)
+    call = torch.compile(model, backend="qlora", options={"lowering": "aot_eager"}) if compiled else model
     x = torch.randn(4, 13)
-    expected = model(x)
+    call(x).sum().backward()
+    expected = call(x).detach()
     model.bfloat16()
     assert model.up.weight.dtype == torch.bfloat16 and isinstance(model.up.weight, QuantizedTensor)
-    y = model(x.bfloat16())
-    assert y.dtype == torch.bfloat16
+    y = call(x.bfloat16()).detach()
+    assert y.dtype == torch.bfloat16 and adapter_sites(model)["up"].adapter_weight().dtype == torch.float32
     # weights, adapters and both layers' outputs rounded to 8 bits: 2^-5 of the largest
-    torch.testing.assert_close(y.float(), expected, rtol=0, atol=2**-5 * float(expected.detach().abs().max()))
+    torch.testing.assert_close(y.float(), expected, rtol=0, atol=2**-5 * float(expected.abs().max()))
+
+
+def test_owners_of_a_shared_weight_still_share_it_after_a_move():
+    model = nn.ModuleList([nn.Linear(13, 22), nn.Linear(13, 22)])
+    model[1].weight = model[0].weight
+    prepare(model, FP32).bfloat16()
+    assert model[0].weight is model[1].weight and model[0].weight.dtype == torch.bfloat16
+    assert model[0].lora_A is model[1].lora_A and len(adapter_parameters(model)) == 2
