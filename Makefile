@@ -61,11 +61,15 @@ setup: $(VENV)/.stamp-dev
 finetune: $(VENV)/.stamp-data
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/finetune_state_of_the_union.py --out $(OUT)
 
+# One process a core with one thread each: twice as fast as one process whose tiny products use all cores.
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
 test: $(VENV)/.stamp-dev
-	$(BIN)/python -m pytest -m "not slow" --durations=15 $(PYTEST_FLAGS)
+	$(PYTEST) -m "not slow" --durations=15 $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/.stamp-dev
-	$(BIN)/python -m pytest -m slow --durations=15 $(PYTEST_FLAGS)
+	$(PYTEST) -m slow --durations=15 $(PYTEST_FLAGS)
 
 # All three always run: one look shows everything.
 lint: $(VENV)/.stamp-dev
