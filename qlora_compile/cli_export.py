@@ -16,13 +16,16 @@ def export(
     adapter: Annotated[list[str], typer.Option(help="PEFT folder, or DIR=WEIGHT; repeatable.")],
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint; new or empty.")],
     base_precision: Annotated[str, typer.Option(help="Fold into 'original' or 'dequantized' weights.")] = "original",
+    format: Annotated[str, typer.Option(help="'safetensors', or 'nf4' as bitsandbytes stores it.")] = "safetensors",
     dtype: Annotated[str | None, typer.Option(help="Of the result (the base model's if not given).")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file, such as 5GB.")] = "5GB",
     verify: Annotated[bool, typer.Option(help="Load with transformers and compare with base + adapter.")] = False,
     report: Annotated[bool, typer.Option(help="Print each layer's rounding error.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace what is in OUT.")] = False,
+    allow_pickle: Annotated[bool, typer.Option(help="Read a .bin adapter (weights only).")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
-    """Fold adapters into the base weights in fp32 and write safetensors that stock transformers loads.
+    """Fold adapters into the base weights, with one rounding, and write what stock transformers loads.
 
     Example: qlora-compile export --base ./SmolLM2-135M --adapter run/adapter --out merged --verify
     """
@@ -34,10 +37,13 @@ def export(
         out,
         adapters=weights,
         base_precision=base_precision,
+        format=format,
         dtype=dtype,
         max_shard_size=max_shard_size,
         verify=verify,
         report=report,
+        overwrite=overwrite,
+        allow_pickle=allow_pickle,
     )
     if as_json:
         print_json(done.to_dict())
