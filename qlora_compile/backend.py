@@ -13,8 +13,8 @@ import torch
 from torch import fx, nn
 
 from .config import QLoRAConfig
-from .dynamo import guard_training, real_inputs, root_module, surfaced
-from .errors import ModelStateError, QLoRACompileError
+from .dynamo import guard_replacements, guard_training, real_inputs, root_module, surfaced
+from .errors import ConfigError, ModelStateError, QLoRACompileError
 from .fx_utils import copy_graph, is_linear, peel_transposes, placeholders
 from .modules import prepared_config
 from .pass_manager import PassContext, run_passes
@@ -35,13 +35,19 @@ Lowering = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
 
 def qlora(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, **_: Any
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
 ) -> Callable[..., Any]:
     """The backend. `options` are QLoRAConfig's fields; on a prepared model its own configuration holds.
 
-    Raises the errors of `prepare`, unchanged, and PassError if a pass fails.
+    Raises the errors of `prepare`, unchanged, ConfigError for a `mode`, and PassError if a pass fails.
     """
     try:
+        if mode not in (None, "default"):
+            raise ConfigError(f"The backend 'qlora' knows no mode {mode!r}: leave it out, and choose by options.")
         return _compile(gm, list(example_inputs), options, None)
     except QLoRACompileError as error:
         raise surfaced(error) from error.__cause__
@@ -82,6 +88,7 @@ def _compile(
         pipeline = run_passes(work, ctx, PIPELINE)
         _check_targets(work, ctx)
         edits.freeze()
+    guard_replacements([p for node, p in zip(nodes, original) if (e := ctx.params.get(node.name)) and e.param is not p])
     for node in nodes:
         if node.name in ctx.params and (site := ctx.params[node.name].site) is not None and site.info.dropout:
             guard_training(node)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from types import FrameType
@@ -12,6 +13,8 @@ from torch import fx, nn
 from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import AttrSource
+from torch._guards import TracingContext
+from torch.utils.weak import TensorWeakRef
 
 from .errors import QLoRACompileError
 
@@ -87,6 +90,20 @@ def guard_training(node: fx.Node) -> None:
     module = getattr(getattr(source, "base", None), "base", None)  # of <module>._parameters['weight']
     if module is not None:
         install_guard(AttrSource(module, "training").make_guard(GuardBuilder.CONSTANT_MATCH))
+
+
+def guard_replacements(replaced: list[torch.Tensor]) -> None:
+    """Guards on these tensors look at what stands in their place when they are built, after the backend returns.
+
+    Dynamo would build them from the traced tensor while anything (an optimizer, a list) still holds it, and then find
+    the new one to be of another type.
+    """
+    ids = {id(tensor) for tensor in replaced}
+    for guard in TracingContext.get().guards_context.dynamo_guards:
+        create = guard.create_fn
+        value = create.keywords.get("value") if isinstance(create, functools.partial) else None
+        if isinstance(value, TensorWeakRef) and id(value()) in ids:
+            guard.create_fn = functools.partial(create.func, *create.args)  # type: ignore[attr-defined]
 
 
 _Error = TypeVar("_Error", bound=QLoRACompileError)

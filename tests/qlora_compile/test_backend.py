@@ -227,6 +227,19 @@ def test_dense_weights_are_freed(tiny_llama: Llama) -> None:
     assert [name for name, ref in storages.items() if ref() is not None] == []
 
 
+def test_dense_weights_that_somebody_holds_do_not_hinder() -> None:
+    """An optimizer made before the first call holds every dense weight: it trains nothing, and breaks nothing."""
+    model, x = MLP(), torch.randn(4, 37)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    compiled = _compile(model)
+    assert _graphs(lambda: compiled(x)) == 1
+    assert _graphs(lambda: compiled(x)) == 0
+    before = compiled(x)
+    before.sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(compiled(x), before, atol=0, rtol=0)
+
+
 @pytest.mark.parametrize("lowering", ["eager", "aot_eager"])
 def test_nothing_dense_is_saved_for_backward(lowering: str) -> None:
     model, x = MLP(), torch.randn(4, 37, requires_grad=True)
@@ -294,13 +307,14 @@ def test_training_with_an_optimizer_lowers_the_loss() -> None:
 
 
 def test_the_output_head_and_tied_embeddings_stay_dense(tiny_llama: Llama) -> None:
-    for tied in (True, False):
-        model = tiny_llama(num_hidden_layers=1, tie_word_embeddings=tied)
-        _compile(model)(input_ids=_tokens(2, 7))
+    tied, untied = (tiny_llama(num_hidden_layers=1, tie_word_embeddings=tie) for tie in (True, False))
+    _compile(tied)(input_ids=_tokens(2, 7))
+    qc.prepare(untied, FP32)
+    for model in (tied, untied):
         assert type(model.lm_head) is nn.Linear
         assert type(model.lm_head.weight) is nn.Parameter
-        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-        torch._dynamo.reset()
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == (model is tied)
+    torch._dynamo.reset()
     model = tiny_llama(num_hidden_layers=1, tie_word_embeddings=False)
     _compile(model, exclude_modules=())(input_ids=_tokens(2, 7))
     assert isinstance(model.lm_head, QLoRALinear)
@@ -651,6 +665,13 @@ def test_an_unknown_option_names_the_nearest_and_is_not_wrapped() -> None:
     with pytest.raises(UnknownOptionError, match=r"Unknown option 'lora_alpa': did you mean 'lora_alpha'\?") as caught:
         torch.compile(MLP(), backend="qlora", options={"lora_alpa": 3})(torch.randn(4, 37))
     assert type(caught.value).__name__ == "UnknownOptionError"
+
+
+def test_a_mode_is_refused() -> None:
+    compiled = torch.compile(torch.nn.Linear(7, 5), backend="qlora", mode="max-autotune")
+    with pytest.raises(ConfigError, match="knows no mode 'max-autotune'"):
+        compiled(torch.randn(3, 7))
+
 
 
 @pytest.mark.parametrize(
