@@ -14,6 +14,7 @@ dense is saved for backward: codes and scales are, and the weight is dequantized
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import threading
@@ -26,9 +27,15 @@ from torch import Tensor
 from . import nf4
 
 
+@functools.cache
+def _kernels() -> Any:
+    """The module of kernels, imported at the first use of an op."""
+    return importlib.import_module("qlora_compile.runtime.kernels")
+
+
 def _kernel(op: str, device: torch.device) -> Callable[..., Any] | None:
     """The kernel registered for this op and device, or None: then the reference runs."""
-    return importlib.import_module("qlora_compile.runtime.kernels").find(op, device.type)
+    return _kernels().find(op, device.type)
 
 
 def _op(reference: Callable[..., Any]) -> Any:
@@ -214,6 +221,19 @@ class _Group:
                 return out if bias is None else out.add_(bias)
         return torch.nn.functional.linear(x, self.dense_weight(index, k), bias)
 
+    @functools.cached_property
+    def suits_kernels(self) -> bool:
+        """Whether the kernels of the low-rank products cover this call: they read the parameters themselves (fp32 or
+        bf16), for products in bf16 with nothing dropped."""
+        factors = (*self.lora_a, *self.lora_b)
+        if not factors or self.dropout or self.dtype != torch.bfloat16:
+            return False
+        return all(t.dtype in (torch.float32, torch.bfloat16) and t.is_contiguous() for t in factors)
+
+    def low_rank_kernel(self, op: str, x: Tensor) -> Callable[..., Any] | None:
+        """The kernel "lora_down", "lora_up" or "lora_backward", if there is one for this call."""
+        return _kernel(op, x.device) if self.suits_kernels else None
+
     def a_cat(self) -> Tensor:
         """All adapters' A, one under the other: [sum R, K] in the compute dtype."""
         rows = [a.to(self.dtype) for a in self.lora_a]
@@ -248,14 +268,25 @@ class _Group:
         """x [M, K] -> dropout_j(x) A_jᵀ for all adapters side by side: [M, sum R]. One product where nothing drops."""
         if not self.lora_a:
             return x.new_empty((x.shape[0], 0))
+        kernel = self.low_rank_kernel("lora_down", x)
+        if kernel is not None:
+            out = x.new_empty((x.shape[0], sum(self.ranks())))
+            kernel(x, self.lora_a, out)
+            return out
         if not self.dropout:
             return x @ self.a_cat().t()
         parts = [(x * self.mask(j, x)) @ a.to(self.dtype).t() for j, a in enumerate(self.lora_a)]
         return torch.cat(parts, dim=1)
 
 
+def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [..., K] -> [M, K] in `dtype` with contiguous rows (the gradient of a sum arrives with stride 0)."""
+    x = x.reshape(-1, x.shape[-1]).to(dtype)
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
 def _split_ranks(group: _Group, h: Tensor) -> Sequence[Tensor]:
-    return h.split(group.ranks(), dim=1) if len(group.lora_a) > 1 else [h]
+    return h.split_with_sizes(group.ranks(), dim=1) if len(group.lora_a) > 1 else [h]
 
 
 def _add_low_rank(y: Tensor, h: Tensor, b: Tensor, factor: float | Tensor) -> None:
@@ -291,15 +322,18 @@ def lora_linear(
         weight, absmax, absmax_scale, absmax_offset, lora_a, lora_b, scaling, alpha, adapters, seed, dropout,
         out_features, quant_type, block_size, dtype,
     )  # fmt: skip
-    k = x.shape[-1]
-    x2 = x.reshape(-1, k).to(dtype)
+    x2 = _rows(x, dtype)
     h = group.low_rank(x2)
     parts = _split_ranks(group, h)
+    kernel = group.low_rank_kernel("lora_up", x2)
     outs = []
     for i, mine in enumerate(group.adapters_of()):
         y = group.product(i, x2, bias[i].to(dtype) if bias else None)
         for j in mine:
-            _add_low_rank(y, parts[j], lora_b[j].to(dtype), group.factor(j))
+            if kernel is not None:
+                kernel(parts[j], lora_b[j], group.factor(j), y)
+            else:
+                _add_low_rank(y, parts[j], lora_b[j].to(dtype), group.factor(j))
         # no tracked view: autograd lets nobody write into one of several views (nn.ReLU(inplace=True))
         outs.append(torch.ops.aten._unsafe_view(y.to(x.dtype), (*x.shape[:-1], out_features[i])))
     return [*outs, h]
@@ -362,20 +396,46 @@ def lora_linear_backward(
         weight, absmax, absmax_scale, absmax_offset, lora_a, lora_b, scaling, alpha, adapters, seed, dropout,
         out_features, quant_type, block_size, dtype,
     )  # fmt: skip
-    x2 = x.reshape(-1, x.shape[-1]).to(dtype)
-    dys = [g.reshape(-1, g.shape[-1]).to(dtype) for g in grads]
+    x2 = _rows(x, dtype)
+    dys = [_rows(g, dtype) for g in grads]
     h_parts = _split_ranks(group, h)
-    low, da, db = [], [], []
+    kernel = group.low_rank_kernel("lora_backward", x2)
+    if kernel is not None:
+        low, da, db = _low_rank_grads(kernel, group, dys, x2, h_parts, need_adapters)
+    else:
+        low, da, db = _low_rank_grads_reference(group, dys, x2, h_parts, need_adapters)
+    dx = [_grad_x(group, dys, low, x2).to(x.dtype).view(x.shape)] if need_dx else []
+    return [*dx, *da, *db]
+
+
+_LowRankGrads = tuple[list[Tensor], list[Tensor], list[Tensor]]  # g_j [M, R], dA_j, dB_j; the last two may be absent
+
+
+def _low_rank_grads(
+    kernel: Callable[..., Any], group: _Group, dys: list[Tensor], x: Tensor, h: Sequence[Tensor], need_adapters: bool
+) -> _LowRankGrads:
+    """One call of the kernel `lora_backward` for each adapter."""
+    low = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in h]
+    da = [torch.empty_like(a) for a in group.lora_a] if need_adapters else []
+    db = [torch.empty_like(b) for b in group.lora_b] if need_adapters else []
+    for i, mine in enumerate(group.adapters_of()):
+        for j in mine:
+            grads = (da[j], db[j]) if need_adapters else (None, None)
+            kernel(dys[i], x, h[j], group.lora_b[j], group.factor(j), low[j], *grads)
+    return low, da, db
+
+
+def _low_rank_grads_reference(
+    group: _Group, dys: list[Tensor], x: Tensor, h: Sequence[Tensor], need_adapters: bool
+) -> _LowRankGrads:
+    low, db = [], []
     for i, mine in enumerate(group.adapters_of()):
         for j in mine:
             factor = group.factor(j)
-            low.append((dys[i] @ lora_b[j].to(dtype)).mul_(factor))
+            low.append((dys[i] @ group.lora_b[j].to(group.dtype)).mul_(factor))
             if need_adapters:
-                db.append((dys[i].t() @ h_parts[j]).to(lora_b[j].dtype).mul_(factor))
-    if need_adapters:
-        da = _grad_a(group, x2, low)
-    dx = [_grad_x(group, dys, low, x2).to(x.dtype).view(x.shape)] if need_dx else []
-    return [*dx, *da, *db]
+                db.append((dys[i].t() @ h[j]).to(group.lora_b[j].dtype).mul_(factor))
+    return low, _grad_a(group, x, low) if need_adapters else [], db
 
 
 def _grad_a(group: _Group, x: Tensor, low: list[Tensor]) -> list[Tensor]:
@@ -400,7 +460,8 @@ def _grad_x(group: _Group, dys: list[Tensor], low: list[Tensor], x: Tensor) -> T
         group.dense_weight(i, k, out=stacked[first : first + n])
         first += n
     if one_product:
-        torch.cat([a.to(group.dtype) for a in group.lora_a], out=stacked[first:])
+        for a, rows_of_a in zip(group.lora_a, stacked[first:].split(group.ranks()), strict=True):
+            rows_of_a.copy_(a)
     left = [*dys, *one_product]
     dx = (torch.cat(left, dim=1) if len(left) > 1 else left[0]) @ stacked
     if group.dropout:

@@ -200,7 +200,7 @@ def kernel_sources(model: nn.Module) -> dict[str, str]:
 
     device = next((p.device.type for p in model.parameters()), "cpu")
     found = {}
-    for op in ("dequantize_4bit", "quantize_4bit", "linear_4bit_small"):
+    for op in ("dequantize_4bit", "quantize_4bit", "linear_4bit_small", "lora_down"):
         if kernels.find(op, device) is not None:
             path = kernels.kernel_source(op, device)
             if path is not None:

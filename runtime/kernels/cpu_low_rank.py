@@ -113,7 +113,7 @@ def make_lora_backward() -> Callable[..., None] | None:
     def lora_backward(
         dy: Tensor, x: Tensor, h: Tensor, lora_b: Tensor, scale: float, g: Tensor, da: Tensor | None, db: Tensor | None
     ) -> None:
-        """g [M, R] = scale dy [M, N] B;  dA [R, K] = g^T x [M, K];  dB [N, R] = scale dy^T h [M, R]; None: not wanted."""
+        """g [M, R] = scale dy [M, N] B;  dA [R, K] = g^T x [M, K];  dB [N, R] = scale dy^T h; None: not wanted."""
         (m, n), k, rank = dy.shape, x.shape[1], h.shape[1]
         a_dtype = 0 if da is None else _factor_dtype("da", da, rank, k)
         b_dtype = 0 if db is None else _factor_dtype("db", db, n, rank)

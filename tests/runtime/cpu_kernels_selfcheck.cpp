@@ -17,6 +17,17 @@ extern "C" void qlora_linear_4bit_small(
     const uint16_t*, const uint8_t*, const void*, const float*, const float*, const float*, uint16_t*, void*, int64_t,
     int64_t, int64_t, int64_t, int64_t, int, int, int
 ) __attribute__((weak));
+extern "C" int qlora_has_low_rank() __attribute__((weak));
+extern "C" void qlora_lora_down(
+    const uint16_t*, int64_t, int64_t, int64_t, const int64_t*, int64_t, uint16_t*, int
+) __attribute__((weak));
+extern "C" void qlora_lora_up(
+    const uint16_t*, int64_t, const void*, int, float, uint16_t*, int64_t, int64_t, int64_t, int
+) __attribute__((weak));
+extern "C" void qlora_lora_backward(
+    const uint16_t*, int64_t, const uint16_t*, int64_t, const uint16_t*, int64_t, const void*, int, float, uint16_t*,
+    int64_t, void*, int, void*, int, int64_t, int64_t, int64_t, int64_t, int
+) __attribute__((weak));
 extern "C" void qlora_quantize_4bit(const void*, uint8_t*, float*, int64_t, int64_t, int, int, int, int);
 
 namespace {
@@ -112,9 +123,47 @@ bool check_linear(int64_t M, int64_t N, int64_t K, int64_t block_size) {
     return true;
 }
 
+// The low-rank products on buffers of exactly their sizes: 1 and 3 threads give the same bytes. That they are the right
+// ones is what tests/runtime/test_low_rank.py checks.
+bool check_low_rank(int64_t M, int64_t N, int64_t K, int64_t R, int dtype) {
+    const auto x = weights(M * K, 1), dy = weights(M * N, 1), h = weights(M * R, 1), a = weights(R * K, dtype);
+    const auto b = weights(N * R, dtype), old = weights(M * N, 1);
+    const auto bf16 = [](const std::unique_ptr<uint8_t[]>& p) { return reinterpret_cast<const uint16_t*>(p.get()); };
+    const int64_t sizes[] = {M * R * 2, M * N * 2, M * R * 2, R * K * size_of(dtype), N * R * size_of(dtype)};
+    const int64_t factors[] = {reinterpret_cast<int64_t>(a.get()), R, dtype};
+    std::unique_ptr<uint8_t[]> out[2][5];
+    for (int run = 0; run < 2; ++run) {
+        auto& o = out[run];
+        for (int i = 0; i < 5; ++i) o[i] = buffer<uint8_t>(sizes[i]);
+        const auto to = [&](int i) { return reinterpret_cast<uint16_t*>(o[i].get()); };
+        const int threads = 1 + 2 * run;
+        std::memcpy(o[1].get(), old.get(), static_cast<size_t>(sizes[1]));
+        qlora_lora_down(bf16(x), K, M, K, factors, 1, to(0), threads);
+        qlora_lora_up(bf16(h), R, b.get(), dtype, 0.5f, to(1), M, N, R, threads);
+        qlora_lora_backward(
+            bf16(dy), N, bf16(x), K, bf16(h), R, b.get(), dtype, 0.5f, to(2), R, o[3].get(), dtype, o[4].get(), dtype,
+            M, N, K, R, threads
+        );
+    }
+    for (int i = 0; i < 5; ++i)
+        if (std::memcmp(out[0][i].get(), out[1][i].get(), static_cast<size_t>(sizes[i])) != 0) return false;
+    return true;
+}
+
 }  // namespace
 
 int main() {
+    if (qlora_has_low_rank && qlora_has_low_rank())
+        for (const int64_t M : {0, 1, 130})
+            for (const int64_t N : {1, 47, 288})
+                for (const int64_t K : {1, 35, 290})
+                    for (const int64_t R : {1, 8, 17, 40})
+                        for (const int dtype : {0, 1})
+                            if (!check_low_rank(M, N, K, R, dtype)) {
+                                std::printf("low rank, M %d N %d K %d R %d: threads differ\n", static_cast<int>(M),
+                                            static_cast<int>(N), static_cast<int>(K), static_cast<int>(R));
+                                return 1;
+                            }
     if (qlora_has_linear_4bit_small && qlora_has_linear_4bit_small())
         for (const int64_t M : {1, 3, 8, 9, 17})
             for (const int64_t N : {1, 5})
