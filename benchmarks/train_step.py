@@ -3,8 +3,9 @@
     python benchmarks/train_step.py [--model DIR] [--json FILE]
 
 Each contender runs in a process of its own (so peak memory is its own), compiled by Inductor, on the same token ids;
-the processes take turns step by step, so a busy minute of the machine hits all of them alike. Reported: median step
-time, cold compile time, peak resident memory above what the imports take, and the ratio to bitsandbytes + PEFT.
+the processes take turns, a few steps each, so a busy minute of the machine hits all of them alike; the first step of
+a turn, which finds the caches full of another process's data, is not counted. Reported: median step time, cold compile
+time (the first step), peak resident memory above what the imports take, and the ratio to bitsandbytes + PEFT.
 The floor is the same model, dense bf16 and frozen, with only the gradient of its embedding output computed: no adapter,
 no 4 bits. No contender can be below it, since each computes at least the same matrix products.
 """
@@ -76,7 +77,7 @@ class Contender:
     """A worker process, stepped from here."""
 
     def __init__(self, name: str, argv: list[str]) -> None:
-        self.name, self.steps = name, list[dict[str, float]]()
+        self.name, self.steps, self.times = name, list[dict[str, float]](), list[float]()
         self.process = subprocess.Popen(
             [sys.executable, __file__, *argv, "--worker", name],
             stdin=subprocess.PIPE,
@@ -84,6 +85,14 @@ class Contender:
             stderr=subprocess.DEVNULL,
             text=True,
         )
+
+    def turn(self, steps: int) -> None:
+        """One step to warm the caches, then `steps` that count."""
+        self.step()
+        first = len(self.steps)
+        for _ in range(steps):
+            self.step()
+        self.times += [step["seconds"] for step in self.steps[first:]]
 
     def step(self) -> None:
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -95,15 +104,14 @@ class Contender:
                 return
         raise SystemExit(f"{self.name}: the worker ended (exit code {self.process.wait()}); run it alone to see why.")
 
-    def result(self, warm_up: int) -> dict[str, float]:
+    def result(self) -> dict[str, float]:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
-        times = [step["seconds"] for step in self.steps[warm_up:]]
         return {
-            "step_s": statistics.median(times),
-            "step_min_s": min(times),
-            "step_max_s": max(times),
+            "step_s": statistics.median(self.times),
+            "step_min_s": min(self.times),
+            "step_max_s": max(self.times),
             "first_step_s": self.steps[0]["seconds"],
             "peak_mb": self.steps[-1]["peak_bytes"] / 1e6,
             "loss_last": self.steps[-1]["loss"],
@@ -116,7 +124,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=4, help="steps that count in each turn")
+    parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--contenders", default=",".join(CONTENDERS))
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
@@ -129,16 +138,15 @@ def main() -> None:
     argv = ["--model", arguments.model, "--batch", str(arguments.batch), "--seq-len", str(arguments.seq_len)]
     argv += ["--rank", str(arguments.rank)]
     contenders = [Contender(name, argv) for name in names]
-    warm_up = 2
     for contender in contenders:  # one after the other: the first step compiles
         print(f"{contender.name}: compiling (the first step) ...", flush=True)
-        for _ in range(warm_up):
+        for _ in range(2):
             contender.step()
-    for number in range(arguments.steps):
+    for number in range(arguments.turns):
         for contender in contenders:
-            contender.step()
-        print(f"round {number + 1}/{arguments.steps}", flush=True)
-    results = {contender.name: contender.result(warm_up) for contender in contenders}
+            contender.turn(arguments.steps)
+        print(f"turn {number + 1}/{arguments.turns}", flush=True)
+    results = {contender.name: contender.result() for contender in contenders}
     report(results, arguments)
 
 
@@ -156,7 +164,7 @@ def report(results: dict[str, dict[str, float]], arguments: argparse.Namespace) 
         spread = f"{r['step_min_s']:.3f} .. {r['step_max_s']:.3f}"
         table.add_row(name, f"{r['step_s']:.3f}", spread, f"{r['first_step_s']:.0f}", f"{r['peak_mb']:.0f}", *ratios)
     Console().print(table)
-    setting = {key: getattr(arguments, key) for key in ("batch", "seq_len", "rank", "steps")}
+    setting = {key: getattr(arguments, key) for key in ("batch", "seq_len", "rank", "steps", "turns")}
     write_results(arguments.json, setting | {"model": Path(arguments.model).name}, results)
 
 

@@ -673,7 +673,6 @@ def test_a_mode_is_refused() -> None:
         compiled(torch.randn(3, 7))
 
 
-
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
