@@ -15,8 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from . import nf4, ops
+from . import (
+    nf4,
+    ops,  # noqa: F401  defines torch.ops.qlora
+)
 from .errors import ConfigError, InvalidWeightError, ModelStateError
+from .lora_group import dequantize_into
 
 aten = torch.ops.aten
 _INNER = ("codes", "absmax", "absmax_scale", "absmax_offset")
@@ -346,4 +350,4 @@ def dequantize_4bit(q: QuantizedTensor, *, out: Tensor | None = None) -> Tensor:
         raise ConfigError(f"out must have the weight's shape {tuple(q.shape)}, got {tuple(out.shape)}.")
     if q.transposed or not out.is_contiguous():
         return out.copy_(q.dequantize())
-    return ops.dequantize_into(out, *q.data_4bit, q.quant_type, q.block_size)
+    return dequantize_into(out, *q.data_4bit, q.quant_type, q.block_size)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_compile import nf4, ops
+from qlora_compile import lora_group, nf4
 from qlora_compile.tensor import quantize_4bit
 
 # Seeds may not make gradients equal by chance; schemas, fakes and autograd registrations are the same for all cases.
@@ -76,8 +76,8 @@ def lists_of(case: Case) -> dict[str, Any]:
     return given
 
 
-def group_of(given: dict[str, Any]) -> ops._Group:
-    return ops._Group(**{name: value for name, value in given.items() if name not in ("x", "bias")})
+def group_of(given: dict[str, Any]) -> lora_group.LoRAGroup:
+    return lora_group.LoRAGroup(**{name: value for name, value in given.items() if name not in ("x", "bias")})
 
 
 def dense_weights(given: dict[str, Any]) -> list[Tensor]:
@@ -236,18 +236,18 @@ def test_nothing_dense_is_saved():
 
 
 def test_scratch_is_reused_and_released():
-    ops.release_scratch()
+    lora_group.release_scratch()
     torch.ops.qlora.lora_linear(**lists_of(BASE))
-    (buffer,) = ops._SCRATCH.buffers.values()
+    (buffer,) = lora_group.SCRATCH.buffers.values()
     assert buffer.numel() == 29 * 45  # the largest of the group
     torch.ops.qlora.lora_linear(**lists_of(replace(BASE, seed=1)))
-    assert next(iter(ops._SCRATCH.buffers.values())) is buffer
-    ops.release_scratch()
-    assert not hasattr(ops._SCRATCH, "buffers")
+    assert next(iter(lora_group.SCRATCH.buffers.values())) is buffer
+    lora_group.release_scratch()
+    assert not hasattr(lora_group.SCRATCH, "buffers")
 
 
 def test_scratch_of_inference_mode_can_be_used_in_training():
-    ops.release_scratch()
+    lora_group.release_scratch()
     with torch.inference_mode():
         torch.ops.qlora.lora_linear(**lists_of(replace(BASE, grad_x=False, grad_adapters=False)))
     check(BASE)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qlora_compile import nf4, ops
+from qlora_compile import lora_group, nf4
 from qlora_compile.errors import KernelError
 from qlora_compile.runtime import kernels
 from qlora_compile.runtime.kernels import cpp_build
@@ -201,18 +201,18 @@ def run_ops(master: torch.dtype, need_adapters: bool = True) -> list[Tensor]:
 @pytest.mark.parametrize("master", [torch.float32, torch.bfloat16, torch.float16])
 def test_ops_agree_with_their_reference(master: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    find = ops._kernel
+    find = lora_group.kernel_for
 
     def counting(op: str, device: torch.device) -> Callable[..., Any] | None:
         calls.append(op)
         return find(op, device)
 
-    monkeypatch.setattr(ops, "_kernel", counting)
+    monkeypatch.setattr(lora_group, "kernel_for", counting)
     mine = run_ops(master)
     used = {"lora_down", "lora_up", "lora_backward"}
     assert used <= set(calls) if master != torch.float16 else not used & set(calls)
     assert len(run_ops(master, need_adapters=False)) == len(mine) - 6
-    monkeypatch.setattr(ops, "_kernel", lambda op, device: None if op in used else find(op, device))
+    monkeypatch.setattr(lora_group, "kernel_for", lambda op, device: None if op in used else find(op, device))
     reference = run_ops(master)
     assert [t.dtype for t in mine] == [t.dtype for t in reference]
     for a, b in zip(mine, reference, strict=True):

@@ -1,0 +1,269 @@
+"""The arithmetic of `qlora::lora_linear` and its backward: one group's arguments, kernels where there are any, buffers.
+
+Shapes as in `ops.py`: M tokens, N output features, K input features, R the rank of one adapter.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import nf4
+
+SMALL_M = 16  # up to here a linear reads the codes directly where there is a kernel for it
+SCRATCH = threading.local()
+
+
+@functools.cache
+def _kernels() -> Any:
+    """The module of kernels, imported at the first use of an op."""
+    return importlib.import_module("qlora_compile.runtime.kernels")
+
+
+def kernel_for(op: str, device: torch.device) -> Callable[..., Any] | None:
+    """The kernel registered for this op and device, or None: then the reference runs."""
+    return _kernels().find(op, device.type)
+
+
+def dequantize_into(
+    out: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    quant_type: str,
+    block_size: int,
+) -> Tensor:
+    """Write the weight's values into `out` (contiguous, any shape and floating dtype), in row-major order."""
+    kernel = kernel_for("dequantize_4bit", codes.device)
+    if kernel is not None and out.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        kernel(codes, absmax, absmax_scale, absmax_offset, out.numel(), quant_type, block_size, out)
+        return out
+    dense = nf4.dequantize_reference(
+        codes, absmax, absmax_scale, absmax_offset, out.shape, quant_type, block_size, out.dtype
+    )
+    return out.copy_(dense)
+
+
+def scratch(name: str, shape: tuple[int, int], like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A reused buffer per thread and device: a fresh one above 32 MB costs more in page faults than the dequantize."""
+    buffers = SCRATCH.__dict__.setdefault("buffers", {})
+    key = (name, like.device, dtype)
+    numel = shape[0] * shape[1]
+    if key not in buffers or buffers[key].numel() < numel:
+        buffers[key] = None  # freed before the larger one is made
+        with torch.inference_mode(False):
+            buffers[key] = torch.empty(numel, dtype=dtype, device=like.device)
+    return buffers[key][:numel].view(shape)
+
+
+def release_scratch() -> None:
+    """Free this thread's reused buffers (each as large as the largest weight used so far)."""
+    SCRATCH.__dict__.pop("buffers", None)
+
+
+class LoRAGroup:
+    """One group's arguments with the arithmetic on them that forward and backward share. No tensor is copied here."""
+
+    def __init__(
+        self,
+        weight: Sequence[Tensor],
+        absmax: Sequence[Tensor],
+        absmax_scale: Sequence[Tensor],
+        absmax_offset: Sequence[Tensor],
+        lora_a: Sequence[Tensor],
+        lora_b: Sequence[Tensor],
+        scaling: Sequence[Tensor],
+        alpha: Sequence[float],
+        adapters: Sequence[int],
+        seed: Sequence[Tensor],
+        dropout: float,
+        out_features: Sequence[int],
+        quant_type: str,
+        block_size: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.weight, self.absmax, self.absmax_scale = weight, absmax, absmax_scale
+        self.absmax_offset, self.quant_type, self.block_size = absmax_offset, quant_type, block_size
+        self.lora_a, self.lora_b, self.scaling, self.alpha = lora_a, lora_b, scaling, alpha
+        self.adapters, self.seed, self.dropout = adapters, seed, dropout
+        self.out_features, self.dtype = out_features, dtype
+
+    def dense_weight(self, index: int, k: int, out: Tensor | None = None) -> Tensor:
+        """Linear `index`'s weight [N, K] in the compute dtype, dequantized into `out` or a reused buffer."""
+        weight = self.weight[index]
+        shape = (self.out_features[index], k)
+        if self.quant_type == "none":
+            return weight.to(self.dtype) if out is None else out.copy_(weight)
+        if out is None:
+            out = scratch("weight", shape, weight, self.dtype)
+        double = bool(self.absmax_scale)
+        return dequantize_into(
+            out,
+            weight,
+            self.absmax[index],
+            self.absmax_scale[index] if double else None,
+            self.absmax_offset[index] if double else None,
+            self.quant_type,
+            self.block_size,
+        )
+
+    def product(self, index: int, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [M, K] W_iᵀ + bias [M, N]: straight from the codes for a few rows, else dequantize once + the library's GEMM.
+
+        At SMALL_M rows the codes still won (benchmarks/results: 158 us against 44 us of dequantizing and 181 us of product
+        for 1536 x 576 on two AVX-512 cores); more rows were not measured.
+        """
+        n, k = self.out_features[index], x.shape[1]
+        if x.shape[0] <= SMALL_M and self.dtype == torch.bfloat16 and self.quant_type != "none":
+            kernel = kernel_for("linear_4bit_small", x.device) if k % self.block_size == 0 else None
+            if kernel is not None:
+                out = x.new_empty((x.shape[0], n))
+                double = bool(self.absmax_scale)
+                scales = (self.absmax_scale[index], self.absmax_offset[index]) if double else (None, None)
+                kernel(x, self.weight[index], self.absmax[index], *scales, n, k, self.quant_type, self.block_size, out)
+                return out if bias is None else out.add_(bias)
+        return torch.nn.functional.linear(x, self.dense_weight(index, k), bias)
+
+    @functools.cached_property
+    def suits_kernels(self) -> bool:
+        """Whether the kernels of the low-rank products cover this call: they read the parameters themselves (fp32 or
+        bf16), for products in bf16 with nothing dropped."""
+        factors = (*self.lora_a, *self.lora_b)
+        if not factors or self.dropout or self.dtype != torch.bfloat16:
+            return False
+        return all(t.dtype in (torch.float32, torch.bfloat16) and t.is_contiguous() for t in factors)
+
+    def low_rank_kernel(self, op: str, x: Tensor) -> Callable[..., Any] | None:
+        """The kernel "lora_down", "lora_up" or "lora_backward", if there is one for this call."""
+        return kernel_for(op, x.device) if self.suits_kernels else None
+
+    def a_cat(self) -> Tensor:
+        """All adapters' A, one under the other: [sum R, K] in the compute dtype."""
+        rows = [a.to(self.dtype) for a in self.lora_a]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def ranks(self) -> list[int]:
+        return [a.shape[0] for a in self.lora_a]
+
+    def factor(self, j: int) -> float | Tensor:
+        """alpha_j * scaling_j: a number where reading the tensor costs nothing (CPU), else a 0-dim fp32 tensor."""
+        if not self.scaling:
+            return self.alpha[j]
+        scaling = self.scaling[j]
+        return self.alpha[j] * (scaling.item() if scaling.device.type == "cpu" else scaling.float())
+
+    def adapters_of(self) -> list[range]:
+        """For each linear, the range of its adapters' indices."""
+        out, first = [], 0
+        for count in self.adapters:
+            out.append(range(first, first + count))
+            first += count
+        return out
+
+    def mask(self, j: int, x: Tensor) -> Tensor:
+        """Adapter j's dropout mask, already divided by the keep probability, drawn again from its seed: like x."""
+        generator = torch.Generator(device=x.device)
+        generator.manual_seed(int(self.seed[j].item()))
+        keep = torch.empty_like(x).bernoulli_(1 - self.dropout, generator=generator)
+        return keep.mul_(1 / (1 - self.dropout))
+
+    def low_rank(self, x: Tensor) -> Tensor:
+        """x [M, K] -> dropout_j(x) A_jᵀ for all adapters side by side: [M, sum R]. One product where nothing drops."""
+        if not self.lora_a:
+            return x.new_empty((x.shape[0], 0))
+        kernel = self.low_rank_kernel("lora_down", x)
+        if kernel is not None:
+            out = x.new_empty((x.shape[0], sum(self.ranks())))
+            kernel(x, self.lora_a, out)
+            return out
+        if not self.dropout:
+            return x @ self.a_cat().t()
+        parts = [(x * self.mask(j, x)) @ a.to(self.dtype).t() for j, a in enumerate(self.lora_a)]
+        return torch.cat(parts, dim=1)
+
+
+def as_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [..., K] -> [M, K] in `dtype` with contiguous rows (the gradient of a sum arrives with stride 0)."""
+    x = x.reshape(-1, x.shape[-1]).to(dtype)
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def split_ranks(group: LoRAGroup, h: Tensor) -> Sequence[Tensor]:
+    return h.split_with_sizes(group.ranks(), dim=1) if len(group.lora_a) > 1 else [h]
+
+
+def add_low_rank(y: Tensor, h: Tensor, b: Tensor, factor: float | Tensor) -> None:
+    """y += factor h bᵀ, accumulated into y by the product itself: no extra pass over y."""
+    if isinstance(factor, Tensor):
+        y.addmm_(h * factor.to(h.dtype), b.t())
+    else:
+        y.addmm_(h, b.t(), alpha=factor)
+
+
+_LowRankGrads = tuple[list[Tensor], list[Tensor], list[Tensor]]  # g_j [M, R], dA_j, dB_j; the last two may be absent
+
+
+def low_rank_grads(
+    kernel: Callable[..., Any], group: LoRAGroup, dys: list[Tensor], x: Tensor, h: Sequence[Tensor], need_adapters: bool
+) -> _LowRankGrads:
+    """One call of the kernel `lora_backward` for each adapter."""
+    low = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in h]
+    da = [torch.empty_like(a) for a in group.lora_a] if need_adapters else []
+    db = [torch.empty_like(b) for b in group.lora_b] if need_adapters else []
+    for i, mine in enumerate(group.adapters_of()):
+        for j in mine:
+            grads = (da[j], db[j]) if need_adapters else (None, None)
+            kernel(dys[i], x, h[j], group.lora_b[j], group.factor(j), low[j], *grads)
+    return low, da, db
+
+
+def low_rank_grads_reference(
+    group: LoRAGroup, dys: list[Tensor], x: Tensor, h: Sequence[Tensor], need_adapters: bool
+) -> _LowRankGrads:
+    low, db = [], []
+    for i, mine in enumerate(group.adapters_of()):
+        for j in mine:
+            factor = group.factor(j)
+            low.append((dys[i] @ group.lora_b[j].to(group.dtype)).mul_(factor))
+            if need_adapters:
+                db.append((dys[i].t() @ h[j]).to(group.lora_b[j].dtype).mul_(factor))
+    return low, grad_a(group, x, low) if need_adapters else [], db
+
+
+def grad_a(group: LoRAGroup, x: Tensor, low: list[Tensor]) -> list[Tensor]:
+    """g_jᵀ dropout_j(x) [R, K] for each adapter; one product for all of them where nothing drops."""
+    if not low:
+        return []
+    if not group.dropout:
+        left = low[0] if len(low) == 1 else torch.cat(low, dim=1)
+        rows = (left.t() @ x).split(group.ranks())
+        return [row.to(a.dtype, copy=True) for row, a in zip(rows, group.lora_a, strict=True)]
+    return [(g.t() @ (x * group.mask(j, x))).to(group.lora_a[j].dtype) for j, g in enumerate(low)]
+
+
+def grad_x(group: LoRAGroup, dys: list[Tensor], low: list[Tensor], x: Tensor) -> Tensor:
+    """[dy_0 ... g_0 ...] [W_0; ...; A_0; ...]: one product [M, sum N + sum R] x [sum N + sum R, K] for the group."""
+    k = x.shape[-1]
+    one_product = low if not group.dropout else []
+    rows = sum(group.out_features) + sum(g.shape[1] for g in one_product)
+    stacked = scratch("stacked", (rows, k), x, group.dtype)
+    first = 0
+    for i, n in enumerate(group.out_features):
+        group.dense_weight(i, k, out=stacked[first : first + n])
+        first += n
+    if one_product:
+        for a, rows_of_a in zip(group.lora_a, stacked[first:].split(group.ranks()), strict=True):
+            rows_of_a.copy_(a)
+    left = [*dys, *one_product]
+    dx = (torch.cat(left, dim=1) if len(left) > 1 else left[0]) @ stacked
+    if group.dropout:
+        for j, g in enumerate(low):
+            dx += (g @ group.lora_a[j].to(group.dtype)) * group.mask(j, x)
+    return dx
