@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,17 +79,10 @@ def find_branches(linear: fx.Node) -> tuple[fx.Node, list[Branch]]:
 
 def read_branch(node: Any, x: fx.Node) -> Branch | None:
     """`linear(linear(dropout(x), A), B) * ...` on this very x -> Branch, or None."""
-    alpha, weights = 1.0, list[fx.Node]()
-    node = _single(peel_casts(node))
-    while is_call(node, *MUL, "mul") and not node.kwargs:
-        left, right = node.args
-        if isinstance(right, (int, float)):
-            alpha *= right
-        elif isinstance(right, fx.Node) and rank_of(right) == 0:
-            weights.append(right)
-        else:
-            return None
-        node = _single(peel_casts(left))
+    scaled = read_scales(node, _single)
+    if scaled is None:
+        return None
+    node, alpha, weights = scaled
     if not is_linear(node) or node.args[2] is not None:
         return None
     b, h = peel_casts(node.args[1]), _single(peel_casts(node.args[0]))
@@ -103,6 +97,25 @@ def read_branch(node: Any, x: fx.Node) -> Branch | None:
     if source is not x or any(not isinstance(n, fx.Node) or n.op != "placeholder" for n in (a, b)):
         return None
     return Branch(a, b, alpha, weights, dropout)
+
+
+def read_scales(node: Any, only: Callable[[Any], Any] = lambda node: node) -> tuple[Any, float, list[fx.Node]] | None:
+    """`term * 0.5 * weight` -> (term, product of the numbers, 0-dim tensors); None if anything else scales it.
+
+    Casts between the factors are skipped; `only` may refuse a node on the way by returning None for it.
+    """
+    alpha, weights = 1.0, list[fx.Node]()
+    node = only(peel_casts(node))
+    while is_call(node, *MUL, "mul") and not node.kwargs:
+        left, right = node.args
+        if isinstance(right, (int, float)):
+            alpha *= right
+        elif isinstance(right, fx.Node) and rank_of(right) == 0:
+            weights.append(right)
+        else:
+            return None
+        node = only(peel_casts(left))
+    return node, alpha, weights
 
 
 def _dropout_arguments(node: fx.Node) -> tuple[Any, float, bool]:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..fx_utils import ADD, MUL, dtype_of, emit, is_call, is_linear, peel_casts, peel_transposes, rank_of
+from ..fx_utils import ADD, dtype_of, emit, is_call, is_linear, peel_casts, peel_transposes
 from ..pass_manager import PassContext
-from .lora_pattern import Branch, cast, write_branch
+from .lora_pattern import Branch, cast, read_scales, write_branch
 
 _MATMUL = (operator.matmul, torch.matmul, torch.mm, "matmul", "mm")
 
@@ -70,16 +70,10 @@ def _read_delta(node: Any, odd: bool) -> Branch | None:
     node, transposed = peel_transposes(node)
     if transposed != odd:
         return None
-    alpha, weights = 1.0, list[fx.Node]()
-    while is_call(node, *MUL, "mul"):
-        left, right = node.args
-        if isinstance(right, (int, float)):
-            alpha *= right
-        elif isinstance(right, fx.Node) and rank_of(right) == 0:
-            weights.append(right)
-        else:
-            return None
-        node = peel_casts(left)
+    scaled = read_scales(node)
+    if scaled is None:
+        return None
+    node, alpha, weights = scaled
     if not is_call(node, *_MATMUL) or len(weights) != 1:
         return None
     b, a = (peel_casts(n) for n in node.args)

@@ -22,9 +22,7 @@ from .passes import PIPELINE
 from .preparation import require_targets
 from .report import CompileReport
 from .state import (
-    COMPILE_ONLY,
     ModelEdits,
-    ParamInfo,
     check_one_device,
     check_same_config,
     is_linear_module,
@@ -208,4 +206,4 @@ def _lowering(config: QLoRAConfig) -> Lowering:
     return lower
 
 
-__all__ = ["COMPILE_ONLY", "ParamInfo", "qlora", "state_only"]
+__all__ = ["qlora", "state_only"]

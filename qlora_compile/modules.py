@@ -12,7 +12,7 @@ import functools
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -298,16 +298,11 @@ class PreparedState:
 
 def prepared_state(model: nn.Module) -> PreparedState | None:
     """The state on this module, or on the first of its submodules that has one (a model wrapped after `prepare`)."""
-    for module in _with_wrapped(model):
+    for module in model.modules():
         state = module.__dict__.get("_qlora_state")
         if state is not None:
             return state
     return None
-
-
-def _with_wrapped(model: nn.Module) -> Iterator[nn.Module]:
-    yield model
-    yield from model.modules()
 
 
 def prepared_config(model: nn.Module) -> QLoRAConfig | None:

@@ -81,9 +81,7 @@ def _trace_edits(model: nn.Module, config: QLoRAConfig, example_inputs: Any) -> 
 
     args, kwargs = _call_arguments(model, example_inputs)
     tracer = torch.compile(model, backend=backend.state_only(config))
-    training = torch.is_grad_enabled()
-    with torch.set_grad_enabled(training):
-        tracer(*args, **kwargs)
+    tracer(*args, **kwargs)
     torch._dynamo.reset_code(type(model).forward.__code__)
     if prepared_config(model) is None:
         raise NoTargetError(
