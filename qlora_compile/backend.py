@@ -16,8 +16,8 @@ from .config import QLoRAConfig
 from .dynamo import guard_replacements, guard_training, real_inputs, root_module, surfaced
 from .errors import ConfigError, ModelStateError, QLoRACompileError
 from .fx_utils import copy_graph, is_linear, peel_transposes, placeholders
-from .modules import prepared_config
-from .pass_manager import PassContext, run_passes
+from .modules import prepared_config, prepared_state
+from .pass_manager import Pass, PassContext, run_passes
 from .passes import PIPELINE
 from .preparation import require_targets
 from .report import CompileReport
@@ -38,15 +38,18 @@ def qlora(
     *,
     options: Mapping[str, Any] | None = None,
     mode: str | None = None,
+    pipeline: Sequence[Pass] = PIPELINE,
 ) -> Callable[..., Any]:
     """The backend. `options` are QLoRAConfig's fields; on a prepared model its own configuration holds.
 
+    Another `pipeline`, with a pass of one's own in it, goes in by `functools.partial`:
+    `torch.compile(model, backend=partial(qlora, pipeline=insert_pass(PIPELINE, mine, after="fuse_lora_linear")))`.
     Raises the errors of `prepare`, unchanged, ConfigError for a `mode`, and PassError if a pass fails.
     """
     try:
         if mode not in (None, "default"):
             raise ConfigError(f"The backend 'qlora' knows no mode {mode!r}: leave it out, and choose by options.")
-        return _compile(gm, list(example_inputs), options, None)
+        return _compile(gm, list(example_inputs), options, None, pipeline)
     except QLoRACompileError as error:
         raise surfaced(error) from error.__cause__
 
@@ -68,6 +71,7 @@ def _compile(
     example_inputs: list[Any],
     options: Mapping[str, Any] | QLoRAConfig | None,
     lower: Lowering | None,
+    pipeline: Sequence[Pass] = PIPELINE,
 ) -> Callable[..., Any]:
     root = root_module(gm)
     if root is None:  # a piece of a model without parameters, or a function of tensors: nothing of ours to do
@@ -79,11 +83,12 @@ def _compile(
     original = real_inputs(gm)
     work = copy_graph(gm)
     nodes = placeholders(work.graph)
-    ctx = PassContext(config, edits)
+    before = prepared_state(root)
+    ctx = PassContext(config, edits, graph_number=len(before.reports) if before is not None else 0)
     ctx.params = {node.name: entry for node, param in zip(nodes, original) if (entry := edits.find(param)) is not None}
     position = {node.name: index for index, node in enumerate(nodes)}
     with torch.inference_mode(False), torch.enable_grad():
-        pipeline = run_passes(work, ctx, PIPELINE)
+        stages = run_passes(work, ctx, pipeline)
         _check_targets(work, ctx)
         edits.freeze()
     guard_replacements([p for node, p in zip(nodes, original) if (e := ctx.params.get(node.name)) and e.param is not p])
@@ -93,7 +98,7 @@ def _compile(
     _freeze_examples(work, original, position)
     del original
     state = edits.remember()
-    report = CompileReport.of_graph(root, config, work, pipeline)
+    report = CompileReport.of_graph(root, config, work, stages)
     call = _bind(work, example_inputs, position, ctx, lower or _lowering(config), config)
     state.reports.append(report)
     return call

@@ -32,6 +32,7 @@ class PassContext:
     params: dict[str, ParamInfo] = field(default_factory=dict)  # placeholder name -> the parameter that it stands for
     state: dict[str, StateRef] = field(default_factory=dict)  # placeholder name -> state that a pass added
     declined: list[tuple[str, str]] = field(default_factory=list)
+    graph_number: int = 0  # how many graphs of this model were compiled before: names the dump's folder
 
     def param(self, node: Any) -> ParamInfo | None:
         """The parameter that a placeholder stands for, or None."""
@@ -179,10 +180,10 @@ def target_name(node: fx.Node) -> str:
 
 
 def _dump(ctx: PassContext, number: int, name: str, gm: fx.GraphModule) -> None:
-    """`dump_dir/NN_name.py`: the graph as Python, with shapes where they are known."""
+    """`dump_dir/graph_GG/NN_name.py`: the graph as Python, with shapes where they are known; a folder for each graph."""
     if ctx.config.dump_dir is None:
         return
-    folder = Path(ctx.config.dump_dir)
+    folder = Path(ctx.config.dump_dir) / f"graph_{ctx.graph_number:02d}"
     folder.mkdir(parents=True, exist_ok=True)
     text = gm.print_readable(print_output=False)
     (folder / f"{number:02d}_{name}.py").write_text(text, encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import gc
 import operator
 import weakref
@@ -15,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+import qlora_compile as qc
+from qlora_compile.backend import qlora
 from qlora_compile.config import QLoRAConfig
 from qlora_compile.errors import InvalidWeightError, PassError, UnknownOptionError
 from qlora_compile.fx_utils import written
@@ -73,6 +76,30 @@ def test_insert_a_pass_before_or_after_a_named_one() -> None:
 def test_insert_beside_an_unknown_pass_names_the_nearest() -> None:
     with pytest.raises(UnknownOptionError, match=r"Unknown pass 'quantise_weights': did you mean 'quantize_weights'\?"):
         insert_pass(PIPELINE, _nothing, after="quantise_weights")
+
+
+def test_a_pipeline_of_ones_own_goes_to_the_backend() -> None:
+    def half_of_it(gm: fx.GraphModule, ctx: PassContext) -> int:
+        """sin(x) -> sin(x) / 2"""
+        for node in [n for n in gm.graph.nodes if n.target is torch.sin]:
+            with gm.graph.inserting_after(node):
+                half = gm.graph.call_function(torch.div, (node, 2))
+            node.replace_all_uses_with(half, delete_user_cb=lambda user, half=half: user is not half)
+        return 1
+
+    class Wave(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(37, 53)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.sin(self.up(x))
+
+    model, x = Wave(), torch.randn(3, 37)
+    mine = functools.partial(qlora, pipeline=insert_pass(PIPELINE, half_of_it, after="fuse_lora_linear"))
+    out = torch.compile(model, backend=mine, options={"lowering": "eager", "compute_dtype": "float32"})(x)
+    torch.testing.assert_close(out, model(x) / 2)  # the same arithmetic on both sides
+    assert [p.name for p in qc.explain(model).passes][-2:] == ["half_of_it", "group_linears"]
 
 
 @pytest.mark.parametrize("where", [{}, {"before": "match_lora", "after": "match_lora"}])
@@ -308,7 +335,7 @@ def test_dump_dir_holds_one_readable_file_for_each_stage(tmp_path: Path) -> None
 
     gm = _graph(sine)
     run_passes(gm, _context(dump_dir=str(folder)), (_nothing, _cos_for_sin))
-    files = sorted(folder.iterdir())
+    files = sorted((folder / "graph_00").iterdir())
     assert [path.name for path in files] == ["00_input.py", "01__nothing.py", "02__cos_for_sin.py"]
     texts = [path.read_text(encoding="utf-8") for path in files]
     for text in texts:

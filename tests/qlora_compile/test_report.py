@@ -217,9 +217,13 @@ def test_the_report_keeps_no_graph_and_no_dense_weight_alive() -> None:
 
 
 def test_dump_dir_through_the_backend(tmp_path: Path) -> None:
-    _compiled(dump_dir=tmp_path)
+    model = Attention()
+    compiled = torch.compile(model, backend="qlora", options=OPTIONS | {"dump_dir": tmp_path})
+    compiled(torch.randn(2, 3, 37))
+    compiled(torch.randn(2, 4, 37))  # another graph, in a folder of its own
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["graph_00", "graph_01"]
     names = ["input", *[p.__name__ for p in PIPELINE]]
-    files = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()}
+    files = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "graph_00").iterdir()}
     assert sorted(files) == [f"{number:02d}_{name}.py" for number, name in enumerate(names)]
     for text in files.values():
         ast.parse(text)
