@@ -16,7 +16,6 @@ from torch import Tensor
 
 from . import nf4
 
-SMALL_M = 16  # up to here a linear reads the codes directly where there is a kernel for it
 SCRATCH = threading.local()
 
 
@@ -115,21 +114,8 @@ class LoRAGroup:
         )
 
     def product(self, index: int, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x [M, K] W_iᵀ + bias [M, N]: straight from the codes for a few rows, else dequantize once + the library's GEMM.
-
-        At SMALL_M rows the codes still won (benchmarks/results: 158 us against 44 us of dequantizing and 181 us of product
-        for 1536 x 576 on two AVX-512 cores); more rows were not measured.
-        """
-        n, k = self.out_features[index], x.shape[1]
-        if x.shape[0] <= SMALL_M and self.dtype == torch.bfloat16 and self.quant_type != "none":
-            kernel = kernel_for("linear_4bit_small", x.device) if k % self.block_size == 0 else None
-            if kernel is not None:
-                out = x.new_empty((x.shape[0], n))
-                double = bool(self.absmax_scale)
-                scales = (self.absmax_scale[index], self.absmax_offset[index]) if double else (None, None)
-                kernel(x, self.weight[index], self.absmax[index], *scales, n, k, self.quant_type, self.block_size, out)
-                return out if bias is None else out.add_(bias)
-        return torch.nn.functional.linear(x, self.dense_weight(index, k), bias)
+        """x [M, K] W_iᵀ + bias [M, N]: dequantize into a reused buffer, then the library's GEMM in the compute dtype."""
+        return torch.nn.functional.linear(x, self.dense_weight(index, x.shape[1]), bias)
 
     @functools.cached_property
     def suits_kernels(self) -> bool:
@@ -187,6 +173,48 @@ class LoRAGroup:
             return x @ self.a_cat().t()
         parts = [(x * self.mask(j, x)) @ a.to(self.dtype).t() for j, a in enumerate(self.lora_a)]
         return torch.cat(parts, dim=1)
+
+
+Product = Callable[[int, Tensor, Tensor | None], Tensor]  # (linear's index, x [M, K], bias) -> [M, N]
+
+
+def implementation(group: LoRAGroup, op: str, x: Tensor, forced: str) -> Callable[..., Any]:
+    """The `run` of the kernel chosen for this op, group and number of rows: `qlora_compile.runtime.kernels.dispatch`."""
+    sizes = x.shape[0], tuple(group.out_features), x.shape[1], sum(group.ranks())
+    kind = group.dtype, group.quant_type, group.block_size, x.device.type, bool(group.dropout)
+    return _kernels().lora_kernel(op, *sizes, *kind, forced)  # type: ignore[no-any-return]
+
+
+def forward(
+    group: LoRAGroup, x: Tensor, bias: Sequence[Tensor], product: Product | None = None
+) -> tuple[list[Tensor], Tensor]:
+    """x [M, K] -> ([y_i [M, N_i]], h [M, sum R]), products by `product` (else the library) in the compute dtype."""
+    h = group.low_rank(x)
+    parts = split_ranks(group, h)
+    kernel = group.low_rank_kernel("lora_up", x)
+    outs = []
+    for i, mine in enumerate(group.adapters_of()):
+        y = (product or group.product)(i, x, bias[i].to(group.dtype) if bias else None)
+        for j in mine:
+            if kernel is not None:
+                kernel(parts[j], group.lora_b[j], group.factor(j), y)
+            else:
+                add_low_rank(y, parts[j], group.lora_b[j].to(group.dtype), group.factor(j))
+        outs.append(y)
+    return outs, h
+
+
+def backward(
+    group: LoRAGroup, dys: list[Tensor], x: Tensor, h: Tensor, need_dx: bool, need_adapters: bool
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+    """[dy_i [M, N_i]] -> (dx [M, K] if it is needed, [dA_j], [dB_j]), with the library's GEMM in the compute dtype."""
+    parts = split_ranks(group, h)
+    kernel = group.low_rank_kernel("lora_backward", x)
+    if kernel is not None:
+        low, da, db = low_rank_grads(kernel, group, dys, x, parts, need_adapters)
+    else:
+        low, da, db = low_rank_grads_reference(group, dys, x, parts, need_adapters)
+    return grad_x(group, dys, low, x) if need_dx else None, da, db
 
 
 def as_rows(x: Tensor, dtype: torch.dtype) -> Tensor:

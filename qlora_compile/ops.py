@@ -24,14 +24,10 @@ from torch import Tensor
 from . import nf4
 from .lora_group import (
     LoRAGroup,
-    add_low_rank,
     as_rows,
     dequantize_into,
-    grad_x,
+    implementation,
     kernel_for,
-    low_rank_grads,
-    low_rank_grads_reference,
-    split_ranks,
 )
 
 
@@ -134,26 +130,21 @@ def lora_linear(
     quant_type: str,
     block_size: int,
     dtype: torch.dtype,
+    kernel: str = "",
+    backward_kernel: str = "",
 ) -> list[Tensor]:
-    """x [..., K] -> [y_0 [..., N_0], ..., h [M, sum R]] in x's dtype; products run in `dtype`, `h` is kept for backward."""
+    """x [..., K] -> [y_0 [..., N_0], ..., h [M, sum R]] in x's dtype; products run in `dtype`, `h` is kept for backward.
+
+    `kernel` and `backward_kernel` name the kernels to use; "" lets `runtime.kernels.dispatch` choose.
+    """
     group = LoRAGroup(
         weight, absmax, absmax_scale, absmax_offset, lora_a, lora_b, scaling, alpha, adapters, seed, dropout,
         out_features, quant_type, block_size, dtype,
     )  # fmt: skip
     x2 = as_rows(x, dtype)
-    h = group.low_rank(x2)
-    parts = split_ranks(group, h)
-    kernel = group.low_rank_kernel("lora_up", x2)
-    outs = []
-    for i, mine in enumerate(group.adapters_of()):
-        y = group.product(i, x2, bias[i].to(dtype) if bias else None)
-        for j in mine:
-            if kernel is not None:
-                kernel(parts[j], lora_b[j], group.factor(j), y)
-            else:
-                add_low_rank(y, parts[j], lora_b[j].to(dtype), group.factor(j))
-        # no tracked view: autograd lets nobody write into one of several views (nn.ReLU(inplace=True))
-        outs.append(torch.ops.aten._unsafe_view(y.to(x.dtype), (*x.shape[:-1], out_features[i])))
+    ys, h = implementation(group, "lora_linear", x2, kernel)(group, x2, bias)
+    # no tracked view: autograd lets nobody write into one of several views (nn.ReLU(inplace=True))
+    outs = [torch.ops.aten._unsafe_view(y.to(x.dtype), (*x.shape[:-1], y.shape[1])) for y in ys]
     return [*outs, h]
 
 
@@ -176,6 +167,8 @@ def _(
     quant_type: str,
     block_size: int,
     dtype: torch.dtype,
+    kernel: str = "",
+    backward_kernel: str = "",
 ) -> list[Tensor]:
     tokens = math.prod(x.shape[:-1])  # not torch.Size(...).numel(), which would fix a symbolic size
     outs = [x.new_empty((*x.shape[:-1], n)) for n in out_features]
@@ -204,6 +197,7 @@ def lora_linear_backward(
     dtype: torch.dtype,
     need_dx: bool,
     need_adapters: bool,
+    kernel: str = "",
 ) -> list[Tensor]:
     """dy_i [..., N_i] -> [dx like x (if need_dx), dA_j like A_j..., dB_j like B_j... (if need_adapters)].
 
@@ -216,14 +210,9 @@ def lora_linear_backward(
     )  # fmt: skip
     x2 = as_rows(x, dtype)
     dys = [as_rows(g, dtype) for g in grads]
-    h_parts = split_ranks(group, h)
-    kernel = group.low_rank_kernel("lora_backward", x2)
-    if kernel is not None:
-        low, da, db = low_rank_grads(kernel, group, dys, x2, h_parts, need_adapters)
-    else:
-        low, da, db = low_rank_grads_reference(group, dys, x2, h_parts, need_adapters)
-    dx = [grad_x(group, dys, low, x2).to(x.dtype).view(x.shape)] if need_dx else []
-    return [*dx, *da, *db]
+    run = implementation(group, "lora_linear_backward", x2, kernel)
+    dx, da, db = run(group, dys, x2, h, need_dx, need_adapters)
+    return [*([] if dx is None else [dx.to(x.dtype).view(x.shape)]), *da, *db]
 
 
 @torch.library.register_fake("qlora::lora_linear_backward")
@@ -248,6 +237,7 @@ def _(
     dtype: torch.dtype,
     need_dx: bool,
     need_adapters: bool,
+    kernel: str = "",
 ) -> list[Tensor]:
     dx = [x.new_empty(x.shape)] if need_dx else []
     if not need_adapters:
@@ -279,7 +269,8 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
         x.new_zeros((*x.shape[:-1], n)) if g is None else g
         for g, n in zip(grads[:-1], numbers["out_features"], strict=True)
     ]
-    needs = dict(zip(_ARGUMENTS, ctx.needs_input_grad, strict=True))
+    given = _ARGUMENTS[: len(ctx.needs_input_grad)]  # arguments left at their defaults are not counted here
+    needs = dict(zip(given, ctx.needs_input_grad, strict=True))
     need_dx, need_adapters = bool(needs["x"]), any(needs["lora_a"]) or any(needs["lora_b"])
     # None for each tensor; an empty list counts as a list of tensors, one of numbers as one value
     result: dict[str, Any] = {name: [None] * len(lists[name]) for name in _TENSOR_LISTS}
@@ -289,14 +280,15 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
         for dy, need, dtype in zip(dys, needs["bias"], ctx.bias_dtypes)
     ]
     if need_dx or need_adapters:
-        order = [*_ARGUMENTS[1:5], *_ARGUMENTS[6:]]  # all but x and bias, in the schema's order
+        order = [*_ARGUMENTS[1:5], *_ARGUMENTS[6:-2]]  # all but x, bias and the kernels' names, in the schema's order
         rest = [lists[name] if name in lists else numbers[name] for name in order]
-        out = torch.ops.qlora.lora_linear_backward(dys, x, h, *rest, need_dx, need_adapters)
+        rest += [need_dx, need_adapters, numbers["backward_kernel"]]
+        out = torch.ops.qlora.lora_linear_backward(dys, x, h, *rest)
         result["x"] = out.pop(0) if need_dx else None
         if need_adapters:
             count = len(lists["lora_a"])
             result |= {"lora_a": out[:count], "lora_b": out[count:]}
-    return tuple(result.get(name) for name in _ARGUMENTS)
+    return tuple(result.get(name) for name in given)
 
 
 torch.library.register_autograd("qlora::lora_linear", _backward, setup_context=_setup_context)

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import cpp_build, cpu
+import torch
 
-__all__ = ["find", "kernel_source"]
+from . import cpp_build, cpu, dispatch, lora_kernels  # the last registers its candidates
+
+__all__ = ["dispatch", "find", "kernel_source", "lora_kernel", "lora_kernels"]
 
 
 @functools.cache
@@ -42,3 +44,25 @@ def kernel_source(op: str, device_type: str) -> Path | None:
     if device_type != "cpu" or op not in cpu.KERNELS or cpp_build.find_compiler() is None:
         return None
     return cpp_build.write_source(cpu.TEMPLATES[op])
+
+
+def lora_kernel(
+    op: str,
+    rows: int,
+    out_features: tuple[int, ...],
+    k: int,
+    rank: int,
+    dtype: torch.dtype,
+    quant_type: str,
+    block_size: int,
+    device_type: str,
+    dropout: bool,
+    forced: str = "",
+) -> Callable[..., Any]:
+    """What runs `lora_linear` or its backward at these sizes. Raises KernelError if nothing does."""
+    problem = dispatch.Problem(
+        op, dispatch.bucket(rows), out_features, k, rank, dtype, quant_type, block_size, device_type, dropout
+    )
+    run = dispatch.choose(problem, forced).candidate.run
+    assert run is not None
+    return run

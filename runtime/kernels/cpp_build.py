@@ -129,11 +129,11 @@ def write_source(op: str) -> Path:
     source = render(op, build)
     path = cache_dir() / f"{op}-{hashlib.sha256(source.encode()).hexdigest()[:16]}.cpp"
     if not path.exists():
-        _write_atomically(path, source.encode())
+        write_atomically(path, source.encode())
     return path
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     with os.fdopen(handle, "wb") as file:
         file.write(data)

@@ -6,6 +6,7 @@ M, N, K: rows of x, rows of the weight, columns of the weight. nb: number of blo
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -122,6 +123,14 @@ def make_quantize_4bit() -> Callable[..., QuantizedData]:
     return quantize_4bit
 
 
+def declines_small(dtype: torch.dtype) -> str | None:
+    """Why `linear_4bit_small` cannot run here, or None."""
+    if dtype != torch.bfloat16:
+        return "for bf16 only"
+    return None if make_linear_4bit_small() is not None else "this machine has no AVX-512 BF16"
+
+
+@functools.cache
 def make_linear_4bit_small() -> Callable[..., None] | None:
     """Builds the kernel and returns `linear_4bit_small`; None on a machine without AVX-512 BF16. Raises KernelError."""
     if "avx512" not in cpp_build.instruction_sets():

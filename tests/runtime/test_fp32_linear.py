@@ -1,0 +1,119 @@
+"""lora_linear and its backward computed in fp32 (the kernel `fp32_gemm`), against fp64 sums over the same 4-bit weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from qlora_compile import nf4, ops  # noqa: F401  defines torch.ops.qlora
+from qlora_compile.runtime.kernels import fp32_linear
+
+K, NS, RANKS = 192, (320, 72), (8, 5)
+
+
+Case = tuple[Tensor, list[Tensor], list[Tensor], list[list[Tensor]]]
+
+
+def case(dtype: torch.dtype, quant_type: str, *, seed: int) -> Case:
+    """x [3, 11, K] with strided rows, trainable A and B of two linears, and the arguments that give their weights."""
+    torch.manual_seed(seed)
+    x = torch.randn(3, 11, K + 7)[..., 7:].to(dtype).requires_grad_()
+    a = [torch.randn(r, K).mul_(0.2).requires_grad_() for r in RANKS]
+    b = [torch.randn(n, r).mul_(0.2).requires_grad_() for n, r in zip(NS, RANKS)]
+    dense = [torch.randn(n, K) for n in NS]
+    if quant_type == "none":
+        return x, a, b, [[w.to(dtype) for w in dense], [], [], []]
+    data = [nf4.quantize_reference(w, quant_type, 64, True) for w in dense]
+    return x, a, b, [[d[i] for d in data] for i in range(4)]  # type: ignore[misc]
+
+
+def run(kernel: str, x: Tensor, a: list[Tensor], b: list[Tensor], weights: list[list[Tensor]], bias: list[Tensor],
+        dtype: torch.dtype, quant_type: str, dropout: float = 0.0) -> list[Tensor]:  # fmt: skip
+    seeds = [torch.tensor(5), torch.tensor(6)] if dropout else []
+    scaling = [torch.tensor(0.5), torch.tensor(-1.5)]
+    return torch.ops.qlora.lora_linear(
+        x, *weights, bias, a, b, scaling, [2.0, 1.0], [1, 1], seeds, dropout, NS, quant_type, 64, dtype, kernel, kernel
+    )
+
+
+def reference(x: Tensor, a: list[Tensor], b: list[Tensor], weights: list[list[Tensor]], bias: list[Tensor],
+              quant_type: str) -> list[Tensor]:  # fmt: skip
+    out = []
+    for i, n in enumerate(NS):
+        parts = [part[i] for part in weights if part]
+        w = (
+            parts[0]
+            if quant_type == "none"
+            else nf4.dequantize_reference(*parts, (n, K), quant_type, 64, torch.float32)
+        )
+        y = x @ w.double().t() + (bias[i].double() if bias else 0)
+        out.append(y + (x @ a[i].t()) @ b[i].t() * (1.0, -1.5)[i])
+    return out
+
+
+def close(got: Tensor, expected: Tensor, dtype: torch.dtype, extra: float = 0.0) -> None:
+    """One rounding to `dtype` (2^-8, or 2^-11 for fp16) of values up to `expected`'s largest, and fp32 sums below that."""
+    unit = 2**-8 if dtype == torch.bfloat16 else 2**-11
+    tolerance = expected.abs() * (unit + extra) + expected.abs().max() * (2**-16 + extra)
+    assert ((got.double() - expected).abs() <= tolerance).all(), float((got.double() - expected).abs().max())
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [2048, 7])
+def test_forward_and_gradients_are_rounded_once(
+    dtype: torch.dtype, quant_type: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with fewer rows at a time than there are (7 of 33)."""
+    monkeypatch.setattr(fp32_linear, "ROWS", rows)
+    x, a, b, weights = case(dtype, quant_type, seed=rows)
+    bias = [torch.randn(n).to(dtype) for n in NS] if rows == 7 else []
+    *ys, h = run("fp32_gemm", x, a, b, weights, bias, dtype, quant_type)
+    assert h.dtype == dtype and h.shape == (33, sum(RANKS))
+    wide = [t.detach().double().requires_grad_() for t in (x, *a, *b)]
+    xs, as_, bs = wide[0], wide[1:3], wide[3:]
+    expected = reference(xs, as_, bs, weights, bias, quant_type)
+    dys = [torch.randn_like(y) for y in ys]
+    grads = torch.autograd.grad(ys, [x, *a, *b], dys)
+    wanted = torch.autograd.grad(expected, wide, [dy.double() for dy in dys])
+    for got, want in zip(ys, expected):
+        close(got, want.detach(), dtype)
+    close(grads[0], wanted[0], dtype)
+    for got, want in zip(grads[1:3], wanted[1:3]):  # dA: all of it in fp32
+        close(got, want, torch.float16)
+    for got, want in zip(grads[3:], wanted[3:]):  # dB: h was stored in `dtype`
+        close(got, want, dtype, extra=2**-8)
+
+
+def test_it_agrees_with_the_library_under_dropout() -> None:
+    """Same seeds, same masks; the library's way rounds h, the weight and each product to bf16."""
+    x, a, b, weights = case(torch.bfloat16, "nf4", seed=3)
+    results = []
+    for kernel in ("fp32_gemm", "library_gemm"):
+        ys = run(kernel, x, a, b, weights, [], torch.bfloat16, "nf4", dropout=0.25)[:-1]
+        results.append([*ys, *torch.autograd.grad([y.float().square().sum() for y in ys], [x, *a, *b])])
+    for got, want in zip(*results):
+        # some ten roundings of 2^-9 add up in the gradient of a square
+        assert (got - want).abs().max() <= want.abs().max() * 2**-5
+
+
+def test_no_rows_and_what_is_not_needed() -> None:
+    x, a, b, weights = case(torch.bfloat16, "nf4", seed=4)
+    ys = run("fp32_gemm", x[:, :0], a, b, weights, [], torch.bfloat16, "nf4")[:-1]
+    assert [tuple(y.shape) for y in ys] == [(3, 0, n) for n in NS]
+    ys = run("fp32_gemm", x, [t.detach() for t in a], [t.detach() for t in b], weights, [], torch.bfloat16, "nf4")[:-1]
+    (dx,) = torch.autograd.grad([y.sum() for y in ys], [x])
+    assert dx.shape == x.shape and dx.abs().sum() > 0
+    ys = run("fp32_gemm", x.detach(), a, b, weights, [], torch.bfloat16, "nf4")[:-1]
+    assert len(torch.autograd.grad([y.sum() for y in ys], [*a, *b])) == 4
+
+
+@pytest.mark.parametrize("step", [4096, 100])
+def test_dense_products_by_blocks_of_rows(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp32_linear, "WEIGHT_ROWS", step)
+    torch.manual_seed(step)
+    x, w, bias = torch.randn(9, 65).bfloat16(), torch.randn(257, 65).bfloat16(), torch.randn(257).bfloat16()
+    close(fp32_linear.dense(x, w, bias), x.double() @ w.double().t() + bias.double(), torch.bfloat16)
+    dy = torch.randn(9, 257).bfloat16()
+    close(fp32_linear.dense_dx(dy, w), dy.double() @ w.double(), torch.bfloat16)
