@@ -19,6 +19,8 @@ _EXPORTS = {
     "save_adapter": "runtime.adapters",
     "load_adapter": "runtime.adapters",
     "set_adapters": "runtime.adapters",
+    "combine_adapters": "runtime.combine",
+    "CombineReport": "runtime.combine",
     "export": "runtime.export",
     "ExportReport": "runtime.export",
 }

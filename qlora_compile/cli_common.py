@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
@@ -32,6 +33,21 @@ def pairs_option(option: str, texts: Iterable[str], number: Callable[[str], Any]
         if not equals or not name:
             raise ConfigError(f"{option} takes NAME=NUMBER, got {text!r}.")
     return pairs
+
+
+def adapter_weights(texts: list[str]) -> dict[str, float]:
+    """`["a", "b=0.3"]` -> `{"a": 1.0, "b": 0.3}`; a folder whose name holds `=` is taken as it is if it exists."""
+    weights: dict[str, float] = {}
+    for text in texts:
+        if "=" in text and not Path(text).exists():
+            pair = pairs_option("--adapter", [text], float)
+        else:
+            pair = {text: 1.0}
+        for name, weight in pair.items():
+            if name in weights:
+                raise ConfigError(f"--adapter names {name!r} twice.")
+            weights[name] = weight
+    return weights
 
 
 def print_json(answer: Mapping[str, Any]) -> None:

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_common import pairs_option, print_json
-from .errors import ConfigError
+from .cli_common import adapter_weights, print_json
 
 
 def export(
@@ -49,18 +48,3 @@ def export(
         print_json(done.to_dict())
     else:
         done.print()
-
-
-def adapter_weights(texts: list[str]) -> dict[str, float]:
-    """`["a", "b=0.3"]` -> `{"a": 1.0, "b": 0.3}`; a folder whose name holds `=` is taken as it is if it exists."""
-    weights: dict[str, float] = {}
-    for text in texts:
-        if "=" in text and not Path(text).exists():
-            pair = pairs_option("--adapter", [text], float)
-        else:
-            pair = {text: 1.0}
-        for name, weight in pair.items():
-            if name in weights:
-                raise ConfigError(f"--adapter names {name!r} twice.")
-            weights[name] = weight
-    return weights

@@ -46,7 +46,8 @@ class QLoRALinear(nn.Module):
     """Mixin over a linear module: y = x Wᵀ + b + Σ weight·scaling·(dropout(x) Aᵀ) Bᵀ, in the compute dtype.
 
     Parameters: `weight` (frozen, 4-bit unless `quantize=False`), `lora_A[name]` [r, in] and `lora_B[name]` [out, r].
-    `lora_weight[name]` is a 0-dim tensor that `set_adapters` writes: changing it recompiles nothing.
+    `lora_weight[name]` is a 0-dim tensor that `set_adapters` writes (one value for each row of the batch, with
+    `adapter_ids`): changing it recompiles nothing.
     """
 
     weight: Tensor
@@ -67,11 +68,21 @@ class QLoRALinear(nn.Module):
         y = F.linear(inputs, weight.t() if self.lora_fan_in_fan_out else weight, bias)
         for name in self.lora_A:
             h = F.linear(F.dropout(inputs, self.lora_dropout, self.training), self.lora_A[name].to(dtype))
-            y = y + F.linear(h, self.lora_B[name].to(dtype)) * self.lora_scaling[name] * self.lora_weight[name]
+            up, weight = F.linear(h, self.lora_B[name].to(dtype)) * self.lora_scaling[name], self.lora_weight[name]
+            y = y + (up * weight if weight.dim() == 0 else (up * _by_row(weight, x)).to(dtype))
         return y.to(x.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         return _moved(super()._apply(fn, recurse))
+
+
+def _by_row(weight: Tensor, x: Tensor) -> Tensor:
+    """One weight for each row of the batch, [rows] -> [rows, 1, ...] to multiply x's result with."""
+    if weight.shape[0] != x.shape[0]:
+        raise ModelStateError(
+            f"adapter_ids chose adapters for {weight.shape[0]} rows, this batch has {x.shape[0]}: call set_adapters again."
+        )
+    return weight.view(-1, *[1] * (x.dim() - 1))
 
 
 def _moved(module: nn.Module) -> nn.Module:
@@ -157,8 +168,18 @@ class AdapterSite:
         return self._get("lora_B")[name]
 
     def adapter_weight(self, name: str = "default") -> Tensor:
-        """The 0-dim tensor that multiplies the adapter's scaling: 1 unless `set_adapters` changed it."""
+        """What multiplies the adapter's scaling: 0-dim, 1 unless `set_adapters` changed it; [rows] with adapter_ids."""
         return self._get("lora_weight")[name]
+
+    def set_adapter_weight(self, name: str, value: Tensor) -> bool:
+        """Write the value, in place where the shape stays; returns whether it did not, so that graphs are stale."""
+        weights = self._get("lora_weight")
+        old = weights[name]
+        if old.shape == value.shape:
+            old.copy_(value)
+            return False
+        weights[name] = value.to(old.device, old.dtype)
+        return True
 
     def scaling(self, name: str = "default") -> float:
         return self.info.scaling[name]

@@ -6,15 +6,23 @@ import difflib
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import AdapterMismatchError, ConfigError, NoAdapterError
-from ..modules import AdapterSite, adapter_sites, add_adapter, is_quantized, prepared_config, prepared_state
+from ..errors import AdapterMismatchError, ConfigError, ModelStateError, NoAdapterError
+from ..modules import (
+    AdapterSite,
+    QLoRALinear,
+    adapter_sites,
+    add_adapter,
+    is_quantized,
+    prepared_config,
+    prepared_state,
+)
 from .export_sources import unwrap
 from .fold_plan import first_few
 from .formats.peft_files import PREFIX, AdapterFiles, LoraLayer, read_adapter, write_adapter
@@ -69,33 +77,74 @@ def load_adapter(
             own[key].copy_(tensor)
 
 
-def set_adapters(model: nn.Module, weights: Mapping[str, float] | Iterable[str] | str) -> None:
+def set_adapters(
+    model: nn.Module,
+    weights: Mapping[str, float] | Iterable[str] | str | None = None,
+    *,
+    adapter_ids: Sequence[str | Mapping[str, float] | None] | None = None,
+) -> None:
     """`{"a": 0.7, "b": 0.3}`: how strongly each adapter counts; those not named get 0. A name alone counts as 1.
 
-    Only 0-dim tensors on the model are written, so a compiled model is not compiled again. An adapter at 0 is still
-    computed. Raises NoAdapterError naming the nearest adapter, ConfigError for a weight that is no finite number.
+    `adapter_ids` chooses for each row of a batch instead: a name, a mapping of names to weights, or None for the base
+    alone. It holds for batches of that many rows until the next call.
+
+    Only small tensors on the model are written, so a compiled model is not compiled again (but once when the choice by
+    row begins, changes its number of rows, or ends). An adapter at 0 is still computed. Raises NoAdapterError naming the
+    nearest adapter, ConfigError for a weight that is no finite number, ModelStateError where a layer cannot choose by row.
     """
-    if isinstance(weights, str):
-        weights = [weights]
-    wanted = dict(weights) if isinstance(weights, Mapping) else dict.fromkeys(weights, 1.0)
-    sites = _sites(unwrap(model))
+    if (weights is None) == (adapter_ids is None):
+        raise ConfigError("set_adapters takes either weights, for every row, or adapter_ids, one for each row.")
+    model = unwrap(model)
+    sites = _sites(model)
     known = sorted({adapter for site in sites.values() for adapter in site.adapters})
+    rows = [_wanted(given, known) for given in ([weights] if adapter_ids is None else adapter_ids)]
+    if not rows:
+        raise ConfigError("adapter_ids is empty: it needs one entry for each row of the batch.")
+    if adapter_ids is not None:
+        _check_by_row(sites)
+    reshaped = False
+    with torch.no_grad():
+        for site in sites.values():
+            for name in site.adapters:
+                values = torch.tensor([row.get(name, 0.0) for row in rows])
+                reshaped |= site.set_adapter_weight(name, values[0] if adapter_ids is None else values)
+    if reshaped:
+        _forget_compiled(model)
+
+
+def _wanted(given: Mapping[str, float] | Iterable[str] | str | None, known: list[str]) -> dict[str, float]:
+    """What one row asks for -> {name: weight}, checked."""
+    if given is None:
+        return {}
+    names = [given] if isinstance(given, str) else given
+    wanted = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
     for name, weight in wanted.items():
         _check_name(name, known)
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             raise ConfigError(f"The weight of adapter {name!r} must be a finite number, got {weight!r}.")
-    with torch.no_grad():
-        for site in sites.values():
-            for name in site.adapters:
-                site.adapter_weight(name).fill_(wanted.get(name, 0.0))
+    return wanted
+
+
+def _check_by_row(sites: Mapping[str, AdapterSite]) -> None:
+    """A parameter that another module's own code uses gets its adapters added to it: it cannot differ by row."""
+    shared = [name for name, site in sites.items() if site.adapters and not isinstance(site.module, QLoRALinear)]
+    if shared:
+        raise ModelStateError(
+            f"adapter_ids cannot choose by row at {shared[0]}, whose weight another module's code uses."
+        )
 
 
 def adapter_weights(model: nn.Module) -> dict[str, float]:
-    """Adapter name -> how strongly it counts now, sorted. Raises NoAdapterError for a model without adapters."""
+    """Adapter name -> how strongly it counts now, sorted. Raises NoAdapterError (no adapters), ModelStateError (by row)."""
     weights: dict[str, float] = {}
     for site in _sites(unwrap(model)).values():
         for name in site.adapters:
-            weights[name] = float(site.adapter_weight(name))
+            weight = site.adapter_weight(name)
+            if weight.dim():
+                raise ModelStateError(
+                    "The adapters are chosen by row (adapter_ids): call set_adapters with weights first."
+                )
+            weights[name] = float(weight)
     return dict(sorted(weights.items()))
 
 
@@ -122,8 +171,8 @@ def _peft_config(model: nn.Module, name: str, sites: Mapping[str, AdapterSite], 
     config = prepared_config(model)
     ranks = {site_name: site.rank(name) for site_name, site in sites.items()}
     use_rslora, alphas = _alphas(name, sites)
-    rank, rank_pattern = _default_and_pattern(ranks)
-    alpha, alpha_pattern = _default_and_pattern(alphas)
+    rank, rank_pattern = default_and_pattern(ranks)
+    alpha, alpha_pattern = default_and_pattern(alphas)
     base = getattr(getattr(model, "config", None), "_name_or_path", None)
     causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
     return {
@@ -157,7 +206,7 @@ def _alphas(name: str, sites: Mapping[str, AdapterSite]) -> tuple[bool, dict[str
     return False, {n: s.scaling(name) * s.rank(name) for n, s in sites.items()}
 
 
-def _default_and_pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def default_and_pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The most common value, and the rest by site; "^" pins a pattern to one site, and dots are dots."""
     plain = {n: int(v) if float(v).is_integer() else float(v) for n, v in values.items()}
     default = max(sorted(Counter(plain.values()).items()), key=lambda item: item[1])[0]
@@ -184,6 +233,18 @@ def _modules_to_save(model: nn.Module) -> list[str]:
     tied = [n for n, m in modules.items() if any(id(p) in shared for p in m.parameters(recurse=False))]
     inside = [n for n in tied if not any(n == other or n.startswith(f"{other}.") for other in named)]
     return sorted({*named, *inside})
+
+
+def install_layers(model: nn.Module, name: str, layers: Mapping[str, LoraLayer], weight: float) -> None:
+    """Add adapter `name` with these factors, counting as `weight`. Raises ModelStateError (taken), NoAdapterError."""
+    sites = _sites(model)
+    _add(model, name, layers)
+    with torch.no_grad():
+        for module, layer in layers.items():
+            sites[module].a(name).copy_(layer.a)
+            sites[module].b(name).copy_(layer.b)
+            sites[module].adapter_weight(name).fill_(weight)
+    _forget_compiled(model)
 
 
 def _add(model: nn.Module, name: str, layers: Mapping[str, LoraLayer]) -> None:

@@ -91,8 +91,12 @@ class AdapterFiles:
     def full_parameters(self) -> dict[str, torch.Tensor]:
         """Parameter name (no prefix) -> tensor, for what was trained in full, sorted."""
         # PEFT stores a bias that it trains under the name that it has inside of the wrapped layer.
-        names = {key: key.removeprefix(PREFIX).replace(".base_layer.", ".") for key in sorted(self.tensors)}
-        return {name: self.tensors[key] for key, name in names.items() if _parse_key(key) is None}
+        full = self.full_tensors()
+        return {key.removeprefix(PREFIX).replace(".base_layer.", "."): tensor for key, tensor in full.items()}
+
+    def full_tensors(self) -> dict[str, torch.Tensor]:
+        """The same by their keys in the file, sorted."""
+        return {key: self.tensors[key] for key in sorted(self.tensors) if _parse_key(key) is None}
 
 
 def read_adapter(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> AdapterFiles:
@@ -236,14 +240,14 @@ def _make_layer(module: str, factors: dict[str, torch.Tensor], config: dict[str,
     shapes = f"lora_A {list(a.shape)} and lora_B {list(b.shape)}"
     if a.dim() != 2 or b.dim() != 2:
         raise CheckpointError(f"{module}: {shapes} are not matrices (convolutions are not supported).")
-    rank = int(_pattern_value(config.get("rank_pattern"), module, config["r"]))
+    rank = int(pattern_value(config.get("rank_pattern"), module, config["r"]))
     if a.shape[0] != b.shape[1] or a.shape[0] != rank or rank == 0:
         raise CheckpointError(f"{module}: {shapes} do not agree with the rank {rank} in {CONFIG_FILE}.")
-    alpha = float(_pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
+    alpha = float(pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
     return LoraLayer(a, b, alpha, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), embedding)
 
 
-def _pattern_value(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+def pattern_value(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """PEFT's rule (`get_pattern_key`): the first pattern that matches the module's path or a dotted suffix of it."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):

@@ -16,7 +16,7 @@ import torch
 from qlora_compile import cli, cli_doctor
 from qlora_compile.errors import CheckpointError, ConfigError
 
-COMMANDS = ("finetune", "export", "inspect", "doctor")
+COMMANDS = ("finetune", "export", "combine", "inspect", "doctor")
 TEXT = "the quick brown fox jumps over the lazy dog while seven wizards mix a jug of bad liquor\n\n"
 
 

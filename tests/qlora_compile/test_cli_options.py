@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_compile import QLoRAConfig, cli_common, cli_export, cli_finetune
+from qlora_compile import QLoRAConfig, cli_common, cli_finetune
 from qlora_compile.runtime.finetune_config import FinetuneConfig
 
 
@@ -108,8 +108,8 @@ def test_modules_option(text: str, value: object) -> None:
 
 
 def test_adapter_weights(tmp_path: Path) -> None:
-    assert cli_export.adapter_weights(["a", "b=0.25", "c=-1"]) == {"a": 1.0, "b": 0.25, "c": -1.0}
+    assert cli_common.adapter_weights(["a", "b=0.25", "c=-1"]) == {"a": 1.0, "b": 0.25, "c": -1.0}
     odd = tmp_path / "lr=2"
     odd.mkdir()
-    assert cli_export.adapter_weights([str(odd), "b"]) == {str(odd): 1.0, "b": 1.0}
-    assert cli_export.adapter_weights([f"{odd}=0.5"]) == {str(odd): 0.5}
+    assert cli_common.adapter_weights([str(odd), "b"]) == {str(odd): 1.0, "b": 1.0}
+    assert cli_common.adapter_weights([f"{odd}=0.5"]) == {str(odd): 0.5}
