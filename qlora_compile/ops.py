@@ -130,19 +130,19 @@ def lora_linear(
     quant_type: str,
     block_size: int,
     dtype: torch.dtype,
-    kernel: str = "",
+    forward_kernel: str = "",
     backward_kernel: str = "",
 ) -> list[Tensor]:
     """x [..., K] -> [y_0 [..., N_0], ..., h [M, sum R]] in x's dtype; products run in `dtype`, `h` is kept for backward.
 
-    `kernel` and `backward_kernel` name the kernels to use; "" lets `runtime.kernels.dispatch` choose.
+    `forward_kernel` and `backward_kernel` name the kernels to use; "" lets `runtime.kernels.dispatch` choose.
     """
     group = LoRAGroup(
         weight, absmax, absmax_scale, absmax_offset, lora_a, lora_b, scaling, alpha, adapters, seed, dropout,
         out_features, quant_type, block_size, dtype,
     )  # fmt: skip
     x2 = as_rows(x, dtype)
-    ys, h = implementation(group, "lora_linear", x2, kernel)(group, x2, bias)
+    ys, h = implementation(group, "lora_linear", x2, forward_kernel)(group, x2, bias)
     # no tracked view: autograd lets nobody write into one of several views (nn.ReLU(inplace=True))
     outs = [torch.ops.aten._unsafe_view(y.to(x.dtype), (*x.shape[:-1], y.shape[1])) for y in ys]
     return [*outs, h]
@@ -167,7 +167,7 @@ def _(
     quant_type: str,
     block_size: int,
     dtype: torch.dtype,
-    kernel: str = "",
+    forward_kernel: str = "",
     backward_kernel: str = "",
 ) -> list[Tensor]:
     tokens = math.prod(x.shape[:-1])  # not torch.Size(...).numel(), which would fix a symbolic size
@@ -197,7 +197,7 @@ def lora_linear_backward(
     dtype: torch.dtype,
     need_dx: bool,
     need_adapters: bool,
-    kernel: str = "",
+    backward_kernel: str = "",
 ) -> list[Tensor]:
     """dy_i [..., N_i] -> [dx like x (if need_dx), dA_j like A_j..., dB_j like B_j... (if need_adapters)].
 
@@ -210,7 +210,7 @@ def lora_linear_backward(
     )  # fmt: skip
     x2 = as_rows(x, dtype)
     dys = [as_rows(g, dtype) for g in grads]
-    run = implementation(group, "lora_linear_backward", x2, kernel)
+    run = implementation(group, "lora_linear_backward", x2, backward_kernel)
     dx, da, db = run(group, dys, x2, h, need_dx, need_adapters)
     return [*([] if dx is None else [dx.to(x.dtype).view(x.shape)]), *da, *db]
 
@@ -237,7 +237,7 @@ def _(
     dtype: torch.dtype,
     need_dx: bool,
     need_adapters: bool,
-    kernel: str = "",
+    backward_kernel: str = "",
 ) -> list[Tensor]:
     dx = [x.new_empty(x.shape)] if need_dx else []
     if not need_adapters:
