@@ -21,6 +21,8 @@ _EXPORTS = {
     "set_adapters": "runtime.adapters",
     "combine_adapters": "runtime.combine",
     "CombineReport": "runtime.combine",
+    "PagedAdamW": "runtime.paged_optimizer",
+    "PagedLion": "runtime.paged_optimizer",
     "export": "runtime.export",
     "ExportReport": "runtime.export",
 }

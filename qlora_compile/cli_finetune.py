@@ -71,6 +71,11 @@ def finetune(
     warmup: Annotated[float, _rate("Steps, or below 1 a fraction of all steps.")] = 0.03,
     weight_decay: Annotated[float, _rate("AdamW's weight decay.")] = 0.0,
     max_grad_norm: Annotated[float, _rate("Clip the gradient norm; 0: off.")] = 0.3,
+    optimizer: Annotated[str, _rate("adamw, paged_adamw, paged_adamw8bit or paged_lion.")] = "adamw",
+    optimizer_budget: Annotated[
+        str | None, _rate("Most optimizer state on the device, as 2GiB; all if not given.")
+    ] = None,
+    optimizer_folder: Annotated[Path | None, _rate("Keep the rest in a file here, not in RAM.")] = None,
     seed: Annotated[int, _rate("Adapters, data order and dropout.")] = 0,
     eval_every: Annotated[int, _run("Steps between evaluations; 0: before and after only.")] = 0,
     eval_batches: Annotated[int | None, _run("Evaluate on so many batches only.")] = None,

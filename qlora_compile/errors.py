@@ -68,6 +68,12 @@ class OutputError(QLoRACompileError):
     exit_code = 2
 
 
+class MemoryBudgetError(QLoRACompileError):
+    """A memory budget cannot be met: it is too small or no size at all, or host memory or disk for pages ran out."""
+
+    exit_code = 2
+
+
 class NonFiniteError(QLoRACompileError):
     """Loss or gradients stayed NaN or infinite for too many steps in a row."""
 

@@ -130,7 +130,14 @@ class _Run:
         prepare(self.model, config.qlora)
         if self.checkpoint is None:
             self._evaluate("quantized")
-        optimizer = make_optimizer(self.model, lr=config.lr, weight_decay=config.weight_decay)
+        optimizer = make_optimizer(
+            self.model,
+            name=config.optimizer,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            device_budget=config.optimizer_budget,
+            page_folder=config.optimizer_folder,
+        )
         half = torch.float16 in (config.qlora.compute_dtype, config.base_dtype)
         scaler = torch.amp.GradScaler(self.device.type) if half else None
         self.take_step = TrainStep(self.model, optimizer, max_grad_norm=config.max_grad_norm, scaler=scaler)

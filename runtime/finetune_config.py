@@ -12,6 +12,8 @@ import torch
 
 from ..config import QLoRAConfig, parse_dtype
 from ..errors import ConfigError, UnknownOptionError
+from .memory import parse_bytes
+from .optimizer import OPTIMIZERS
 from .schedule import SCHEDULES
 
 
@@ -28,12 +30,17 @@ class FinetuneConfig:
     Rate: `lr` after `warmup` steps (below 1: a fraction of all steps), then `schedule` "cosine", "linear" (both to 0)
     or "constant". `max_grad_norm` clips the global norm (0.3 is the QLoRA paper's; 0: no clipping).
 
+    `optimizer` is "adamw" (torch's), "paged_adamw", "paged_adamw8bit" or "paged_lion"; the paged ones keep their state in
+    pages: on the device at most `optimizer_budget` (bytes or "2GiB"; None: all), the rest in RAM or, with
+    `optimizer_folder`, in a nameless file there.
+
     `seed` (None: that of `qlora`) orders the data and draws dropout. `save_every` steps a checkpoint is written (0:
     only when interrupted), of which the newest `keep_last` stay. `resume` is True (the newest checkpoint in `out`) or
     a checkpoint folder. `eval_every` (0: only before and after) and `eval_batches` (None: all) bound evaluation.
     `dtype` is the base model's (None: `qlora.compute_dtype`), `device` None means CUDA where there is one.
 
-    Raises ConfigError where a value is out of range, UnknownOptionError from `from_options`.
+    Raises ConfigError where a value is out of range, MemoryBudgetError for a budget that cannot work,
+    UnknownOptionError from `from_options`.
     """
 
     model: Path
@@ -51,6 +58,9 @@ class FinetuneConfig:
     warmup: float = 0.03
     max_grad_norm: float = 0.3
     weight_decay: float = 0.0
+    optimizer: str = "adamw"
+    optimizer_budget: int | str | None = None
+    optimizer_folder: Path | None = None
     seed: int | None = None
     save_every: int = 100
     keep_last: int = 2
@@ -97,6 +107,13 @@ class FinetuneConfig:
         _require(self.schedule in SCHEDULES, "schedule", self.schedule, f"one of {', '.join(SCHEDULES)}")
         ok = _is_number(self.warmup) and self.warmup >= 0 and (self.warmup < 1 or float(self.warmup).is_integer())
         _require(ok, "warmup", self.warmup, "a number of steps, or a fraction of all steps below 1")
+        _require(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, f"one of {', '.join(OPTIMIZERS)}")
+        if self.optimizer_budget is not None:
+            parse_bytes(self.optimizer_budget)
+        if self.optimizer == "adamw" and (self.optimizer_budget is not None or self.optimizer_folder is not None):
+            raise ConfigError("optimizer_budget and optimizer_folder are for the paged optimizers: choose paged_adamw.")
+        if self.optimizer_folder is not None:
+            object.__setattr__(self, "optimizer_folder", Path(self.optimizer_folder).expanduser())
         for name in ("max_grad_norm", "weight_decay"):
             value = getattr(self, name)
             _require(_is_number(value) and value >= 0, name, value, "a number of at least 0")

@@ -29,10 +29,12 @@ PURPOSES = {
     "dequantize_4bit": "4-bit codes and (double-quantized) scales -> fp32, bf16 or fp16 weight",
     "quantize_4bit": "fp32, bf16 or fp16 weight -> 4-bit codes and fp32 block scales",
     "linear_4bit_small": "y = x @ W^T for a few rows of x, straight from 4-bit codes",
+    "paged_step": "AdamW or Lion over pages of 32-bit or 8-bit optimizer state",
     "low_rank": "the skinny products of LoRA: x @ A^T, y += h @ B^T, and their gradients",
 }
-# No fused multiply-add: every product is rounded on its own, as in the torch reference.
-_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off")
+# No fused multiply-add unless a kernel asks for one: every product is rounded on its own, as in the torch reference.
+# No errno from sqrt: a loop that may set it stays scalar.
+_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno")
 
 
 def instruction_sets() -> tuple[str, ...]:

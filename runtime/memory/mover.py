@@ -1,0 +1,162 @@
+"""The moves themselves: buffers of the device tier, slots of the host tiers, and the copies between them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import MemoryBudgetError
+from .budget import format_bytes, parse_bytes
+from .copier import make_copier
+from .page import Page
+from .statistics import PoolStatistics
+from .tiers import FileTier, HostTier, RamTier
+
+
+class Mover:
+    """Does what the pool decides, in the order it decides it, and counts bytes as they really move."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        page_bytes: int,
+        folder: str | Path | None,
+        host_budget: int | str | None,
+        lock: threading.RLock,
+        counts: PoolStatistics,
+        trace: Callable[[str, Page | None], None],
+    ) -> None:
+        self.page_bytes = page_bytes
+        self.copier = make_copier(device)
+        self.background = False  # nothing moves without a budget: then there is no thread
+        self._lock, self._counts, self._trace = lock, counts, trace
+        self._spare: list[Tensor] = []  # buffers that no page is in
+        self._tiers: list[HostTier] = []
+        if host_budget is None and folder is not None:
+            host_budget = 0
+        if host_budget != 0:
+            limit = None if host_budget is None else parse_bytes(host_budget)
+            self._tiers.append(RamTier(page_bytes, limit, self.copier.pinned))
+        if folder is not None:
+            self._tiers.append(FileTier(Path(folder), page_bytes, None))
+        if not self._tiers:
+            raise MemoryBudgetError(
+                "host_budget is 0 and no folder is given, so pages have nowhere to go: give either."
+            )
+
+    def reserve_slots(self, pages: Sequence[Page]) -> None:
+        """A place in a host tier for each page. Raises MemoryBudgetError, nothing reserved, where one finds none."""
+        taken: list[Page] = []
+        try:
+            for page in pages:
+                if page.slot is None:
+                    page.slot = self._new_slot()
+                    taken.append(page)
+        except MemoryBudgetError:
+            for page in taken:
+                self._free_slot(page)
+            raise
+
+    def _new_slot(self) -> tuple[int, int]:
+        for index, tier in enumerate(self._tiers):
+            slot = tier.allocate()
+            if slot is not None:
+                return index, slot
+        used = sum(tier.used_bytes for tier in self._tiers)
+        raise MemoryBudgetError(
+            f"The host memory for pages is full ({format_bytes(used)} in use): raise host_budget, give a folder for "
+            "pages, or a larger device budget."
+        )
+
+    def _free_slot(self, page: Page) -> None:
+        if page.slot is not None:
+            tier, slot = page.slot
+            self._tiers[tier].free(slot)
+            page.slot = None
+
+    def used_bytes(self, kind: str) -> int:
+        """Of the host tiers of a kind, "ram" or "file"."""
+        return sum(tier.used_bytes for tier in self._tiers if tier.kind == kind)
+
+    def send_out(self, page: Page) -> None:
+        """Queue device -> host; the copy is left out where nothing was written since the page came."""
+        dirty, page.dirty = page.dirty, False
+        self._run(self._page_out, page, dirty)
+
+    def bring(self, page: Page, fresh: bool) -> None:
+        """Queue host -> device, or zeros for a page that has never been anywhere."""
+        page.dirty |= fresh
+        page.coming = self._run(self._page_in, page, fresh)
+
+    def discard(self, page: Page) -> None:
+        """Queue the end of a page."""
+        self._run(self._discard, page)
+
+    def drop_spare(self) -> None:
+        """Queue giving buffers without a page back to the system."""
+        self._run(self._drop_spare)
+
+    def _run(self, job: Callable[..., None], *args: Any) -> Future | None:
+        if not self.background and not self.copier.started:
+            job(*args)
+            return None
+        return self.copier.submit(job, *args)
+
+    # --- from here on, on the copier's thread -------------------------------------------------------------------------
+
+    def _page_in(self, page: Page, fresh: bool) -> None:
+        with self._lock:
+            buffer = self._spare.pop() if self._spare else None
+        if buffer is None:
+            buffer = self.copier.empty(page.size)
+            with self._lock:
+                self._counts.device_bytes += page.size
+                self._counts.peak_device_bytes = max(self._counts.peak_device_bytes, self._counts.device_bytes)
+        page.buffer = buffer
+        if fresh:
+            self.copier.zero(page)
+            return
+        assert page.slot is not None
+        tier, slot = page.slot
+        self.copier.read(page, self._tiers[tier].view(slot))
+        with self._lock:
+            self._counts.moved_in_bytes += page.size
+            self._trace("page_in", page)
+
+    def _page_out(self, page: Page, dirty: bool) -> None:
+        if page.buffer is None:
+            return  # the copy that should have brought it failed, and whoever asked for it was told
+        if dirty:
+            assert page.slot is not None
+            tier, slot = page.slot
+            self.copier.write(page, self._tiers[tier].view(slot))
+        with self._lock:
+            self._spare.append(page.buffer)
+            page.buffer = None
+            self._counts.moved_out_bytes += page.size if dirty else 0
+            self._trace("page_out", page)
+
+    def _discard(self, page: Page) -> None:
+        with self._lock:
+            if page.buffer is not None:
+                page.buffer = None
+                self._counts.device_bytes -= page.size
+            self._free_slot(page)
+
+    def _drop_spare(self) -> None:
+        with self._lock:
+            self._counts.device_bytes -= len(self._spare) * self.page_bytes
+            self._spare.clear()
+
+    def close(self) -> None:
+        """Wait for the copies, and give everything back."""
+        self.copier.close()
+        self._spare.clear()
+        for tier in self._tiers:
+            tier.close()

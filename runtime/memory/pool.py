@@ -1,0 +1,365 @@
+"""The page pool: pages move between the device tier and the host tiers so that a byte budget of the device holds.
+
+    pool.allocate(owner, items, item_bytes) -> spans of pages     (no memory yet: a page exists from its first use)
+    with pool.on_device(pages): ...                               brought in, and kept there until the block ends
+    pool.prefetch(pages)                                          brought in meanwhile, as far as there is room
+
+A page that is needed and is not there displaces the one that was used longest ago. Copies run in the order asked for
+on the copier's thread, so a page's buffer has left before another one takes its place, and the bytes on the device are
+never above the budget.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import MemoryBudgetError
+from .budget import MIN_PAGE_BYTES, format_bytes, page_bytes_for, parse_bytes
+from .mover import Mover
+from .page import Allocation, Page, Span, Where
+from .statistics import PoolEvent, PoolStatistics
+
+TRACED_EVENTS = 20_000
+
+
+class PagePool:
+    """Pages of one size for one device.
+
+    `budget` bounds the device tier (bytes or "24GiB"; None: nothing is ever moved). Pages that do not fit are in RAM, or
+    in a file in `folder` if one is given; with both `folder` and `host_budget`, in so much RAM first. Thread-safe.
+    Raises MemoryBudgetError for a budget that cannot work and for a folder that cannot be written.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        budget: int | str | None = None,
+        *,
+        page_bytes: int | None = None,
+        folder: str | Path | None = None,
+        host_budget: int | str | None = None,
+    ) -> None:
+        self.device = torch.device(device)
+        self._budget = None if budget is None else parse_bytes(budget)
+        self.page_bytes = page_bytes_for(self._budget) if page_bytes is None else _check_page_bytes(page_bytes)
+        self._check_budget(self._budget)
+        self._lock = threading.RLock()
+        self._counts = PoolStatistics(page_bytes=self.page_bytes)
+        self.events: deque[PoolEvent] = deque(maxlen=TRACED_EVENTS)
+        self._started = time.perf_counter()
+        self._mover = Mover(self.device, self.page_bytes, folder, host_budget, self._lock, self._counts, self._trace)
+        self._mover.background = self._budget is not None
+        self._numbers = itertools.count()
+        self._pages: dict[int, Page] = {}
+        self._open: dict[object, list[Page]] = {}  # by `share`: pages that may have a hole
+        self._resident: OrderedDict[Page, None] = OrderedDict()  # the one used longest ago first
+        self._planned_bytes = 0  # of pages on the device once the queued copies are done
+        self._doomed: deque[Allocation] = deque()  # their owners are gone; freed at the next call
+
+    # --- allocation ---------------------------------------------------------------------------------------------------
+
+    def allocate(self, owner: object, items: int, item_bytes: int, share: object = None) -> Allocation:
+        """Room for `items` whole items, freed when `owner` is; only allocations with an equal `share` share a page."""
+        if item_bytes > self.page_bytes:
+            raise MemoryBudgetError(
+                f"Pages of {format_bytes(self.page_bytes)} are smaller than one item of {item_bytes} bytes: "
+                f"give a budget of at least {format_bytes(8 * item_bytes)}."
+            )
+        with self._lock:
+            self._reap()
+            allocation = Allocation(items, item_bytes, list(self._spans(items, item_bytes, share)))
+        weakref.finalize(owner, self._doomed.append, allocation).atexit = False
+        return allocation
+
+    def _spans(self, items: int, item_bytes: int, share: object) -> Iterator[Span]:
+        """Fill a hole that takes all that is left, else whole new pages."""
+        first = 0
+        while first < items:
+            left = items - first
+            size = left * item_bytes
+            usable = self._open.setdefault(share, [])
+            page = next((page for page in usable if page.largest_hole() >= size), None)
+            if page is None:
+                page = Page(next(self._numbers), self.page_bytes, share)
+                self._pages[page.number] = page
+                usable.append(page)
+                self._trace("create", page)
+            count = min(left, self.page_bytes // item_bytes)
+            offset = page.take(count * item_bytes)
+            assert offset is not None  # the hole was looked for, or the page is new
+            if not page.holes:
+                usable.remove(page)
+            yield Span(page, offset, first, count)
+            first += count
+
+    def free(self, allocation: Allocation) -> None:
+        """Give an allocation back before its owner is gone. Twice is the same as once."""
+        with self._lock:
+            for span in allocation.spans:
+                page = span.page
+                if not page.holes:
+                    self._open.setdefault(page.share, []).append(page)
+                page.give_back(span.offset, span.count * allocation.item_bytes)
+                if page.spans == 0:
+                    self._free_page(page)
+            allocation.spans = []
+
+    def _reap(self) -> None:
+        while self._doomed:
+            self.free(self._doomed.popleft())
+
+    def _free_page(self, page: Page) -> None:
+        del self._pages[page.number]
+        usable = self._open[page.share]
+        usable.remove(page)
+        if not usable:
+            del self._open[page.share]
+        if page.where is Where.DEVICE:
+            self._planned_bytes -= page.size
+            del self._resident[page]
+        page.where = Where.FREED
+        self._mover.discard(page)
+        self._trace("free", page)
+
+    # --- residency ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def on_device(self, pages: Sequence[Page], *, writes: bool = True) -> Iterator[None]:
+        """Bring pages in, wait for them, and keep them on the device until the block ends.
+
+        Raises MemoryBudgetError, with nothing changed, where they do not fit the budget together or the pages that
+        have to leave find no room in the host tiers.
+        """
+        self.acquire(pages)
+        try:
+            yield
+        finally:
+            self.release(pages, wrote=writes)
+
+    def acquire(self, pages: Sequence[Page]) -> None:
+        """`on_device` without an end: each page stays until `release`."""
+        with self._lock:
+            self._reap()
+            pinned: list[Page] = []
+            try:
+                for page in pages:
+                    page.pins += 1
+                    pinned.append(page)
+                self._bring_all(pages)
+            except MemoryBudgetError:
+                for page in pinned:
+                    page.pins -= 1
+                raise
+        self._wait(pages)
+
+    def _bring_all(self, pages: Sequence[Page]) -> None:
+        missing = [page for page in pages if page.where is not Where.DEVICE]
+        self._counts.hits += len(pages) - len(missing)
+        self._counts.misses += sum(page.where is not Where.NEW for page in missing)
+        self._make_room(sum(page.size for page in missing))
+        for page in missing:
+            self._bring(page)
+        for page in pages:
+            self._resident.move_to_end(page)
+
+    def _wait(self, pages: Sequence[Page]) -> None:
+        for page in pages:
+            coming = page.coming
+            if coming is not None:
+                started = time.perf_counter()
+                waiting = not coming.done()
+                self._finish(page, coming, pages)
+                if waiting:
+                    ms = (time.perf_counter() - started) * 1e3
+                    with self._lock:
+                        self._counts.stalls += 1
+                        self._counts.stall_ms += ms
+                        self._trace("stall", page)
+            self._mover.copier.ready(page)
+
+    def _finish(self, page: Page, coming: Any, pages: Sequence[Page]) -> None:
+        try:
+            coming.result()
+        except (RuntimeError, MemoryError) as error:
+            with self._lock:
+                if page.where is Where.DEVICE and page.coming is coming:
+                    page.where = Where.NEW if page.slot is None else Where.HOST
+                    page.coming = None
+                    self._planned_bytes -= page.size
+                    del self._resident[page]
+                for held in pages:
+                    held.pins -= 1
+            raise MemoryBudgetError(
+                f"There is no memory on {self.device} for a page of {format_bytes(page.size)} beside "
+                f"{format_bytes(self._planned_bytes)} of others: give a device budget that leaves room."
+            ) from error
+        page.coming = None
+
+    def release(self, pages: Sequence[Page], *, wrote: bool = True) -> None:
+        """The end of `acquire`; `wrote` False where the pages were only read."""
+        with self._lock:
+            for page in pages:
+                page.pins -= 1
+                page.dirty |= wrote
+                self._mover.copier.used(page)
+            if self._budget is not None and self._planned_bytes > self._budget:
+                self._shrink(self._budget)
+
+    def prefetch(self, pages: Iterable[Page]) -> int:
+        """Begin to bring pages in, in this order, as far as there is room for them. Returns how many are on their way."""
+        begun = 0
+        with self._lock:
+            self._reap()
+            for page in pages:
+                if page.where is Where.HOST:
+                    page.pins += 1  # not its own victim
+                    try:
+                        self._make_room(page.size)
+                    except MemoryBudgetError:
+                        break  # asked for too early: it comes when it is needed, and that says what is wrong
+                    finally:
+                        page.pins -= 1
+                    self._bring(page)
+                    begun += 1
+                if page.where is Where.DEVICE:
+                    self._resident.move_to_end(page)
+        return begun
+
+    def evict(self, pages: Iterable[Page] | None = None) -> int:
+        """Send pages (None: all) that nobody holds to the host tiers. Returns the bytes that leave the device."""
+        with self._lock:
+            self._reap()
+            chosen = list(self._pages.values() if pages is None else pages)
+            leaving = [p for p in chosen if p.where is Where.DEVICE and p.pins == 0]
+            self._send_out(leaving)
+            self._mover.drop_spare()
+            return sum(page.size for page in leaving)
+
+    def reserve(self, pages: Sequence[Page]) -> None:
+        """Find room in the host tiers now for all of these that may have to leave the device while others are used.
+
+        Raises MemoryBudgetError, with nothing changed: so a sweep over them cannot fail in the middle.
+        """
+        with self._lock:
+            self._reap()
+            if self._budget is not None and len(self._pages) * self.page_bytes > self._budget:
+                self._mover.reserve_slots([*pages, *(page for page in self._resident if page.slot is None)])
+
+    def _make_room(self, size: int) -> None:
+        """Send out the pages used longest ago until `size` more bytes fit. Raises MemoryBudgetError, nothing sent."""
+        if self._budget is None or size == 0:
+            return
+        victims, short = self._victims(self._planned_bytes + size - self._budget)
+        if short > 0:
+            raise MemoryBudgetError(
+                f"{format_bytes(size)} of pages do not fit the device budget of {format_bytes(self._budget)} beside "
+                f"{format_bytes(self._planned_bytes)} in use: give at least {format_bytes(self._budget + short)}."
+            )
+        self._send_out(victims)
+
+    def _victims(self, excess: int) -> tuple[list[Page], int]:
+        """The pages used longest ago that nobody holds, `excess` bytes of them; and how much is missing to that."""
+        victims = []
+        for page in self._resident:
+            if excess <= 0:
+                break
+            if page.pins == 0:
+                victims.append(page)
+                excess -= page.size
+        return victims, max(0, excess)
+
+    def _send_out(self, pages: Sequence[Page]) -> None:
+        """Raises MemoryBudgetError, with nothing sent, where the host tiers have no room for all of them."""
+        self._mover.reserve_slots(pages)
+        for page in pages:
+            page.where = Where.HOST
+            self._planned_bytes -= page.size
+            del self._resident[page]
+            self._mover.send_out(page)
+
+    def _bring(self, page: Page) -> None:
+        fresh = page.where is Where.NEW
+        page.where = Where.DEVICE
+        self._planned_bytes += page.size
+        self._resident[page] = None
+        self._mover.bring(page, fresh)
+
+    # --- budget, statistics, end --------------------------------------------------------------------------------------
+
+    @property
+    def budget(self) -> int | None:
+        """Bytes of the device tier; assign a number, a size or None while running. Raises MemoryBudgetError."""
+        return self._budget
+
+    @budget.setter
+    def budget(self, value: int | str | None) -> None:
+        wanted = None if value is None else parse_bytes(value)
+        self._check_budget(wanted)
+        with self._lock:
+            self._reap()
+            if wanted is not None:
+                self._shrink(wanted)
+            self._budget = wanted
+            self._mover.background |= wanted is not None
+            self._trace("budget", None)
+
+    def _shrink(self, budget: int) -> None:
+        """Send out what is above the budget and nobody holds; what is held leaves when it is released."""
+        self._send_out(self._victims(self._planned_bytes - budget)[0])
+        self._mover.drop_spare()
+
+    def _check_budget(self, budget: int | None) -> None:
+        if budget is not None and budget < self.page_bytes:
+            raise MemoryBudgetError(
+                f"A device budget of {format_bytes(budget)} is smaller than one page: the least that works with pages "
+                f"of this size is {format_bytes(self.page_bytes)}."
+            )
+
+    def wait(self) -> None:
+        """Until all queued copies are done."""
+        self._mover.copier.wait()
+
+    def statistics(self) -> PoolStatistics:
+        """A copy of the counts as of now."""
+        with self._lock:
+            self._reap()
+            resident = sum(page.where is Where.DEVICE for page in self._pages.values())
+            return replace(
+                self._counts,
+                budget_bytes=self._budget,
+                pages=len(self._pages),
+                resident_pages=resident,
+                paged_pages=sum(page.where is Where.HOST for page in self._pages.values()),
+                host_bytes=self._mover.used_bytes("ram"),
+                file_bytes=self._mover.used_bytes("file"),
+            )
+
+    def _trace(self, kind: str, page: Page | None) -> None:
+        ms = (time.perf_counter() - self._started) * 1e3
+        number, size = (-1, self._budget or 0) if page is None else (page.number, page.size)
+        self.events.append(PoolEvent(ms, kind, number, size))
+
+    def close(self) -> None:
+        """Wait for the copies, and give the host tiers back; the pool cannot be used after."""
+        self._mover.close()
+        with self._lock:
+            self._pages.clear()
+            self._resident.clear()
+            self._open.clear()
+
+
+def _check_page_bytes(value: int) -> int:
+    if value < MIN_PAGE_BYTES or value & (value - 1):
+        raise MemoryBudgetError(f"page_bytes must be a power of two of at least {MIN_PAGE_BYTES}, got {value!r}.")
+    return value

@@ -1,0 +1,149 @@
+"""The host tiers: where pages are while they are not on the device. RAM (pinned for CUDA), or a memory-mapped file.
+
+Every tier hands out slots of one page. Disk space is reserved before a slot is handed out: a memory map over a hole
+of a full disk kills the process when it is written.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import tempfile
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ...errors import MemoryBudgetError
+from .budget import format_bytes
+
+_EXTENT_PAGES = 64
+
+
+class HostTier(Protocol):
+    """Slots of one page each."""
+
+    kind: str
+    used_bytes: int
+
+    def allocate(self) -> int | None:
+        """A free slot; None where the tier's limit is reached. Raises MemoryBudgetError where the system refuses."""
+
+    def free(self, slot: int) -> None:
+        """Give a slot back."""
+
+    def view(self, slot: int) -> Tensor:
+        """The slot's bytes, uint8 [page_bytes]."""
+
+    def close(self) -> None:
+        """Give everything back."""
+
+
+class RamTier:
+    """Main memory, page-locked where the device is a GPU."""
+
+    kind = "ram"
+
+    def __init__(self, page_bytes: int, limit: int | None, pinned: bool) -> None:
+        self.page_bytes, self.limit, self.pinned = page_bytes, limit, pinned
+        self.used_bytes = 0
+        self._slots: dict[int, Tensor] = {}
+        self._next = 0
+
+    def allocate(self) -> int | None:
+        if self.limit is not None and self.used_bytes + self.page_bytes > self.limit:
+            return None
+        try:
+            buffer = torch.empty(self.page_bytes, dtype=torch.uint8, pin_memory=self.pinned, device="cpu")
+        except (RuntimeError, MemoryError) as error:
+            raise MemoryBudgetError(
+                f"There is no host memory left for a page of {format_bytes(self.page_bytes)} "
+                f"({format_bytes(self.used_bytes)} are in use): give a folder for pages, or a larger device budget."
+            ) from error
+        self._slots[self._next] = buffer
+        self._next += 1
+        self.used_bytes += self.page_bytes
+        return self._next - 1
+
+    def free(self, slot: int) -> None:
+        del self._slots[slot]
+        self.used_bytes -= self.page_bytes
+
+    def view(self, slot: int) -> Tensor:
+        return self._slots[slot]
+
+    def close(self) -> None:
+        self._slots.clear()
+        self.used_bytes = 0
+
+
+class FileTier:
+    """A nameless file in `folder`, mapped into memory piece by piece; it is gone when the process is, however that ends."""
+
+    kind = "file"
+
+    def __init__(self, folder: Path, page_bytes: int, limit: int | None) -> None:
+        self.folder, self.page_bytes, self.limit = folder, page_bytes, limit
+        self.used_bytes = 0
+        self._views: list[Tensor] = []
+        self._free: list[int] = []
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(prefix="qlora_pages_", dir=folder)  # noqa: SIM115  # closed by close()
+        except OSError as error:
+            raise MemoryBudgetError(
+                f"The folder for pages {folder} cannot be written ({error.strerror or error}): choose another one."
+            ) from error
+
+    def allocate(self) -> int | None:
+        if self.limit is not None and self.used_bytes + self.page_bytes > self.limit:
+            return None
+        if not self._free:
+            self._grow()
+        self.used_bytes += self.page_bytes
+        return self._free.pop()
+
+    def _grow(self) -> None:
+        """Reserve and map one more extent, or a single page where the disk holds no more than that."""
+        for pages in (_EXTENT_PAGES, 1):
+            size, start = pages * self.page_bytes, len(self._views) * self.page_bytes
+            try:
+                _reserve(self._file.fileno(), start, size)
+                mapped = mmap.mmap(self._file.fileno(), size, offset=start)
+                break
+            except OSError as error:
+                os.ftruncate(self._file.fileno(), start)
+                if pages > 1 and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    continue
+                raise MemoryBudgetError(
+                    f"There is no room for another page of {format_bytes(self.page_bytes)} in {self.folder} "
+                    f"({error.strerror or error}): free some space there, or give a larger device budget."
+                ) from error
+        whole = torch.frombuffer(mapped, dtype=torch.uint8)
+        self._free.extend(range(len(self._views) + pages - 1, len(self._views) - 1, -1))
+        self._views.extend(whole.split(self.page_bytes))
+
+    def free(self, slot: int) -> None:
+        self._free.append(slot)
+        self.used_bytes -= self.page_bytes
+
+    def view(self, slot: int) -> Tensor:
+        return self._views[slot]
+
+    def close(self) -> None:
+        self._views.clear()
+        self._free.clear()
+        self._file.close()
+        self.used_bytes = 0
+
+
+def _reserve(descriptor: int, start: int, size: int) -> None:
+    """Blocks of the disk for bytes [start, start + size). Raises OSError where there are none."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, start, size)
+        return
+    zeros = bytes(1 << 20)  # no such call on macOS: written once
+    for at in range(start, start + size, len(zeros)):
+        os.pwrite(descriptor, zeros[: min(len(zeros), start + size - at)], at)

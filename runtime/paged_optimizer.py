@@ -1,0 +1,276 @@
+"""`PagedAdamW` and `PagedLion`: torch optimizers whose state lives in a page pool, 32-bit or 8-bit block-wise.
+
+State is created when a parameter gets its first gradient, moves between the device and the host so that `device_budget`
+holds, and is freed with its parameter. Results do not depend on the budget.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, ModelStateError, NoAdapterError
+from .memory import PagePool, PoolStatistics
+from .optimizer import NO_ADAPTERS
+from .paged_optimizer_layout import ParamState, layout_for
+from .paged_optimizer_state import from_dict, to_dict
+from .paged_optimizer_sweep import Numbers, Plan, Task, sweep
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Closure = Callable[[], Any]
+
+
+class PagedOptimizer(torch.optim.Optimizer):
+    """What both optimizers share.
+
+    `state_bits` 32 or 8; `device_budget` bytes or "24GiB" for the state on the parameters' device (None: all of it
+    stays there); beyond it pages go to RAM, at most `host_budget` of it if that is given, or to a file in `page_folder`
+    (with both: to so much RAM first).
+    `optimizer.pool` is the pool: its `budget` may be assigned while training, `statistics()` counts.
+
+    Raises NoAdapterError for a list without a trainable parameter, MemoryBudgetError for a budget that cannot work,
+    ModelStateError for parameters on several devices, ConfigError for other bad values.
+    """
+
+    lion: bool
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        *,
+        state_bits: int,
+        device_budget: int | str | None,
+        host_budget: int | str | None,
+        page_folder: str | Path | None,
+    ) -> None:
+        if state_bits not in (8, 32):
+            raise ConfigError(f"state_bits must be 32 or 8, got {state_bits!r}.")
+        _check_numbers(defaults)
+        given = list(params)
+        first = next(_trainable(given), None)
+        if first is None:
+            raise NoAdapterError(NO_ADAPTERS)
+        self.state_bits = state_bits
+        self.pool = PagePool(first.device, device_budget, folder=page_folder, host_budget=host_budget)
+        self._states: dict[int, ParamState] = {}  # by id: a lookup by tensor costs more than its update
+        super().__init__(given, defaults)
+        self.state = _StateView(self)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; every parameter must be on the pool's device and of a floating-point type that is known here."""
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            self._check_place(parameter)
+            if parameter.dtype not in DTYPES:
+                raise ModelStateError(
+                    f"Optimizer states are for fp32, bf16 and fp16 parameters, not {parameter.dtype}."
+                )
+
+    def _check_place(self, parameter: Tensor) -> None:
+        if parameter.device != self.pool.device:
+            raise ModelStateError(
+                f"A parameter of shape {tuple(parameter.shape)} is on {parameter.device}, but this optimizer's pages are "
+                f"for {self.pool.device}: move the model before making the optimizer, and give it one device's parameters."
+            )
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Any:
+        """Update every parameter that has a gradient. Raises MemoryBudgetError before any of them is changed."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.update()
+        return loss
+
+    def update(self, gradients: Mapping[nn.Parameter, Tensor] | None = None) -> None:
+        """One step of the parameters that have a `.grad`, or of those given alone, by the gradients given."""
+        tasks: list[Task] = []
+        copies: list[tuple[Tensor, Tensor]] = []
+        numbers: dict[tuple[int, int], Numbers] = {}
+        device = self.pool.device
+        for index, group in enumerate(self.param_groups):
+            for parameter in group["params"]:
+                gradient = parameter.grad if gradients is None else gradients.get(parameter)
+                if gradient is None:
+                    continue
+                if parameter.device != device:
+                    self._check_place(parameter)
+                state = self._states.get(id(parameter))
+                if state is None:
+                    state = self._new_state(parameter, (self._generation, index))
+                key = (index, state.step + 1)
+                if key not in numbers:
+                    numbers[key] = Numbers.of(group, state.step + 1, lion=self.lion)
+                values = parameter
+                if not parameter.is_contiguous():
+                    values = parameter.detach().contiguous()
+                    copies.append((parameter, values))
+                tasks.append(Task(values, self._plain(gradient), state, numbers[key]))
+        if not tasks:
+            return
+        if self._plan is None or not self._plan.fits(tasks):
+            self._plan, self._generation = Plan(tasks), self._generation + 1
+        sweep(self.pool, tasks, self._plan)
+        for task in tasks:
+            task.state.step += 1
+        for parameter, values in copies:
+            parameter.detach().copy_(values)
+
+    _generation = 0  # pages are shared only by parameters of one group that were first used in the same step
+    _plan: Plan | None = None
+
+    def _plain(self, gradient: Tensor) -> Tensor:
+        if gradient.layout is not torch.strided:
+            raise ModelStateError(f"{type(self).__name__} takes no sparse gradients: make the embedding's dense.")
+        return gradient if gradient.is_contiguous() else gradient.contiguous()
+
+    def _new_state(self, parameter: nn.Parameter, share: object) -> ParamState:
+        layout = layout_for(parameter, lion=self.lion, state_bits=self.state_bits)
+        items = -(-parameter.numel() // layout.unit)
+        allocation = self.pool.allocate(parameter, items, layout.item_bytes, share)
+        key, states = id(parameter), self._states
+        owner = weakref.ref(parameter, lambda _: states.pop(key, None))
+        state = states[key] = ParamState(layout, parameter.numel(), allocation, owner)
+        if layout.master:
+            zeros = {name: torch.zeros_like(value) for name, value in state.read(self.pool).items()}
+            state.write(self.pool, zeros | {"master": parameter.detach().float().cpu().contiguous().view(-1)})
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state dictionary of ours, of torch.optim.AdamW, or of bitsandbytes' optimizers (8-bit or 32-bit).
+
+        Raises CheckpointError, with nothing changed, where it does not fit.
+        """
+        loaded = from_dict(self, state_dict)
+        groups = [dict(group, betas=tuple(group["betas"])) for group in state_dict["param_groups"]]
+        super().load_state_dict({"state": {}, "param_groups": groups})
+        self.state = _StateView(self)
+        for state in self._states.values():
+            self.pool.free(state.allocation)
+        self._states.clear()
+        self._plan, self._generation = None, self._generation + 1
+        for parameter, (step, values) in loaded.items():
+            state = self._new_state(parameter, (self._generation, 0))
+            state.step = step
+            state.write(self.pool, values)
+
+    def statistics(self) -> PoolStatistics:
+        """The pool's counts."""
+        return self.pool.statistics()
+
+    def evict(self) -> int:
+        """Send all state to the host, for a step that needs the device's memory; it comes back by itself. -> bytes."""
+        return self.pool.evict()
+
+
+class PagedAdamW(PagedOptimizer):
+    """AdamW (arXiv 1711.05101); options and their defaults are torch's. `state_bits=8` quantizes both moments by blocks.
+
+    32-bit on x86 CPUs with AVX2: the moments are those of torch.optim.AdamW(foreach=False, fused=False) bit for bit; the
+    parameters drift from its as those of torch's fused variant do (2e-7 in 60 steps), because torch's square root there
+    is not correctly rounded and ours is.
+    """
+
+    lion = False
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        state_bits: int = 32,
+        device_budget: int | str | None = None,
+        host_budget: int | str | None = None,
+        page_folder: str | Path | None = None,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(
+            params,
+            defaults,
+            state_bits=state_bits,
+            device_budget=device_budget,
+            host_budget=host_budget,
+            page_folder=page_folder,
+        )
+
+
+class PagedLion(PagedOptimizer):
+    """Lion (arXiv 2302.06675): the sign of an average, one moment. The options are those of bitsandbytes' Lion."""
+
+    lion = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        state_bits: int = 32,
+        device_budget: int | str | None = None,
+        host_budget: int | str | None = None,
+        page_folder: str | Path | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            {"lr": lr, "betas": betas, "weight_decay": weight_decay},
+            state_bits=state_bits,
+            device_budget=device_budget,
+            host_budget=host_budget,
+            page_folder=page_folder,
+        )
+
+
+class _StateView(MutableMapping):
+    """`optimizer.state`: parameter -> its state as ordinary tensors on the CPU, copied out of the pages when asked for."""
+
+    def __init__(self, optimizer: PagedOptimizer) -> None:
+        self._optimizer = optimizer
+
+    def __getitem__(self, parameter: Tensor) -> dict[str, Any]:
+        state = self._optimizer._states.get(id(parameter))
+        if state is None:
+            return {}
+        return to_dict(state, state.read(self._optimizer.pool), parameter, self._optimizer.state_bits)
+
+    def __setitem__(self, parameter: Tensor, value: Any) -> None:
+        raise ModelStateError("The state lies in pages: change it with load_state_dict.")
+
+    def __delitem__(self, parameter: Tensor) -> None:
+        self._optimizer.pool.free(self._optimizer._states.pop(id(parameter)).allocation)
+        self._optimizer._plan = None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        owners = [state.owner() for state in self._optimizer._states.values()]
+        return iter([owner for owner in owners if owner is not None])
+
+    def __len__(self) -> int:
+        return len(self._optimizer._states)
+
+
+def _trainable(params: list[Any]) -> Iterator[Tensor]:
+    for item in params:
+        tensors = item["params"] if isinstance(item, dict) else item[1] if isinstance(item, tuple) else item
+        for tensor in [tensors] if isinstance(tensors, Tensor) else list(tensors):
+            tensor = tensor[1] if isinstance(tensor, tuple) else tensor
+            if tensor.requires_grad:
+                yield tensor
+
+
+def _check_numbers(defaults: dict[str, Any]) -> None:
+    for name, value in defaults.items():
+        numbers = value if name == "betas" else (value,)
+        least_ok = all(isinstance(float(number), float) and float(number) >= 0 for number in numbers)
+        if not least_ok or (name == "betas" and not (len(numbers) == 2 and all(number < 1 for number in numbers))):
+            wanted = "two numbers of at least 0 and below 1" if name == "betas" else "a number of at least 0"
+            raise ConfigError(f"{name} must be {wanted}, got {value!r}.")

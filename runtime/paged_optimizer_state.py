@@ -1,0 +1,135 @@
+"""State dictionaries of paged optimizers, in the layouts of others.
+
+    32-bit   torch.optim.AdamW      step (0-dim fp32), exp_avg, exp_avg_sq
+    8-bit    bitsandbytes           step (int), state1, state2 (uint8, or fp32 for small parameters), qmap1, qmap2,
+                                    absmax1, absmax2; its own state_dict wraps all but step into one more dictionary
+
+and "master" beside them for a bf16 or fp16 parameter. What is read may be either, whatever the optimizer keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..nf4 import dynamic_map
+from .paged_optimizer_layout import (
+    BLOCK,
+    ParamState,
+    StateLayout,
+    Views,
+    dequantize_blocks,
+    layout_for,
+    quantize_blocks,
+    signed_map,
+)
+
+if TYPE_CHECKING:
+    from .paged_optimizer import PagedOptimizer
+
+_WRAPPED = "__bnb_optimizer_quant_state__"  # bitsandbytes hides its tensors from FSDP in a dictionary of this name
+_TORCH_NAMES = {"first": "exp_avg", "second": "exp_avg_sq"}
+_NUMBERS = {"first": "1", "second": "2"}  # bitsandbytes': state1, absmax1, qmap1
+_REFUSED = ("amsgrad", "maximize")
+
+
+def to_dict(state: ParamState, values: Views, parameter: Tensor, state_bits: int) -> dict[str, Any]:
+    """Flat tensors by field -> the dictionary of one parameter: bitsandbytes' for 8-bit optimizers, torch's for others."""
+    shape, found = parameter.shape, {}
+    moments = [field for field in state.layout.fields if field != "master"]
+    if state_bits == 32:
+        found = {_TORCH_NAMES[field]: values[field].view(shape) for field in moments}
+        found["step"] = torch.tensor(float(state.step), dtype=torch.float32)
+    else:
+        for field in moments:
+            found[f"state{_NUMBERS[field]}"] = values[field].view(shape)
+            if state.layout.narrow:
+                found[f"qmap{_NUMBERS[field]}"] = dynamic_map(signed_map(field)).clone()
+                found[f"absmax{_NUMBERS[field]}"] = values[f"{field} scales"]
+        found["step"] = state.step
+    if "master" in values:
+        found["master"] = values["master"].view(shape)
+    return found
+
+
+def from_dict(optimizer: PagedOptimizer, state_dict: Mapping[str, Any]) -> dict[nn.Parameter, tuple[int, Views]]:
+    """-> (step, flat tensors by field in the optimizer's own layout) by parameter. Raises CheckpointError."""
+    try:
+        saved, groups = state_dict["state"], state_dict["param_groups"]
+    except (KeyError, TypeError):
+        raise CheckpointError("The optimizer's state dictionary lacks 'state' or 'param_groups'.") from None
+    here = [len(group["params"]) for group in optimizer.param_groups]
+    there = [len(group["params"]) for group in groups]
+    if here != there:
+        raise CheckpointError(
+            f"The optimizer's state dictionary has groups of {there} parameters, this optimizer has {here}: "
+            "the parameters are not those that it was saved with."
+        )
+    for name in _REFUSED:
+        if any(group.get(name) for group in groups):
+            raise CheckpointError(f"The state was made with {name}=True, which {type(optimizer).__name__} does not do.")
+    indices = [index for group in groups for index in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    loaded = {}
+    for index, parameter in zip(indices, parameters, strict=True):
+        if saved.get(index):
+            flat = {**saved[index], **saved[index].get(_WRAPPED, {})}
+            layout = layout_for(parameter, lion=optimizer.lion, state_bits=optimizer.state_bits)
+            loaded[parameter] = (int(flat.get("step", 0)), _values(flat, parameter, layout, f"parameter {index}"))
+    return loaded
+
+
+def _values(saved: Mapping[str, Any], parameter: Tensor, layout: StateLayout, what: str) -> Views:
+    found: Views = {}
+    for field in layout.fields:
+        if field == "master":
+            # A state that was saved without one belongs to a parameter that was itself what was trained.
+            master = saved.get("master", parameter.detach())
+            found[field] = _flat(master, parameter, f"the master of {what}").float()
+            continue
+        codes, scales, code_map = _stored(saved, field, parameter, what)
+        kept = code_map is not None and torch.equal(code_map, dynamic_map(signed_map(field)))
+        if layout.narrow and kept and scales is not None:
+            found[field], found[f"{field} scales"] = codes, scales
+            continue
+        wide = codes.float() if scales is None or code_map is None else dequantize_blocks(codes, scales, code_map)
+        if layout.narrow:
+            found[field], found[f"{field} scales"] = quantize_blocks(wide, signed=signed_map(field))
+        else:
+            found[field] = wide
+    return found
+
+
+def _stored(saved: Mapping[str, Any], field: str, parameter: Tensor, what: str) -> tuple[Tensor, Any, Any]:
+    """-> (values, None, None), or (codes, scales, code map) for 8-bit states."""
+    number = _NUMBERS[field]
+    for name in (_TORCH_NAMES[field], f"state{number}"):
+        if name in saved:
+            break
+    else:
+        names = f"{_TORCH_NAMES[field]!r} nor 'state{number}'"
+        raise CheckpointError(f"The optimizer's state of {what} has neither {names}: it is another optimizer's.")
+    values = _flat(saved[name], parameter, f"{name} of {what}")
+    if values.dtype != torch.uint8:
+        return values, None, None
+    blocks = -(-parameter.numel() // BLOCK)
+    scales, code_map = saved.get(f"absmax{number}"), saved.get(f"qmap{number}")
+    if scales is None or code_map is None or scales.numel() != blocks or code_map.numel() != 256:
+        raise CheckpointError(
+            f"The 8-bit optimizer state of {what} needs absmax{number} with {blocks} scales and qmap{number} with 256 "
+            f"values: blocks of {BLOCK} are what is read."
+        )
+    return values, scales.detach().cpu().float().view(-1), code_map.detach().cpu().float().view(-1)
+
+
+def _flat(tensor: Tensor, parameter: Tensor, what: str) -> Tensor:
+    if tensor.shape != parameter.shape:
+        raise CheckpointError(
+            f"The optimizer's state does not fit: {what} is {tuple(tensor.shape)} there and "
+            f"{tuple(parameter.shape)} here."
+        )
+    return tensor.detach().cpu().contiguous().view(-1)
