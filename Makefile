@@ -1,6 +1,7 @@
 # Everything a newcomer types. Each target does its own set-up, once, into .venv (stamp files say what is done).
 #   make finetune    fine-tune SmolLM2-135M on State of the Union speeches, export, verify, sample
 #   make test        the tests            make test-slow   those that take minutes
+#   make test-zoo    all architectures    make models-doc  docs/models.md from them
 #   make lint        ruff and mypy        make bench       the numbers of benchmarks/
 # Variables: PYTHON (3.11 or newer), VENV, OUT (where `make finetune` writes), TORCH_PIP_FLAGS (for another build of
 # torch, such as an index with CUDA wheels), PYTEST_FLAGS.
@@ -23,7 +24,7 @@ QUIETER := | grep -v '^Requirement already satisfied'
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup finetune test test-slow lint typecheck format bench clean
+.PHONY: help setup finetune test test-slow test-zoo models-doc lint typecheck format bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -70,6 +71,13 @@ test: $(VENV)/.stamp-dev
 
 test-slow: $(VENV)/.stamp-dev
 	$(PYTEST) -m slow --durations=15 $(PYTEST_FLAGS)
+
+test-zoo: $(VENV)/.stamp-dev
+	$(PYTEST) tests/zoo --dist load --durations=15 $(PYTEST_FLAGS)
+
+# A model that fails is a row of the table too.
+models-doc: $(VENV)/.stamp-dev
+	-$(PYTEST) tests/zoo --dist load -q --models-doc docs/models.md
 
 # All three always run: one look shows everything.
 lint: $(VENV)/.stamp-dev

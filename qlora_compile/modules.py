@@ -308,13 +308,17 @@ def add_adapter(
 
 @dataclass
 class PreparedState:
-    """What `prepare` or the backend leaves on the root module: the configuration, and the reports of its graphs."""
+    """What `prepare` or the backend leaves on the root module: the configuration, and the reports of its graphs.
+
+    `complete`: by `prepare`, after which no graph adds an adapter that an optimizer made in between would not hold.
+    """
 
     config: QLoRAConfig
     reports: list[Any] = field(default_factory=list)
+    complete: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PreparedState:
-        return PreparedState(self.config)
+        return PreparedState(self.config, complete=self.complete)
 
 
 def prepared_state(model: nn.Module) -> PreparedState | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import nn
 
 from .config import QLoRAConfig
 from .errors import ModelStateError, NoTargetError
-from .modules import prepared_config
+from .modules import prepared_config, prepared_state
 from .state import ModelEdits, ParamInfo, check_one_device, check_same_config, is_linear_module, linear_entries
+from .weight_reads import weights_read_directly
 
 
 def prepare(
@@ -40,17 +42,42 @@ def prepare(
     check_one_device(model)
     if example_inputs is not None:
         _trace_edits(model, config, example_inputs)
+        _complete(model)
         return model
     edits = ModelEdits(model, config)
     found = linear_entries(edits)
-    targets = [(entry, fan) for entry, fan in found if edits.decline_reason(entry) is None]
+    read = _read_directly(model)
+    targets = [(entry, fan) for entry, fan in found if edits.decline_reason(entry) is None and entry.name not in read]
     require_targets([entry for entry, _ in targets], [entry for entry, _ in found], edits)
     with torch.inference_mode(False):  # or the new parameters could never train
         for entry, fan_in_fan_out in targets:
             edits.add_adapter(edits.quantize(entry, fan_in_fan_out=fan_in_fan_out, as_module=True))
         edits.freeze()
     edits.remember()
+    _complete(model)
+    for name, reader in sorted(read.items()):
+        warnings.warn(
+            f"{name} stays dense: {reader} reads its weight directly, where an adapter of the module would be passed "
+            "by. Give prepare() example_inputs to have it traced and adapted.",
+            stacklevel=2,
+        )
     return model
+
+
+def _complete(model: nn.Module) -> None:
+    state = prepared_state(model)
+    assert state is not None
+    state.complete = True
+
+
+def _read_directly(model: nn.Module) -> dict[str, str]:
+    """Linear modules whose weight their parent's own code reads: module name -> class name of the parent."""
+    found = {}
+    for path, module in model.named_modules():
+        for child, reader in weights_read_directly(module).items():
+            if is_linear_module(module._modules[child]):  # type: ignore[arg-type]
+                found[f"{path}.{child}".lstrip(".")] = reader
+    return found
 
 
 def require_targets(targets: Iterable[ParamInfo], found: Iterable[ParamInfo], edits: ModelEdits) -> None:

@@ -24,6 +24,7 @@ from .modules import (
     prepared_state,
 )
 from .tensor import QuantizedTensor, quantize_4bit
+from .weight_reads import own_forward_is_linear
 
 # What may differ between the configuration that a model was prepared with and the one that it is compiled with.
 COMPILE_ONLY = ("lowering", "activation_budget", "keep_logits", "dump_dir")
@@ -72,9 +73,9 @@ def is_linear_module(module: nn.Module) -> bool:
     """A module whose own forward is a linear over its own `weight` (so that its class can be swapped)."""
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return False  # nn.MultiheadAttention reads this module's weight and never calls it
-    return type(module).forward is nn.Linear.forward or (
-        is_conv1d(module) and type(module).forward.__qualname__ == "Conv1D.forward"
-    )
+    if isinstance(module, nn.Linear):
+        return type(module).forward is nn.Linear.forward or own_forward_is_linear(module)
+    return is_conv1d(module) and type(module).forward.__qualname__ == "Conv1D.forward"
 
 
 class ModelEdits:
@@ -84,6 +85,8 @@ class ModelEdits:
         self.root, self.config = root, config
         self.is_peft = any(type(m).__module__.startswith("peft.tuners") for m in root.modules())
         self._params = self._index()
+        before = prepared_state(root)
+        self._complete = before is not None and before.complete
         self._heads = self._output_heads()
 
     def _index(self) -> dict[int, ParamInfo]:
@@ -115,6 +118,8 @@ class ModelEdits:
     def decline_reason(self, entry: ParamInfo) -> str | None:
         """Why this weight is no target (for a linear whose weight it is), or None if it is one."""
         name, param, config = entry.name, entry.param, self.config
+        if self._complete:
+            return "prepare() left it as it is: its example_inputs find linears that are no modules"
         if self.is_peft and not self.quantizes():
             return "a PEFT model's dense base stays as it is (quantize='auto')"
         if self.is_peft and any(part in name for part in ("lora_A.", "lora_B.", "lora_embedding", "modules_to_save")):
@@ -132,6 +137,8 @@ class ModelEdits:
             return "it is the output head" if config.exclude_modules is None else "exclude_modules names it"
         if not config.is_target(name):
             return "target_modules does not name it"
+        if config.target_modules == "all-linear" and any(_routes(module) for _, module, _ in entry.owners):
+            return "it routes tokens to experts (name it in target_modules to adapt it)"
         return None
 
     def saved_in_full(self, entry: ParamInfo) -> bool:
@@ -218,6 +225,11 @@ def _site_name(module_name: str, module: nn.Module, key: str) -> str:
     if key == "weight":
         return module_name
     return f"{module_name}.{key}" if module_name else key
+
+
+def _routes(module: nn.Module) -> bool:
+    """A mixture of experts' router that is no linear module: transformers' `MixtralTopKRouter` and its like."""
+    return any(word in type(module).__name__ for word in ("Router", "Gating")) and not is_linear_module(module)
 
 
 def _is_adapter(entry: ParamInfo) -> bool:
