@@ -13,9 +13,9 @@ HEADER = """# Models
 
 Written by `make models-doc` from the tests in `tests/zoo` (transformers {transformers}, torch {torch}); each model is tiny
 and random, its sizes no powers of two. A model **works** when all of this holds: every linear layer except those named
-here is quantized and has an adapter, the backend adds no graph break, the compiled loss and gradients equal the eager ones, the loss
-falls, a saved adapter loads into a fresh model and gives the same outputs, and the exported checkpoint, loaded by
-plain transformers, does too.
+here is quantized and has an adapter, the backend adds no graph break, the compiled loss and gradients equal the eager
+ones, the loss falls, a saved adapter loads into a fresh model and gives the same outputs, and the exported checkpoint,
+loaded by plain transformers, does too.
 
 {works} of {total} work.
 
