@@ -86,7 +86,7 @@ def _is_frozen(node: Any, ctx: PassContext) -> bool:
 
 def _fuse(node: fx.Node, last: fx.Node, branches: list[Branch], quantized: bool, ctx: PassContext) -> None:
     given, weight, bias = node.args
-    dtype = dtype_of(given) or ctx.config.compute_dtype
+    dtype = dtype_of(node) or dtype_of(given) or ctx.config.compute_dtype  # autocast: not that of the input
     x = _uncast_input(given, last)
     inner_bias = under_cast(bias) if dtype_of(bias) == dtype else None
     bias = inner_bias if inner_bias is not None else bias  # the op casts it by itself
@@ -124,8 +124,9 @@ def _fuse(node: fx.Node, last: fx.Node, branches: list[Branch], quantized: bool,
     out = emit(fused.next, operator.getitem, (fused, 0), node)
     fused.meta["qlora_sites"] = _sites(node, ctx)
     out.meta["example_value"] = node.meta.get("example_value")
-    if dtype_of(x) != dtype:
-        out = cast(out.next, _as(out, dtype_of(x)), dtype, node)
+    wanted = dtype_of(last) or dtype
+    if dtype_of(x) != wanted:
+        out = cast(out.next, _as(out, dtype_of(x)), wanted, node)
     replace(last, out)
 
 

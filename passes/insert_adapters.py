@@ -33,9 +33,11 @@ def insert_adapters(gm: fx.GraphModule, ctx: PassContext) -> int:
 
 def _target(node: fx.Node, by_name: dict[str, ParamInfo], ctx: PassContext) -> ParamInfo | None:
     """The entry of the linear's weight: quantized by the pass before, or a dense target where nothing is quantized."""
+    if ctx.edits.is_foreign:
+        return None  # it has the adapters that PEFT gave it
     for name in node.meta.get("qlora_sites", ()):
         return by_name[name]
-    if ctx.edits.quantizes() or ctx.edits.is_peft:
+    if ctx.edits.quantizes():
         return None
     weight, odd = peel_transposes(node.args[1])
     entry = ctx.param(weight)

@@ -1,6 +1,6 @@
 """The adapter branch as a pattern: how it is written into a graph and how it is found again.
 
-    h = linear(dropout(x), A);   y + linear(h, B) * alpha * weight
+    h = linear(dropout(x), A);   y + linear(h, B) * alpha * weight          (ours; PEFT's has no weight)
 
 `alpha` is the product of the Python numbers, `weight` that of the 0-dim tensors; casts may stand anywhere.
 """
@@ -58,23 +58,25 @@ def cast(before: fx.Node, node: fx.Node, dtype: torch.dtype, like: fx.Node) -> f
 
 
 def find_branches(linear: fx.Node) -> tuple[fx.Node, list[Branch]]:
-    """linear(x, W) -> (the last node of the sum, the adapters' branches on the same x that are added to it)."""
+    """linear(x, W) -> (the last node of the sum, the adapters' branches on the same x that are added to it).
+
+    Casts and clones may stand between the product and the terms: PEFT adds in fp32, or to a clone.
+    """
     x = peel_casts(linear.args[0])
-    y, branches = linear, list[Branch]()
+    last = y = linear
+    branches = list[Branch]()
     while len(y.users) == 1:
         (user,) = y.users
+        branch = None
         if is_call(user, *ADD, "add") and not user.kwargs:
-            other = user.args[1] if user.args[0] is y else user.args[0]
-            branch = read_branch(other, x)
-            if branch is None or value(branch.b).shape[0] != value(linear).shape[-1]:
-                break  # no branch, or one that is broadcast over the outputs
+            branch = read_branch(user.args[1] if user.args[0] is y else user.args[0], x)
+        if branch is not None and value(branch.b).shape[0] == value(linear).shape[-1]:
             branches.append(branch)
-            y = user
-        elif branches and peel_casts(user) is not user and dtype_of(user) == dtype_of(linear):
-            y = user  # a cast between two adapters' terms that changes nothing
-        else:
-            break
-    return y, branches
+            last = user
+        elif branch is not None or (not is_call(user, "clone", torch.clone) and peel_casts(user) is user):
+            break  # no branch, or one that is broadcast over the outputs
+        y = user
+    return last, branches
 
 
 def read_branch(node: Any, x: fx.Node) -> Branch | None:

@@ -1,8 +1,11 @@
-"""A weight with its adapters already added -> the plain weight, with the adapters as branches beside the product.
+"""Linears with adapters as others write them -> a plain linear, with the adapters as branches beside it.
 
     linear(x, (densify(W) + (B @ A) * alpha * weight).to(dtype))  ->  linear(x, W) + linear(linear(x, A), B) * alpha * weight
 
 That form is how a parameter used by another module's own code reads after `prepare` (`modules._adapted_weight`).
+bitsandbytes' product becomes a linear over dequantized codes (`bnb_products`). PEFT writes branches beside the product
+by itself (`lora_pattern` reads them through its casts); its other kinds of adapter (DoRA, biases) stay as traced, and
+are named here.
 """
 
 from __future__ import annotations
@@ -13,19 +16,22 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..foreign import expected_adapters, why_not_plain
 from ..fx_utils import ADD, dtype_of, emit, is_call, is_linear, peel_casts, peel_transposes
 from ..pass_manager import PassContext
-from .lora_pattern import Branch, cast, read_scales, write_branch
+from .bnb_products import rewrite_products
+from .lora_pattern import Branch, cast, find_branches, read_scales, write_branch
 
 _MATMUL = (operator.matmul, torch.matmul, torch.mm, "matmul", "mm")
 
 
 def match_lora(gm: fx.GraphModule, ctx: PassContext) -> int:
-    """Take the adapters out of adapted weights; returns the number of linears rewritten."""
-    count = 0
+    """Returns the number of products and linears rewritten."""
+    count = rewrite_products(gm, ctx)
     for node in list(gm.graph.nodes):
         if not is_linear(node):
             continue
+        _check_peft(node, ctx)
         expression, odd = peel_transposes(node.args[1])
         found = _read_adapted(expression, odd)
         if found is None:
@@ -34,6 +40,20 @@ def match_lora(gm: fx.GraphModule, ctx: PassContext) -> int:
         _rewrite(node, weight, odd, branches)
         count += 1
     return count
+
+
+def _check_peft(node: fx.Node, ctx: PassContext) -> None:
+    """Record why a layer that PEFT adapted has other branches than those that the passes find."""
+    name = _site(node, ctx)
+    layer = ctx.edits.peft_layer(name) if name else None
+    if layer is not None and len(find_branches(node)[1]) != len(expected_adapters(layer)):
+        ctx.decline(name, why_not_plain(layer))
+
+
+def _site(node: fx.Node, ctx: PassContext) -> str:
+    """The name of the linear's weight, "" where it has none."""
+    entry = ctx.param(peel_transposes(node.args[1])[0])
+    return entry.name if entry else next(iter(node.meta.get("qlora_sites", ())), "")
 
 
 def _rewrite(node: fx.Node, weight: fx.Node, odd: bool, branches: list[Branch]) -> None:

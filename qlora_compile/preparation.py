@@ -82,7 +82,7 @@ def _read_directly(model: nn.Module) -> dict[str, str]:
 
 def require_targets(targets: Iterable[ParamInfo], found: Iterable[ParamInfo], edits: ModelEdits) -> None:
     """Raises NoTargetError, listing what there was, if no linear is a target."""
-    if list(targets) or edits.is_peft:
+    if list(targets) or edits.is_foreign:
         return
     names = [f"{_linear_name(entry)} ({edits.decline_reason(entry)})" for entry in found]
     what = f"it has: {'; '.join(names[:8])}{f'; and {len(names) - 8} more' if len(names) > 8 else ''}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from .config import QLoRAConfig
 from .errors import ModelStateError, UnknownOptionError
+from .foreign import ForeignLinear, foreign_linears
 from .modules import AdapterSite, adapter_sites, prepared_state
 from .pass_manager import NodeRecord, PassResult, PipelineResult
 from .tensor import QuantizedTensor
@@ -137,15 +138,32 @@ def explain(model: nn.Module) -> CompileReport:
     if state.reports:
         # the graph with the most nodes is the model's; the others are pieces, or the same for other shapes and modes
         best = max(state.reports, key=lambda r: len(r.stages["input"]))
-        report.passes, report.stages, report.graphs = best.passes, best.stages, len(state.reports)
+        report.passes, report.stages, report.graphs = (
+            _with_all_declined(best, state.reports),
+            best.stages,
+            len(state.reports),
+        )
     groups: dict[str, tuple[str, ...]] = {}
     for stages in [*(r.stages for r in state.reports), report.stages]:  # a piece after a graph break has other sites
         groups |= _groups(stages)
-    for site in adapter_sites(model).values():
+    sites = adapter_sites(model)
+    for site in sites.values():
         report.linears.append(_linear_report(site, groups))
+    foreign = {found.name: found for found in foreign_linears(model)}
+    for linear in report.linears:  # `quantize=True` on a PEFT model: the site is ours, the adapters are PEFT's
+        linear.rank = linear.rank or (foreign[linear.name].rank if linear.name in foreign else {})
+    report.linears += [_foreign_report(found, groups) for name, found in foreign.items() if name not in sites]
     report.memory = _memory(model, report.linears)
     report.kernels = kernel_sources(model)
     return report
+
+
+def _with_all_declined(best: CompileReport, reports: list[CompileReport]) -> list[PassResult]:
+    """The passes of the largest graph, with what was declined in any: after a graph break each piece has its own."""
+    declined: dict[str, dict[tuple[str, str], None]] = {}
+    for result in (p for report in [best, *reports] for p in report.passes):
+        declined.setdefault(result.name, {}).update(dict.fromkeys(result.declined))
+    return [replace(p, declined=tuple(declined[p.name])) for p in best.passes]
 
 
 def _groups(stages: dict[str, tuple[NodeRecord, ...]]) -> dict[str, tuple[str, ...]]:
@@ -172,6 +190,21 @@ def _linear_report(site: AdapterSite, groups: dict[str, tuple[str, ...]]) -> Lin
     )
 
 
+def _foreign_report(found: ForeignLinear, groups: dict[str, tuple[str, ...]]) -> LinearReport:
+    group = groups.get(found.name, ())
+    lowering = "not compiled yet" if not groups else "as traced" if not group else found.lowering
+    return LinearReport(
+        found.name,
+        found.shape,
+        found.stored_bytes * 8 / max(found.shape[0] * found.shape[1], 1),
+        found.rank,
+        group if len(group) > 1 else (),
+        lowering,
+        found.dense_bytes,
+        found.stored_bytes,
+    )
+
+
 def _lowering(weight: torch.Tensor) -> str:
     return "dequantize + GEMM" if isinstance(weight, QuantizedTensor) else "GEMM"
 
@@ -179,6 +212,7 @@ def _lowering(weight: torch.Tensor) -> str:
 def _memory(model: nn.Module, linears: list[LinearReport]) -> dict[str, float]:
     """Bytes of the model's parameters before and after, and stored bits per quantized weight."""
     sites = {id(site.weight) for site in adapter_sites(model).values()}
+    sites |= {id(found.weight) for found in foreign_linears(model)}
     other = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in sites)
     adapters = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     before = sum(linear.bytes_before for linear in linears)

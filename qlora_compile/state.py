@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .config import QLoRAConfig, names_module
 from .errors import ConfigError, InvalidWeightError, ModelStateError
+from .foreign import is_bnb_weight, peft_layers
 from .modules import (
     AdapterInfo,
     AdapterSite,
@@ -87,6 +88,9 @@ class ModelEdits:
         self._params = self._index()
         before = prepared_state(root)
         self._complete = before is not None and before.complete
+        # a model that PEFT adapted or bitsandbytes quantized keeps the state that they gave it
+        self.is_foreign = self.is_peft or any(is_bnb_weight(entry.param) for entry in self._params.values())
+        self._peft_layers = peft_layers(root) if self.is_peft else {}
         self._heads = self._output_heads()
 
     def _index(self) -> dict[int, ParamInfo]:
@@ -120,10 +124,11 @@ class ModelEdits:
         name, param, config = entry.name, entry.param, self.config
         if self._complete:
             return "prepare() left it as it is: its example_inputs find linears that are no modules"
-        if self.is_peft and not self.quantizes():
-            return "a PEFT model's dense base stays as it is (quantize='auto')"
-        if self.is_peft and any(part in name for part in ("lora_A.", "lora_B.", "lora_embedding", "modules_to_save")):
-            return "it is a PEFT adapter"
+        if self.is_foreign and not self.quantizes():
+            kind = "PEFT" if self.is_peft else "bitsandbytes"
+            return f"a {kind} model's dense weights stay as they are (quantize={config.quantize!r})"
+        if self.is_foreign and name not in self._peft_layers:
+            return "PEFT gave it no adapter"
         if param.dim() != 2:
             return f"its weight has {param.dim()} dimensions"
         if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -151,8 +156,8 @@ class ModelEdits:
         return False
 
     def quantizes(self) -> bool:
-        """Whether targets are quantized at all (`quantize`; "auto" leaves the dense base of a PEFT model)."""
-        return bool(self.config.quantize) if self.config.quantize != "auto" else not self.is_peft
+        """Whether targets are quantized at all (`quantize`; "auto" leaves the dense weights of a foreign model)."""
+        return bool(self.config.quantize) if self.config.quantize != "auto" else not self.is_foreign
 
     def quantize(self, entry: ParamInfo, *, fan_in_fan_out: bool, as_module: bool) -> AdapterSite:
         """Dense parameter -> QuantizedTensor in every owner, which get their new class; idempotent."""
@@ -195,8 +200,8 @@ class ModelEdits:
         add_adapter_to_site(site, "default", rank, alpha, scaling, self.config)
 
     def freeze(self) -> None:
-        """Only adapters and modules_to_save train. A PEFT model keeps what PEFT decided."""
-        if self.is_peft:
+        """Only adapters and modules_to_save train. A model of PEFT's or bitsandbytes' keeps what was decided there."""
+        if self.is_foreign:
             return
         for entry in self._params.values():
             if self.trains(entry):
@@ -206,7 +211,11 @@ class ModelEdits:
 
     def trains(self, entry: ParamInfo) -> bool:
         """Whether this parameter, no adapter of ours, trains after `freeze`."""
-        return entry.param.requires_grad if self.is_peft else self.saved_in_full(entry)
+        return entry.param.requires_grad if self.is_foreign else self.saved_in_full(entry)
+
+    def peft_layer(self, name: str) -> nn.Module | None:
+        """PEFT's LoRA layer of that name, or None."""
+        return self._peft_layers.get(name)
 
     def remember(self) -> PreparedState:
         """Leave the configuration on the root, unless it has one already, and on the adapted modules: a layer of the
@@ -223,7 +232,7 @@ class ModelEdits:
 
 def _site_name(module_name: str, module: nn.Module, key: str) -> str:
     if key == "weight":
-        return module_name
+        return module_name.removesuffix(".base_layer")  # PEFT's wrapper has the layer's own name
     return f"{module_name}.{key}" if module_name else key
 
 

@@ -226,7 +226,7 @@ def test_a_peft_model_s_dense_base_stays(traced: Callable[..., Any]) -> None:
     )
     t = traced(model, torch.randn(7, IN))
     reasons = t.declined(normalize_linear, quantize_weights)
-    assert reasons["base_model.model.l.base_layer"] == "a PEFT model's dense base stays as it is (quantize='auto')"
+    assert reasons["base_model.model.l"] == "a PEFT model's dense weights stay as they are (quantize='auto')"
     t = traced(model, torch.randn(7, IN), quantize=True)
     assert t.count(normalize_linear, quantize_weights) == 1  # the base, and neither A nor B
     assert t.targets().count("dequantize_4bit") == 1
