@@ -12,6 +12,7 @@ _EXPORTS = {
     "QLoRAConfig": "config",
     "prepare": "preparation",
     "explain": "report",
+    "trace": "tracing",
     "CompileReport": "report",
     "QuantizedTensor": "tensor",
     "quantize_4bit": "tensor",

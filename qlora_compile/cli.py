@@ -12,6 +12,7 @@ from typer.exceptions import TyperException
 from . import __version__
 from .cli_combine import combine
 from .cli_doctor import doctor
+from .cli_estimate import estimate
 from .cli_export import export
 from .cli_finetune import finetune
 from .cli_inspect import inspect
@@ -21,7 +22,7 @@ EXIT_FAILED = 1
 TYPER_INTERRUPTED = 130  # what typer returns for Ctrl-C
 
 app = typer.Typer(name="qlora-compile", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (finetune, export, combine, inspect, doctor):
+for command in (finetune, export, combine, inspect, estimate, doctor):
     app.command()(command)
 
 

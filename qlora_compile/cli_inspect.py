@@ -1,36 +1,51 @@
-"""`qlora-compile inspect`: run the compiler on a model, train nothing, and print its report."""
+"""`qlora-compile inspect`: run the compiler on a model's configuration, load no weight, and show what it does."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .cli_common import modules_option, print_json
+from .errors import ConfigError, UnknownOptionError
 
-TOKENS = (2, 16)  # batch and length of the input that the model is traced with
+if TYPE_CHECKING:
+    from .report import CompileReport
+
+FORMATS = ("text", "json", "graphml", "dot", "svg", "python")
 
 
 def inspect(
-    model: Annotated[Path, typer.Option(help="Hugging Face folder, or a GGUF file.")],
+    path: Annotated[Path | None, typer.Argument(help="Hugging Face folder, config.json or GGUF file.")] = None,
+    model: Annotated[Path | None, typer.Option(help="The same as an option.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences in the traced step.")] = 1,
+    seq_len: Annotated[int, typer.Option(help="Tokens in each.")] = 512,
+    stage: Annotated[str | None, typer.Option(help="One stage: input, a pass's name, forward or backward.")] = None,
+    diff: Annotated[tuple[str, str] | None, typer.Option(help="What changed from stage A to stage B.")] = None,
+    module: Annotated[str | None, typer.Option(help="Only these modules: a name, part of it, or a pattern.")] = None,
+    format_: Annotated[str, typer.Option("--format", help=", ".join(FORMATS) + ".")] = "text",
+    out: Annotated[Path | None, typer.Option(help="Write to this file instead of standard output.")] = None,
     r: Annotated[int, typer.Option(help="Rank of the adapters; 0: quantize only.")] = 16,
     target_modules: Annotated[str, typer.Option(help="As in finetune.")] = "all-linear",
     exclude_modules: Annotated[str | None, typer.Option(help="As in finetune.")] = None,
     quant_type: Annotated[str, typer.Option(help="nf4 or fp4.")] = "nf4",
     block_size: Annotated[int, typer.Option(help="Weights per scale, 32 to 4096.")] = 64,
     double_quant: Annotated[bool, typer.Option(help="Quantize the scales too.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole report as one JSON object.")] = False,
 ) -> None:
-    """Show what the compiler does to a model: passes, each linear layer, bytes before and after.
+    """Show what the compiler does to a model: passes, each linear layer, bytes, the graph at every stage.
 
-    The model is loaded and quantized in memory, so it needs room for its weights; nothing is written.
+    No weight is read: a configuration is enough, and a model of any size fits.
 
-    Example: qlora-compile inspect --model ./SmolLM2-135M --target-modules q_proj,v_proj
+    Example: qlora-compile inspect ./SmolLM2-135M --diff input group_linears
     """
     from .config import QLoRAConfig
 
+    given = model_argument(path, model)
+    if format_ not in FORMATS:
+        raise UnknownOptionError(format_, FORMATS, what="format")
     config = QLoRAConfig(
         r=r,
         target_modules=modules_option(target_modules),
@@ -38,26 +53,108 @@ def inspect(
         quant_type=quant_type,
         block_size=block_size,
         double_quant=double_quant,
-        lowering="eager",  # the report is about the passes; what Inductor makes of the result is not in it
     )
-    report = compile_report(model, config)
+    report = config_report(given, config, batch, seq_len)
     if as_json:
         print_json(report.to_dict())
-    else:
-        report.print(None if sys.stdout.isatty() else sys.stdout)  # a pipe is given long lines: no name is broken
+        return
+    text = rendered(report, format_, stage, diff, module, wide=out is not None or not sys.stdout.isatty())
+    _deliver(text, out)
 
 
-def compile_report(path: Path, config: Any) -> Any:
-    """Load the model, call it once through the backend, and explain it."""
+def model_argument(path: Path | None, model: Path | None) -> Path:
+    """The model, given as an argument or as --model. Raises ConfigError for none or both."""
+    if (path is None) == (model is None):
+        raise ConfigError("Name one model: a folder, a config.json or a .gguf file.")
+    given = path if path is not None else model
+    assert given is not None
+    return given
+
+
+def config_report(path: Path, config: Any, batch: int, seq_len: int) -> CompileReport:
+    """Trace one training step of the model that `path` describes, on the meta device."""
     import torch
 
-    from .report import explain
-    from .runtime.models import load_weights
+    from .runtime.models import empty_model
+    from .tracing import trace
 
-    model = load_weights(path, config.compute_dtype)
-    model.config.use_cache = False
-    model.compile(backend="qlora", options=config.to_dict())
-    tokens = torch.zeros(TOKENS, dtype=torch.long)
-    with torch.no_grad():
-        model(input_ids=tokens, labels=tokens)
-    return explain(model)
+    for option, number in (("--batch", batch), ("--seq-len", seq_len)):
+        if number < 1:
+            raise ConfigError(f"{option} must be at least 1, got {number}.")
+    model = empty_model(path, config.compute_dtype).train()
+    tokens = torch.zeros(batch, seq_len, dtype=torch.long, device="meta")
+    return trace(model, {"input_ids": tokens, "labels": tokens}, config)
+
+
+def rendered(
+    report: CompileReport,
+    format_: str,
+    stage: str | None,
+    diff: tuple[str, str] | None,
+    module: str | None,
+    *,
+    wide: bool,
+) -> str:
+    """The text to print or to write. Raises UnknownOptionError for a stage or module that there is not."""
+    from .report_text import select_modules
+    from .stage_graph import GRAPH_FORMATS, to_networkx
+
+    if format_ == "text":
+        return _text(report, stage, diff, module, wide)
+    if diff is not None:
+        raise ConfigError("--diff is text: leave --format out.")
+    name = stage or next(reversed([s for s in report.stages if s not in ("forward", "backward")]))
+    records = select_modules(report.stage(name), module)
+    if format_ == "python":
+        if module is not None:
+            raise ConfigError("--format python gives a whole stage: leave --module out.")
+        return report.code[name]
+    if format_ == "json" and stage is None and module is None:
+        import json
+
+        return json.dumps(report.to_dict(), indent=2, sort_keys=True, default=str) + "\n"
+    return GRAPH_FORMATS[format_](to_networkx(name, records))
+
+
+def _text(
+    report: CompileReport, stage: str | None, diff: tuple[str, str] | None, module: str | None, wide: bool
+) -> str:
+    import io
+
+    from rich.console import Console
+
+    from .report_text import print_diff, print_report, select_modules, stage_tree
+
+    stream = io.StringIO()
+    console = Console(file=stream, width=140) if wide else Console(file=stream, force_terminal=True)
+    if diff is not None:
+        a, b = (report.stage(name) for name in diff)
+        if module is not None:
+            a, b = select_modules(a, module), select_modules(b, module)
+        print_diff(diff, a, b, console)
+    elif stage is not None:
+        console.print(stage_tree(stage, select_modules(report.stage(stage), module)))
+    else:
+        if module is not None:
+            report.linears = _named_linears(report, module)
+        print_report(report, console)
+    return stream.getvalue()
+
+
+def _named_linears(report: CompileReport, pattern: str) -> list[Any]:
+    """The linears that a pattern names. Raises UnknownOptionError naming the nearest."""
+    from .report_text import names_module
+
+    found = [linear for linear in report.linears if names_module(pattern, linear.name)]
+    if not found:
+        raise UnknownOptionError(pattern, [linear.name for linear in report.linears], what="module")
+    return found
+
+
+def _deliver(text: str, out: Path | None) -> None:
+    if out is None:
+        sys.stdout.write(text)
+        return
+    from .runtime.formats.atomic import write_file
+
+    write_file(out, text)

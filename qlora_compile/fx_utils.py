@@ -164,7 +164,7 @@ def writes_between(first: fx.Node, last: fx.Node, fresh: Any) -> bool:
 
 def module_path(node: fx.Node) -> str:
     """The dotted path of the module whose forward made this node, relative to the compiled one ("" for its own)."""
-    stack = node.meta.get("nn_module_stack") or {}
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
     if not stack:
         return ""
     path = str(next(reversed(stack.values()))[0])

@@ -66,6 +66,7 @@ class NodeRecord:
     dtype: str | None
     sites: tuple[str, ...]
     made_by: tuple[str, ...]
+    repeat: int = 1  # how many nodes of the whole model it stands for, where only some of its equal layers were traced
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def snapshot(graph: fx.Graph) -> tuple[NodeRecord, ...]:
 
 
 def _record(node: fx.Node) -> NodeRecord:
-    example = value(node)
+    example = value(node) if "example_value" in node.meta else node.meta.get("val")  # AOTAutograd's graphs have "val"
     is_tensor = isinstance(example, torch.Tensor)
     return NodeRecord(
         name=node.name,

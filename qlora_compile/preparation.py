@@ -106,7 +106,7 @@ def _trace_edits(model: nn.Module, config: QLoRAConfig, example_inputs: Any) -> 
     """Run the compiler's own pipeline once for its state edits; nothing is compiled and the graph is thrown away."""
     from . import backend
 
-    args, kwargs = _call_arguments(model, example_inputs)
+    args, kwargs = call_arguments(model, example_inputs)
     tracer = torch.compile(model, backend=backend.state_only(config))
     tracer(*args, **kwargs)
     torch._dynamo.reset_code(type(model).forward.__code__)
@@ -116,7 +116,8 @@ def _trace_edits(model: nn.Module, config: QLoRAConfig, example_inputs: Any) -> 
         )
 
 
-def _call_arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def call_arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as they are given -> (positional, keyword) arguments. Raises ModelStateError for an unknown name."""
     if isinstance(example_inputs, Mapping):
         known = inspect.signature(model.forward).parameters
         open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())

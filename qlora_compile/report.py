@@ -12,8 +12,10 @@ from torch import fx, nn
 from .config import QLoRAConfig
 from .errors import ModelStateError, UnknownOptionError
 from .foreign import ForeignLinear, foreign_linears
+from .memory_plan import MemoryPlan
 from .modules import AdapterSite, adapter_sites, prepared_state
 from .pass_manager import NodeRecord, PassResult, PipelineResult
+from .repetition import Repeat
 from .tensor import QuantizedTensor
 
 _OP = "lora_linear"
@@ -35,7 +37,11 @@ class LinearReport:
 
 @dataclass
 class CompileReport:
-    """Made by `explain(model)`. `passes` of the latest graph, `linears` and `memory` of the whole model."""
+    """Made by `explain(model)` and `trace(...)`. `passes` of the latest graph, `linears` and `memory` of the whole model.
+
+    From `trace` (`traced`) also: `plan`, the life of every buffer over a step; `code`, each stage as Python; `repeats`,
+    the lists of equal layers of which only some were traced (a node's `repeat` says how many it stands for).
+    """
 
     model: str
     config: QLoRAConfig
@@ -45,6 +51,10 @@ class CompileReport:
     kernels: dict[str, str] = field(default_factory=dict)
     stages: dict[str, tuple[NodeRecord, ...]] = field(default_factory=dict)
     graphs: int = 0
+    traced: bool = False
+    plan: MemoryPlan | None = None
+    code: dict[str, str] = field(default_factory=dict)
+    repeats: list[Repeat] = field(default_factory=list)
 
     @classmethod
     def of_graph(
@@ -71,59 +81,28 @@ class CompileReport:
 
         Raises UnknownOptionError naming the nearest stage.
         """
-        import networkx as nx
+        from .stage_graph import to_networkx
 
-        if pass_name not in self.stages:
-            raise UnknownOptionError(pass_name, self.stages, what="stage")
-        graph = nx.DiGraph(name=pass_name)
-        for record in self.stages[pass_name]:
-            fields = asdict(record)
-            inputs = fields.pop("inputs")
-            graph.add_node(record.name, **fields)
-            graph.add_edges_from((source, record.name) for source in inputs)
-        return graph
+        return to_networkx(pass_name, self.stage(pass_name))
+
+    def stage(self, name: str) -> tuple[NodeRecord, ...]:
+        """The nodes of a stage. Raises UnknownOptionError naming the nearest one."""
+        if name not in self.stages:
+            raise UnknownOptionError(name, self.stages, what="stage")
+        return self.stages[name]
 
     def print(self, file: Any = None) -> None:
-        """Passes with counts and ms, each linear, bytes before and after."""
+        """Passes with counts and ms, each linear (equal layers as one), bytes before and after."""
         from rich.console import Console
-        from rich.table import Table
 
-        console = Console(file=file, width=None if file is None else 140)
-        passes = Table(title=f"{self.model}: passes", title_justify="left")
-        for column in ("pass", "rewrites", "ms", "nodes", "declined"):
-            passes.add_column(column, justify="left" if column in ("pass", "declined") else "right")
-        for p in self.passes:
-            nodes = f"{p.nodes_before} → {p.nodes_after}"
-            passes.add_row(p.name, str(p.rewrites), f"{p.ms:.1f}", nodes, _declined_text(p))
-        if self.passes:
-            console.print(passes)
-        table = Table(title="linears", title_justify="left")
-        for column in ("module", "out × in", "bits", "rank", "group", "lowering"):
-            table.add_column(column, overflow="fold")
-        for linear in self.linears:
-            rank = ", ".join(f"{n}: {r}" if n != "default" else str(r) for n, r in linear.rank.items()) or "-"
-            group = " + ".join(name.rsplit(".", 1)[-1] for name in linear.group) or "-"
-            shape = f"{linear.shape[0]} × {linear.shape[1]}"
-            table.add_row(linear.name, shape, f"{linear.bits:.3f}", rank, group, linear.lowering)
-        console.print(table)
-        for what, amount in self.memory.items():
-            console.print(
-                f"{what.replace('_', ' ')}: {amount:,.3f}" if what.startswith("bits") else _bytes(what, amount)
-            )
+        from .report_text import print_report
+
+        print_report(self, Console(file=file, width=None if file is None else 140))
 
     def __str__(self) -> str:
         text = io.StringIO()
         self.print(text)
         return text.getvalue()
-
-
-def _bytes(what: str, amount: float) -> str:
-    return f"{what.replace('_', ' ')}: {amount / 1e6:,.1f} MB"
-
-
-def _declined_text(result: PassResult) -> str:
-    lines = [f"skip {what}: {reason}" for what, reason in result.declined]
-    return "\n".join(lines[:4] + ([f"... and {len(lines) - 4} more"] if len(lines) > 4 else []))
 
 
 def explain(model: nn.Module) -> CompileReport:
@@ -230,12 +209,16 @@ def _memory(model: nn.Module, linears: list[LinearReport]) -> dict[str, float]:
 
 def kernel_sources(model: nn.Module) -> dict[str, str]:
     """Source text of each generated kernel that the model's device uses, by op."""
+    return device_kernel_sources(next((p.device.type for p in model.parameters()), "cpu"))
+
+
+def device_kernel_sources(device: str, *, build: bool = True) -> dict[str, str]:
+    """Source text of each generated kernel of a kind of device; `build` leaves out those that cannot run here."""
     from .runtime import kernels
 
-    device = next((p.device.type for p in model.parameters()), "cpu")
     found = {}
     for op in ("dequantize_4bit", "quantize_4bit", "linear_4bit_small", "lora_down"):
-        if kernels.find(op, device) is not None:
+        if not build or kernels.find(op, device) is not None:
             path = kernels.kernel_source(op, device)
             if path is not None:
                 found[op] = path.read_text(encoding="utf-8")

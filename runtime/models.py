@@ -87,6 +87,25 @@ def load_weights(path: Path | str, dtype: torch.dtype = torch.bfloat16) -> Any:
     return model.eval()
 
 
+def empty_model(path: Path | str, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The model that a folder, a .gguf file or a config.json alone describes, on the meta device: no weight is read.
+
+    Raises CheckpointError where there is no such model, MissingDependencyError without transformers (or gguf).
+    """
+    path = Path(path)
+    source = ModelSource(path.parent, None) if path.suffix == ".json" and path.is_file() else locate_model(path)
+    transformers = _transformers(source)
+    options = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    named = path if path.suffix == ".json" else source.folder
+    with _quiet(transformers), _reading(path, "configuration"):
+        config = transformers.AutoConfig.from_pretrained(str(named), local_files_only=True, **options)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # a packed checkpoint's: what it stands for is dense
+        config.use_cache = False
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
 def model_fingerprint(model: torch.nn.Module) -> str:
     """SHA-256 of every parameter's name, shape, dtype and first 64 values: enough to tell models apart."""
     digest = hashlib.sha256()

@@ -16,7 +16,7 @@ import torch
 from qlora_compile import cli, cli_doctor
 from qlora_compile.errors import CheckpointError, ConfigError
 
-COMMANDS = ("finetune", "export", "combine", "inspect", "doctor")
+COMMANDS = ("finetune", "export", "combine", "inspect", "estimate", "doctor")
 TEXT = "the quick brown fox jumps over the lazy dog while seven wizards mix a jug of bad liquor\n\n"
 
 
@@ -177,7 +177,8 @@ def test_inspect_as_json_and_as_text(tiny_checkpoint: Path, capsys: pytest.Captu
     assert {linear["rank"]["default"] for linear in answer["linears"]} == {5}
     assert {one["name"]: one["rewrites"] for one in answer["passes"]}["quantize_weights"] == 6
     assert cli.main(line.split()) == 0
-    assert "model.layers.2.self_attn.q_proj" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "model.layers.0…2 ×3" in printed and "self_attn.q_proj" in printed
 
 
 def test_inspect_without_a_target_lists_what_there_is(

@@ -1,0 +1,120 @@
+"""`qlora-compile estimate`: what a training step would need and whether it fits, from a configuration alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .cli_common import modules_option, print_json
+from .cli_inspect import model_argument
+
+if TYPE_CHECKING:
+    from .estimate import Estimate
+
+
+def estimate(
+    path: Annotated[Path | None, typer.Argument(help="Hugging Face folder, config.json or GGUF file.")] = None,
+    model: Annotated[Path | None, typer.Option(help="The same as an option.")] = None,
+    device_memory: Annotated[str | None, typer.Option(help="Does it fit? 24GiB, 80GB.")] = None,
+    device: Annotated[str | None, typer.Option(help="Name of a device: its memory, and a time no step beats.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences per micro-batch.")] = 1,
+    seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
+    r: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
+    target_modules: Annotated[str, typer.Option(help="As in finetune.")] = "all-linear",
+    optimizer: Annotated[str, typer.Option(help="adamw, lion, sgd, paged-adamw or paged-lion.")] = "adamw",
+    activation_budget: Annotated[float, typer.Option(help="Fraction of saved activations to keep.")] = 1.0,
+    keep_logits: Annotated[bool, typer.Option(help="Keep the logits (no: chunked loss).")] = True,
+    block_size: Annotated[int, typer.Option(help="Weights per scale.")] = 64,
+    double_quant: Annotated[bool, typer.Option(help="Quantize the scales too.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answer as one JSON object.")] = False,
+) -> None:
+    """Estimate the memory of fine-tuning before running it; no weight is read.
+
+    Example: qlora-compile estimate ./Llama-3.1-8B --device-memory 24GiB --batch 4 --seq-len 2048
+    """
+    from .config import QLoRAConfig
+    from .estimate import Estimator, devices, find_device, parse_bytes
+    from .runtime.models import empty_model
+
+    given = model_argument(path, model)
+    memory = None if device_memory is None else parse_bytes(device_memory)
+    name = None if device is None else find_device(device)
+    if name is not None and memory is None:
+        memory = int(devices()[name]["memory_bytes"])
+    config = QLoRAConfig(
+        r=r,
+        target_modules=modules_option(target_modules),
+        activation_budget=activation_budget,
+        keep_logits=keep_logits,
+        block_size=block_size,
+        double_quant=double_quant,
+    )
+    found = Estimator(empty_model(given, config.compute_dtype), config, optimizer)(batch, seq_len, memory, name)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        print_estimate(found)
+
+
+def print_estimate(found: Estimate) -> None:
+    """Peaks by phase and kind, the verdict, what would fit, and the table over batch and sequence length."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from .stage_graph import human_bytes, human_count
+
+    console = Console(soft_wrap=True)
+    kinds = list(dict.fromkeys(kind for peak in found.peaks.values() for kind in peak.by_kind))
+    table = Table(title=f"{found.model}, batch {found.batch} × {found.seq_len} tokens: peaks", title_justify="left")
+    for column in ("phase", *kinds, "together"):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    for phase, peak in found.peaks.items():
+        parts = [human_bytes(peak.by_kind[kind]) if kind in peak.by_kind else "-" for kind in kinds]
+        table.add_row(phase, *parts, f"[bold]{human_bytes(peak.bytes)}[/bold]")
+    console.print(table)
+    console.print(f"peak: {human_bytes(found.peak)}; a driver's own memory (0.5 to 1 GB on CUDA) comes on top")
+    if found.host_bytes:
+        console.print(f"paged to the host: {human_bytes(found.host_bytes)}")
+    console.print(f"a step: {human_count(found.flops)}FLOP", highlight=False)
+    if found.roofline_s is not None:
+        console.print(f"on {found.device}: no step is faster than {found.roofline_s * 1e3:,.1f} ms")
+    for line in verdict(found):
+        console.print(line)
+    grid = Table(title="peak by batch and sequence length", title_justify="left")
+    grid.add_column("batch", justify="right")
+    lengths = list(next(iter(found.table.values())))
+    for seq in lengths:
+        grid.add_column(str(seq), justify="right")
+    for batch, row in found.table.items():
+        grid.add_row(str(batch), *(_cell(row[seq], found.device_memory) for seq in lengths))
+    console.print(grid)
+
+
+def _cell(amount: int, memory: int | None) -> str:
+    from .stage_graph import human_bytes
+
+    color = "green" if memory is not None and amount <= memory else "red" if memory is not None else ""
+    return f"[{color}]{human_bytes(amount)}[/{color}]" if color else human_bytes(amount)
+
+
+def verdict(found: Estimate) -> list[str]:
+    """Whether it fits, and what to change so that it does."""
+    from .stage_graph import human_bytes
+
+    if found.device_memory is None:
+        return []
+    room = f"{human_bytes(found.device_memory)}"
+    if found.fits:
+        free = human_bytes(found.device_memory - found.peak)
+        lines = [f"fits in {room} with {free} to spare"]
+    else:
+        lines = [f"does not fit in {room}: {human_bytes(found.peak - found.device_memory)} too much"]
+        if found.budget is not None:
+            lines.append(f"fits with --activation-budget {found.budget:g} (recomputes; approximate)")
+    at_batch = f"largest batch at {found.seq_len} tokens: {found.largest_batch}"
+    lines.append(at_batch if found.largest_batch else f"no batch of {found.seq_len} tokens fits")
+    at_seq = f"longest sequence at batch {found.batch}: {found.longest_seq} tokens"
+    lines.append(at_seq if found.longest_seq else f"no sequence fits at batch {found.batch}: take a smaller model")
+    return lines

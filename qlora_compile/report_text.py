@@ -1,0 +1,188 @@
+"""A report as text for a terminal: passes, linears by repeated block, memory, one stage, the difference of two stages."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.tree import Tree
+
+from .errors import UnknownOptionError
+from .pass_manager import NodeRecord, PassResult
+from .stage_graph import block_name, fold_blocks, human_bytes, human_count, to_networkx
+
+if TYPE_CHECKING:
+    from .report import CompileReport, LinearReport
+
+_COLUMNS = ("module", "out × in", "bits", "rank", "group", "lowering", "bytes")
+
+
+def print_report(report: CompileReport, console: Console) -> None:
+    """Passes with counts and ms, linears by repeated block, bytes, and the peak of a step where it is known."""
+    if report.passes:
+        console.print(_pass_table(report))
+    console.print(_linear_table(report.linears))
+    for what, amount in report.memory.items():
+        shown = f"{amount:,.3f}" if what.startswith("bits") else f"{amount / 1e6:,.1f} MB"
+        console.print(f"{what.replace('_', ' ')}: {shown}")
+    if report.plan is not None:
+        _print_plan(report, console)
+
+
+def _pass_table(report: CompileReport) -> Table:
+    table = Table(title=f"{report.model}: passes", title_justify="left")
+    for column in ("pass", "rewrites", "ms", "nodes", "declined"):
+        table.add_column(column, justify="left" if column in ("pass", "declined") else "right")
+    for p in report.passes:
+        nodes = f"{p.nodes_before} → {p.nodes_after}"
+        table.add_row(p.name, str(p.rewrites), f"{p.ms:.1f}", nodes, _declined_text(p))
+    if report.repeats:
+        lists = ", ".join(f"{len(r.kept)} of {r.total} layers of {r.path}" for r in report.repeats)
+        table.caption = f"traced {lists}: the others are equal; ms are of the traced ones, counts of all"
+    return table
+
+
+def _declined_text(result: PassResult) -> str:
+    lines = [f"skip {what}: {reason}" for what, reason in result.declined]
+    return "\n".join(lines[:4] + ([f"... and {len(lines) - 4} more"] if len(lines) > 4 else []))
+
+
+def _linear_table(linears: Sequence[LinearReport]) -> Table:
+    table = Table(title="linears", title_justify="left")
+    for column in _COLUMNS:
+        table.add_column(column, overflow="fold")
+    for block, members in linear_blocks(linears):
+        if block:
+            table.add_row(f"[bold]{block}[/bold]", *[""] * (len(_COLUMNS) - 1))
+        for linear, times in members:
+            table.add_row(*_linear_row(linear, block, times))
+    return table
+
+
+def _linear_row(linear: LinearReport, block: str, times: int) -> tuple[str, ...]:
+    rank = ", ".join(f"{n}: {r}" if n != "default" else str(r) for n, r in linear.rank.items()) or "-"
+    group = " + ".join(name.rsplit(".", 1)[-1] for name in linear.group) or "-"
+    name = f"  {_within(linear.name)}" if block else linear.name
+    stored = human_bytes(linear.bytes_after * times)
+    shape = f"{linear.shape[0]} × {linear.shape[1]}"
+    return name, shape, f"{linear.bits:.3f}", rank, group, linear.lowering, stored
+
+
+def linear_blocks(linears: Sequence[LinearReport]) -> list[tuple[str, list[tuple[LinearReport, int]]]]:
+    """[(`model.layers.0…29 ×30` or "", [(linear of the first of them, how many there are)])], in model order."""
+    layers: dict[tuple[str, str], list[LinearReport]] = {}
+    for linear in linears:
+        layers.setdefault(_layer_of(linear.name), []).append(linear)
+    same: dict[Any, list[tuple[str, str]]] = {}
+    for layer, members in layers.items():
+        kind = tuple((_within(m.name), m.shape, m.bits, tuple(m.rank.items()), m.lowering) for m in members)
+        same.setdefault((layer[0], kind) if layer[1] else layer, []).append(layer)
+    blocks = []
+    for group in same.values():
+        path, first = group[0]
+        label = "" if len(group) == 1 else f"{path}.{first}…{group[-1][1]} ×{len(group)}"
+        blocks.append((label, [(linear, len(group)) for linear in layers[group[0]]]))
+    return blocks
+
+
+def _layer_of(name: str) -> tuple[str, str]:
+    parts = name.split(".")
+    index = next((i for i, part in enumerate(parts) if part.isdigit() and 0 < i < len(parts) - 1), None)
+    return (name, "") if index is None else (".".join(parts[:index]), parts[index])
+
+
+def _within(name: str) -> str:
+    path, index = _layer_of(name)
+    return name[len(path) + len(index) + 2 :] if index else name
+
+
+def _print_plan(report: CompileReport, console: Console) -> None:
+    plan = report.plan
+    assert plan is not None
+    table = Table(title="one training step", title_justify="left")
+    for column in ("phase", "FLOPs", "peak", "at", "made of"):
+        table.add_column(column, overflow="fold")
+    for phase in dict.fromkeys(event.phase for event in plan.events):
+        peak = plan.peak(phase)
+        event = plan.events[peak.event]
+        made_of = ", ".join(f"{kind} {human_bytes(n)}" for kind, n in sorted(peak.by_kind.items(), key=lambda i: -i[1]))
+        where = f"{event.target} ({event.module or 'model'})"
+        table.add_row(phase, human_count(plan.flops(phase)), human_bytes(peak.bytes), where, made_of)
+    console.print(table)
+
+
+# --- stages ------------------------------------------------------------------------------------------------------
+
+
+def select_modules(records: Sequence[NodeRecord], pattern: str | None) -> tuple[NodeRecord, ...]:
+    """The nodes of the modules that a pattern names: a name, its beginning or end, or a shell pattern.
+
+    Raises UnknownOptionError naming the nearest module where it names none.
+    """
+    if pattern is None:
+        return tuple(records)
+    found = tuple(r for r in records if any(names_module(pattern, name) for name in (r.module, *r.sites)))
+    if not found:
+        raise UnknownOptionError(pattern, {r.module for r in records if r.module}, what="module")
+    return found
+
+
+def names_module(pattern: str, module: str) -> bool:
+    """Whether a pattern is the module's name, its beginning, its end, a part between dots, or a shell pattern for it."""
+    inside = module == pattern or module.startswith(f"{pattern}.") or module.endswith(f".{pattern}")
+    return inside or fnmatch.fnmatch(module, pattern) or f".{pattern}." in module
+
+
+def stage_tree(stage: str, records: Sequence[NodeRecord]) -> Tree:
+    """Modules of a stage, equal layers folded, with their ops, FLOPs and bytes written."""
+    folded = fold_blocks(to_networkx(stage, records))
+    root = Tree(f"[bold]{stage}[/bold]: {sum(r.repeat for r in records)} nodes")
+    for name, fields in folded.nodes(data=True):
+        counts = ", ".join(f"{target} ×{n}" if n > 1 else target for target, n in fields["targets"].items())
+        flops = f"  {human_count(fields['flops'])}FLOP" if fields["flops"] else ""
+        branch = root.add(f"[cyan]{name}[/cyan]  {human_bytes(fields['bytes'])}{flops}", highlight=False)
+        branch.add(f"[dim]{counts}[/dim]", highlight=False)
+    return root
+
+
+def stage_diff(a: Sequence[NodeRecord], b: Sequence[NodeRecord]) -> list[tuple[str, Counter[str], Counter[str]]]:
+    """[(module, ops that went, ops that came)]: by module, layers of one list together, unchanged ones left out."""
+    before, after = _by_module(a), _by_module(b)
+    rows = []
+    for module in dict.fromkeys((*before, *after)):
+        old, new = before.get(module, Counter()), after.get(module, Counter())
+        if old != new:
+            rows.append((module, old - new, new - old))
+    return rows
+
+
+def _by_module(records: Iterable[NodeRecord]) -> dict[str, Counter[str]]:
+    found: dict[str, Counter[str]] = {}
+    for record in records:
+        name = "(inputs)" if record.op == "placeholder" else block_name(record.module) or "(model)"
+        target = f"{_input_kind(record)} inputs" if record.op == "placeholder" else record.target
+        found.setdefault(name, Counter())[target] += record.repeat
+    return found
+
+
+def _input_kind(record: NodeRecord) -> str:
+    return record.name.rsplit("_", 1)[-1] if record.name.startswith("state_") else "model's"
+
+
+def print_diff(names: tuple[str, str], a: Sequence[NodeRecord], b: Sequence[NodeRecord], console: Console) -> None:
+    """`module  - linear ×3  + qlora.lora_linear ×1`, one line a module."""
+    table = Table(title=f"{names[0]} → {names[1]}", title_justify="left")
+    for column in ("module", "went", "came"):
+        table.add_column(column, overflow="fold")
+    rows = stage_diff(a, b)
+    for module, gone, came in rows:
+        table.add_row(module, f"[red]{_counts('-', gone)}[/red]", f"[green]{_counts('+', came)}[/green]")
+    console.print(table if rows else f"{names[0]} → {names[1]}: no difference")
+
+
+def _counts(sign: str, ops: Counter[str]) -> str:
+    return "\n".join(f"{sign} {target} ×{n}" for target, n in sorted(ops.items()))

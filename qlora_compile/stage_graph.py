@@ -1,0 +1,296 @@
+"""A stage of a report as a graph: attributes, repeated blocks, critical path, live ranges; and its file formats.
+
+Nodes carry op, target, module, source, shape, dtype, bytes, flops, repeat, made_by, sites and kernel.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+from xml.sax.saxutils import escape
+
+import networkx as nx
+
+from .pass_manager import NodeRecord
+
+_ITEM_BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int16": 2}
+_PRODUCTS = ("linear", "matmul", "mm", "bmm", "aten.mm", "aten.bmm", "aten.addmm")
+_LORA = "qlora.lora_linear"
+_ATTENTION = ("scaled_dot_product_attention", "aten._scaled_dot_product_flash_attention_for_cpu")
+
+
+def to_networkx(stage: str, records: Sequence[NodeRecord]) -> nx.DiGraph:
+    """The records of a stage as a `networkx.DiGraph`; edges are data flow."""
+    graph = nx.DiGraph(name=stage)
+    by_name = {record.name: record for record in records}
+    for record in records:
+        fields = dict(record.__dict__)
+        inputs = fields.pop("inputs")
+        fields |= {"bytes": tensor_bytes(record), "flops": flops(record, by_name), "kernel": kernel(record)}
+        graph.add_node(record.name, **fields)
+        graph.add_edges_from((source, record.name) for source in inputs)
+    return graph
+
+
+def tensor_bytes(record: NodeRecord) -> int:
+    """Bytes of the node's value (0 where it is no tensor, or a size is symbolic)."""
+    if record.shape is None or not all(isinstance(n, int) for n in record.shape):
+        return 0
+    return math.prod(record.shape) * _ITEM_BYTES.get(record.dtype or "", 1)
+
+
+def flops(record: NodeRecord, by_name: dict[str, NodeRecord]) -> int:
+    """2 per multiply-add of a product or an attention, from the shapes; 0 for anything else."""
+    shapes = [by_name[name].shape for name in record.inputs if name in by_name]
+    known = [shape for shape in shapes if shape and all(isinstance(n, int) for n in shape)]
+    if record.target in _PRODUCTS and record.shape and known:
+        return 2 * math.prod(record.shape) * known[0][-1]
+    if record.target in _ATTENTION and len(known) > 1:
+        *batch, rows, width = known[0]
+        return 4 * math.prod(batch) * rows * known[1][-2] * width
+    if record.target == _LORA and known:
+        tokens, k = math.prod(known[0][:-1]), known[0][-1]
+        codes = [math.prod(s) * 2 for s, n in zip(shapes[1:], record.inputs[1:]) if s and by_name[n].dtype == "uint8"]
+        weights = sum(n for n in codes if n % k == 0 and n // k > 1)
+        factors = sum(math.prod(s) for s, n in zip(shapes[1:], record.inputs[1:]) if s and "lora_" in n and len(s) == 2)
+        return 2 * tokens * (weights + factors)
+    return 0
+
+
+def kernel(record: NodeRecord) -> str:
+    """What runs the node: a kernel of ours by its op, the library's product, or nothing of its own."""
+    if record.target.startswith(_LORA):
+        return "dequantize_4bit + GEMM"
+    if record.target == "qlora.dequantize_4bit":
+        return "dequantize_4bit"
+    return "GEMM" if record.target in _PRODUCTS else "attention" if "scaled_dot_product" in record.target else ""
+
+
+# --- what can be read off a graph --------------------------------------------------------------------------------
+
+
+def critical_path(graph: nx.DiGraph) -> list[str]:
+    """The chain of nodes with the most FLOPs (then the most nodes): what no amount of parallel hardware shortens."""
+    weighted = nx.DiGraph()
+    weighted.add_nodes_from(graph)
+    weighted.add_weighted_edges_from((a, b, graph.nodes[b]["flops"] + 1) for a, b in graph.edges)
+    return list(nx.dag_longest_path(weighted)) if graph else []
+
+
+def live_ranges(graph: nx.DiGraph) -> dict[str, tuple[int, int]]:
+    """node -> (position, position of its last user), positions in the order in which the stage runs."""
+    position = {name: index for index, name in enumerate(graph)}
+    return {n: (i, max((position[user] for user in graph.successors(n)), default=i)) for n, i in position.items()}
+
+
+def peak_bytes(graph: nx.DiGraph) -> tuple[int, str]:
+    """(largest sum of live values, the node at which it is reached); inputs are not counted, views as if they were copies.
+
+    `CompileReport.plan` knows storages, and is exact; this is what a graph alone tells.
+    """
+    change = [0] * (len(graph) + 1)
+    for name, (start, end) in live_ranges(graph).items():
+        if graph.nodes[name]["op"] not in ("placeholder", "output"):
+            change[start] += graph.nodes[name]["bytes"]
+            change[end + 1] -= graph.nodes[name]["bytes"]
+    best, now, where = 0, 0, ""
+    for name, amount in zip(graph, change):
+        now += amount
+        best, where = (now, name) if now > best else (best, where)
+    return best, where
+
+
+# --- repeated blocks ---------------------------------------------------------------------------------------------
+
+
+def block_name(module: str) -> str:
+    """`model.layers.7.mlp` -> `model.layers.*.mlp`: layers of one list fall together."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "*", module)
+
+
+def fold_blocks(graph: nx.DiGraph) -> nx.DiGraph:
+    """One node a module, equal layers of a list as one (`model.layers.* ×30`): ops, bytes and FLOPs added up.
+
+    Two layers are equal if they run the same ops, in the same order, on values of the same shapes.
+    """
+    kinds = _layer_kinds(graph)
+    label = {name: _folded_name(fields["module"], kinds) for name, fields in graph.nodes(data=True)}
+    folded = nx.DiGraph(name=graph.name)
+    for name, fields in graph.nodes(data=True):
+        if fields["op"] in ("placeholder", "output") and not fields["module"]:
+            continue
+        node = label[name]
+        if node not in folded:
+            empty: dict[str, Any] = {"ops": 0, "bytes": 0, "flops": 0, "targets": {}}
+            folded.add_node(node, **empty)
+        entry, times = folded.nodes[node], fields["repeat"]
+        entry["ops"] += times
+        entry["bytes"] += fields["bytes"] * times
+        entry["flops"] += fields["flops"] * times
+        entry["targets"][fields["target"]] = entry["targets"].get(fields["target"], 0) + times
+        for source in graph.predecessors(name):
+            if label[source] != node and label[source] in folded:
+                folded.add_edge(label[source], node)
+    return folded
+
+
+def _layer(module: str) -> tuple[str, str] | None:
+    """`model.layers.7.mlp` -> ("model.layers", "7"): the outermost list that the module lies in."""
+    match = re.match(r"(?:(.*?)\.)?(\d+)(?:\.|$)", module)
+    return (match[1] or "", match[2]) if match else None
+
+
+def _layer_kinds(graph: nx.DiGraph) -> dict[tuple[str, str], str]:
+    """(list, index) -> "0…29", the layers that are equal to it."""
+    content: dict[tuple[str, str], list[Any]] = {}
+    for _, fields in graph.nodes(data=True):
+        layer = _layer(fields["module"])
+        if layer and fields["op"] not in ("placeholder", "output", "get_attr"):
+            inner = fields["module"].split(".")[-1]
+            content.setdefault(layer, []).append((inner, fields["target"], fields["shape"]))
+    same: dict[Any, list[str]] = {}
+    for (path, index), ops in content.items():
+        same.setdefault((path, tuple(ops)), []).append(index)
+    return {(path, index): _range(group) for (path, _), group in same.items() for index in group}
+
+
+def _range(indices: list[str]) -> str:
+    numbers = sorted(int(index) for index in indices)
+    if len(numbers) == 1:
+        return str(numbers[0])
+    text = f"{numbers[0]}…{numbers[-1]}"
+    return f"{text} ×{len(numbers)}"
+
+
+def _folded_name(module: str, kinds: dict[tuple[str, str], str]) -> str:
+    layer = _layer(module)
+    if layer is None or layer not in kinds:
+        return module or "(model)"
+    head = f"{layer[0]}." if layer[0] else ""
+    return f"{head}{kinds[layer]}{module[len(head) + len(layer[1]) :]}"
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def to_graphml(graph: nx.DiGraph) -> str:
+    """GraphML (yEd, Gephi); lists become text, as the format has none."""
+    plain = nx.DiGraph(name=graph.name)
+    for name, fields in graph.nodes(data=True):
+        plain.add_node(name, **{key: _scalar(value) for key, value in fields.items() if value is not None})
+    plain.add_edges_from(graph.edges)
+    out = io.BytesIO()
+    nx.write_graphml(plain, out)
+    return out.getvalue().decode()
+
+
+def _scalar(value: Any) -> Any:
+    if isinstance(value, (tuple, list, set, frozenset)):
+        return ", ".join(map(str, sorted(value, key=str) if isinstance(value, (set, frozenset)) else value))
+    return str(value) if isinstance(value, dict) else value
+
+
+def to_json(graph: nx.DiGraph) -> str:
+    """networkx's node-link JSON."""
+    return json.dumps(nx.node_link_data(graph, edges="edges"), indent=1, default=_jsonable) + "\n"
+
+
+def _jsonable(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
+
+
+def to_dot(graph: nx.DiGraph) -> str:
+    """Graphviz: one box a node with target, shape and module."""
+    lines = [f"digraph {json.dumps(str(graph.name))} {{", "  node [shape=box, fontname=monospace];"]
+    for name, fields in graph.nodes(data=True):
+        label = "\\n".join(part.replace('"', "'") for part in _label(name, fields))
+        lines.append(f'  {json.dumps(name)} [label="{label}"];')
+    lines += [f"  {json.dumps(a)} -> {json.dumps(b)};" for a, b in graph.edges]
+    return "\n".join([*lines, "}"]) + "\n"
+
+
+def _label(name: str, fields: dict[str, Any]) -> list[str]:
+    if "ops" in fields:
+        return [name, f"{fields['ops']} ops, {human_bytes(fields['bytes'])}"]
+    shape = " × ".join(map(str, fields["shape"])) if fields["shape"] else ""
+    return [
+        part for part in (fields["target"], f"{fields['dtype']} {shape}" if shape else "", fields["module"]) if part
+    ]
+
+
+_BOX_WIDTH, _BOX_HEIGHT, _GAP_X, _GAP_Y = 250, 40, 24, 26
+
+
+def to_svg(graph: nx.DiGraph) -> str:
+    """A drawing of the folded stage, one box a module in the order of data flow; needs no other program."""
+    folded = graph if all("ops" in fields for _, fields in graph.nodes(data=True)) else fold_blocks(graph)
+    place = {name: (column, row) for row, names in enumerate(_rows(folded)) for column, name in enumerate(names)}
+    columns = max((column for column, _ in place.values()), default=0) + 1
+    width = columns * (_BOX_WIDTH + _GAP_X) + _GAP_X
+    height = (max((row for _, row in place.values()), default=0) + 1) * (_BOX_HEIGHT + _GAP_Y) + _GAP_Y
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="monospace" font-size="11">',
+        f'<title>{escape(str(graph.name))}</title><rect width="100%" height="100%" fill="white"/>',
+    ]
+    for a, b in folded.edges:
+        (xa, ya), (xb, yb) = _corner(place[a]), _corner(place[b])
+        start, end = (xa + _BOX_WIDTH / 2, ya + _BOX_HEIGHT), (xb + _BOX_WIDTH / 2, yb)
+        parts.append(f'<path d="M{start[0]} {start[1]}L{end[0]} {end[1]}" stroke="#9aa4b2" fill="none"/>')
+    for name, fields in folded.nodes(data=True):
+        x, y = _corner(place[name])
+        lines = _label(name, fields)
+        parts.append(
+            f'<g><title>{escape(name)}</title><rect x="{x}" y="{y}" width="{_BOX_WIDTH}" height="{_BOX_HEIGHT}" rx="5" '
+            f'fill="{"#dbeafe" if fields["flops"] else "#f1f5f9"}" stroke="#64748b"/>'
+            f'<text x="{x + 8}" y="{y + 16}">{escape(_shortened(lines[0]))}</text>'
+            f'<text x="{x + 8}" y="{y + 31}" fill="#475569">{escape(lines[-1])}</text></g>'
+        )
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 36 else "…" + text[-35:]
+
+
+def _corner(place: tuple[int, int]) -> tuple[int, int]:
+    return _GAP_X + place[0] * (_BOX_WIDTH + _GAP_X), _GAP_Y + place[1] * (_BOX_HEIGHT + _GAP_Y)
+
+
+def _rows(graph: nx.DiGraph) -> Iterable[list[str]]:
+    """Layers of the drawing: generations of the graph, whose cycles (a folded layer feeds itself) count as one."""
+    condensed = nx.condensation(graph)
+    for generation in nx.topological_generations(condensed):
+        members = [name for node in generation for name in condensed.nodes[node]["members"]]
+        yield from _chunks(sorted(members, key=list(graph).index), 6)
+
+
+def _chunks(items: list[str], size: int) -> Iterable[list[str]]:
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+def human_bytes(amount: float) -> str:
+    """`1.21 GB`: decimal units, as allocators and vendors count."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(amount) >= size:
+            return f"{amount / size:,.2f} {unit}"
+    return f"{amount:,.0f} B"
+
+
+def human_count(amount: float) -> str:
+    """`1.21 T`."""
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(amount) >= size:
+            return f"{amount / size:,.2f} {unit}"
+    return f"{amount:,.0f} "
+
+
+GRAPH_FORMATS: dict[str, Callable[[nx.DiGraph], str]] = {
+    "graphml": to_graphml,
+    "dot": to_dot,
+    "json": to_json,
+    "svg": to_svg,
+}

@@ -1,0 +1,260 @@
+"""A rewritten graph -> the forward and backward graphs of one training step, on fake tensors: no weight, no kernel.
+
+The device is the CPU whatever machine the model is for: its kernels decide nothing here but attention, which is one
+fused op there (on the meta device it would fall apart into products of whole attention matrices).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._functorch.aot_autograd import aot_module_simplified
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from . import nf4
+from .fx_utils import module_path
+from .memory_plan import Buffer, Event, MemoryPlan, Size
+from .pass_manager import target_name
+from .tensor import QuantizedTensor
+from .workspace import named_arguments, scratch_bytes, workspace_bytes
+
+_SLACK = 16  # a dimension of seq + 1 (shifted labels) or one padded to a multiple of 8 still counts as the sequence
+
+
+@dataclass(frozen=True)
+class Symbols:
+    """A batch and a sequence length so odd that they can be found again in every size that they are part of."""
+
+    batch: int
+    seq: int
+
+    def size(self, number: int) -> Size:
+        """`number` as coefficient * batch^b * seq^s."""
+        b = s = 0
+        while number and number % self.batch == 0:
+            number, b = number // self.batch, b + 1
+        while number and number % self.seq == 0:
+            number, s = number // self.seq, s + 1
+        for times in (1, 2, 4, 8):  # bytes of an element
+            if number and abs(number - times * self.seq) <= _SLACK * times:
+                number, s = times, s + 1
+        return Size(number, b, s)
+
+
+@dataclass(frozen=True)
+class StepGraphs:
+    """`backward` is None where nothing trains. `outputs`: how many of the forward's outputs the caller gets."""
+
+    forward: fx.GraphModule
+    backward: fx.GraphModule | None
+    outputs: int
+
+
+def capture_step(gm: fx.GraphModule, inputs: Sequence[Any], activation_budget: float) -> StepGraphs:
+    """AOTAutograd's graphs of the pipeline's result. `gm` is changed: its constants move from meta to the CPU."""
+    for node in gm.graph.nodes:
+        node.args = fx.node.map_aggregate(node.args, _on_cpu)  # type: ignore[assignment]
+        node.kwargs = fx.node.map_aggregate(node.kwargs, _on_cpu)  # type: ignore[assignment]
+    gm.recompile()
+    found: dict[str, Any] = {}
+
+    def keep(graph: fx.GraphModule, _: Any) -> Any:
+        found.setdefault("inference", graph)
+        return graph
+
+    def partition(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **options: Any) -> Any:
+        pair = min_cut_rematerialization_partition(joint, joint_inputs, num_fwd_outputs=num_fwd_outputs, **options)
+        found["step"] = StepGraphs(pair[0], pair[1], num_fwd_outputs)
+        return pair
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fakes = [_fake(value) for value in inputs]
+    budget = torch._functorch.config.patch(activation_memory_budget=activation_budget)
+    with budget if activation_budget < 1 else contextlib.nullcontext():
+        aot_module_simplified(
+            gm, fakes, fw_compiler=keep, bw_compiler=keep, partition_fn=partition, keep_inference_input_mutations=True
+        )
+    return found.get("step") or StepGraphs(found["inference"], None, len(_outputs(found["inference"])))
+
+
+def _on_cpu(value: Any) -> Any:
+    return torch.device("cpu") if isinstance(value, torch.device) and value.type == "meta" else value
+
+
+def _fake(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    if isinstance(value, QuantizedTensor):
+        data = nf4.QuantizedData(*(None if part is None else _fake(part) for part in value.data_4bit))
+        return nn.Parameter(QuantizedTensor(data, value.layout_4bit), requires_grad=False)
+    fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
+    return nn.Parameter(fake, value.requires_grad) if isinstance(value, nn.Parameter) else fake
+
+
+def _outputs(gm: fx.GraphModule) -> list[Any]:
+    return list(next(node for node in gm.graph.nodes if node.op == "output").args[0])
+
+
+# --- the plan of a step ------------------------------------------------------------------------------------------
+
+
+def plan_of(steps: Sequence[StepGraphs], symbols: Symbols | None) -> MemoryPlan:
+    """The life of every storage over forward and backward; residents (weights, inputs) are the caller's to add.
+
+    Several steps are the graphs of one model with graph breaks: forwards in order, then backwards in reverse. What one
+    hands to the next is then taken to live to the end of the forward.
+    """
+    builder = _PlanBuilder(symbols)
+    for part, step in enumerate(steps):
+        builder.add("forward", part, step.forward)
+        given = _outputs(step.forward)
+        builder.close_forward(part, [node for node in given[step.outputs :] if isinstance(node, fx.Node)])
+    last_forward = len(builder.events) - 1
+    for part, step in enumerate(steps):
+        for node in _outputs(step.forward)[: step.outputs]:
+            if isinstance(node, fx.Node):
+                builder.mark(("forward", part), node, "output", last_forward)
+    for part, step in reversed([*enumerate(steps)]):
+        if step.backward is not None:
+            builder.add("backward", part, step.backward)
+    for part, step in enumerate(steps):
+        for node in _outputs(step.backward) if step.backward is not None else ():
+            if isinstance(node, fx.Node):
+                builder.mark(("backward", part), node, "gradients", len(builder.events) - 1)
+    return MemoryPlan(builder.events, builder.buffers(), scratch=builder.scratch)
+
+
+class _PlanBuilder:
+    """Walks both graphs in order; a storage is born at the first node that has it and dies after the last that reads it."""
+
+    def __init__(self, symbols: Symbols | None) -> None:
+        self.symbols = symbols
+        self.events: list[Event] = []
+        self.scratch: dict[str, Size] = {}
+        self.live: dict[Any, Buffer] = {}  # storage -> its buffer so far
+        self.saved: dict[tuple[int, str], list[Any]] = {}  # (part, name of a saved node) -> its storages
+        self.workspaces: list[Buffer] = []
+
+    def size(self, number: int) -> Size:
+        return self.symbols.size(number) if self.symbols else Size(number)
+
+    def add(self, phase: str, part: int, gm: fx.GraphModule) -> None:
+        """A node that the backward computes again stands on the forward's fake tensor: a storage's key names its graph."""
+        known: dict[Any, Any] = {}  # storage in this graph -> what the forward's buffer of it is kept under
+        inputs: set[Any] = set()
+        for node in gm.graph.nodes:
+            keys = storages(node)
+            if node.op == "placeholder":
+                known.update(zip(keys, self.saved.get((part, node.name), ())))
+                inputs.update(key for key in keys if key not in known)
+                continue
+            if node.op == "output":
+                continue
+            index = len(self.events)
+            own = {key: known.get(key, (phase, part, key)) for key in keys if key not in inputs}
+            fresh = [key for key in own if own[key] not in self.live]
+            self.events.append(self._event(phase, node, bool(fresh)))
+            for key in (k for source in (*node.all_input_nodes, node) for k in storages(source)):
+                self._touch(known.get(key, (phase, part, key)), index)
+            for key in fresh:
+                size = self.size(keys[key])
+                self.live[own[key]] = Buffer(node.name, module_path(node), "temporary", size, index, index)
+            self._add_workspace(node, index)
+
+    def _touch(self, key: Any, index: int) -> None:
+        if key in self.live:
+            self.live[key] = _with(self.live[key], end=max(index, self.live[key].end))
+
+    def _event(self, phase: str, node: fx.Node, allocates: bool) -> Event:
+        flops = node_flops(node)
+        traffic = (self.size(_traffic(node)),) if flops else ()
+        target, module = target_name(node), module_path(node)
+        return Event(phase, node.name, target, module, allocates, (self.size(flops),) if flops else (), traffic)
+
+    def _add_workspace(self, node: fx.Node, index: int) -> None:
+        for nbytes in workspace_bytes(node):
+            buffer = Buffer(f"{node.name}: workspace", module_path(node), "workspace", self.size(nbytes), index, index)
+            self.workspaces.append(buffer)
+        for name, nbytes in scratch_bytes(node).items():
+            if name not in self.scratch or self.scratch[name].coefficient < nbytes:
+                self.scratch[name] = Size(nbytes)
+
+    def close_forward(self, part: int, saved: list[fx.Node]) -> None:
+        """What the forward saves lives until the backward has used it."""
+        for node in saved:
+            self.saved[part, node.name] = [("forward", part, key) for key in storages(node)]
+            self.mark(("forward", part), node, "saved", len(self.events) - 1)
+
+    def mark(self, graph: tuple[str, int], node: fx.Node, kind: str, end: int) -> None:
+        """Tell what a buffer is for, and that it lives at least to this event."""
+        for key in storages(node):
+            buffer = self.live.get((*graph, key))
+            if buffer is not None:
+                known = buffer.kind if buffer.kind != "temporary" else kind
+                self.live[(*graph, key)] = _with(buffer, kind=known, end=max(end, buffer.end))
+
+    def buffers(self) -> list[Buffer]:
+        return [*self.live.values(), *self.workspaces]
+
+
+def _with(buffer: Buffer, **changes: Any) -> Buffer:
+    return Buffer(**(buffer.__dict__ | changes))
+
+
+def storages(node: fx.Node) -> dict[Any, int]:
+    """The storages that a node's value stands on, with their bytes."""
+    found: dict[Any, int] = {}
+    stack = [node.meta.get("val")]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, (list, tuple)):
+            stack += reversed(value)
+        elif isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            found[storage._cdata] = storage.nbytes()
+    return found
+
+
+def _traffic(node: fx.Node) -> int:
+    return sum(storages(node).values()) + sum(n for source in node.all_input_nodes for n in storages(source).values())
+
+
+def node_flops(node: fx.Node) -> int:
+    """FLOPs of a product or an attention, 0 for everything else (2 per multiply-add)."""
+    target: Any = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return 0
+    args, out = _values(node.args), node.meta.get("val")
+    name = str(target).removesuffix(".default")
+    if name.startswith("qlora."):
+        return _own_flops(name, named_arguments(node))
+    if name == "aten._scaled_dot_product_flash_attention_for_cpu":
+        return sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
+    if name == "aten._scaled_dot_product_flash_attention_for_cpu_backward":
+        return sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4]))
+    formula = flop_registry.get(target._overloadpacket)
+    return int(formula(*args, **_values(node.kwargs), out_val=out)) if formula else 0
+
+
+def _values(tree: Any) -> Any:
+    return fx.node.map_aggregate(tree, lambda value: value.meta.get("val") if isinstance(value, fx.Node) else value)
+
+
+def _own_flops(name: str, given: dict[str, Any]) -> int:
+    if name not in ("qlora.lora_linear", "qlora.lora_linear_backward"):
+        return 0
+    x, n = given["x"], sum(given["out_features"])
+    tokens, k = math.prod(x.shape[:-1]), x.shape[-1]
+    a, b = (sum(factor.numel() for factor in given[key]) for key in ("lora_a", "lora_b"))
+    if name == "qlora.lora_linear":
+        return 2 * tokens * (k * n + a + b)
+    dx = k * n + a if given["need_dx"] else 0
+    return 2 * tokens * (b + (a + b if given["need_adapters"] else 0) + dx)

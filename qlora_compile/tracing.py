@@ -1,0 +1,284 @@
+"""`trace`: the whole pipeline on a model without weights, and what a training step of it would need.
+
+The model is copied to the meta device, equal layers are traced three times whatever their number, and the report is
+unfolded to all of them. Nothing of the model given is changed, and nothing is quantized for real.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils._pytree import tree_map
+
+from .backend import Lowering, _compile
+from .config import QLoRAConfig
+from .dynamo import surfaced
+from .errors import ModelStateError, NoTargetError, QLoRACompileError
+from .fx_utils import copy_graph
+from .memory_plan import MemoryPlan, merge_resident, unroll
+from .modules import adapter_parameters, prepared_state
+from .pass_manager import NodeRecord, PassResult, snapshot
+from .preparation import call_arguments
+from .repetition import Repeat, find_repeats, fold_layers, unfold_name
+from .report import CompileReport, LinearReport, device_kernel_sources, explain
+from .state import ModelEdits
+from .step_graphs import Symbols, capture_step, plan_of
+from .tensor import QuantizedTensor
+
+
+@dataclasses.dataclass
+class _Traced:
+    """One run of the pipeline over a model on the meta device."""
+
+    model: nn.Module
+    report: CompileReport
+    graphs: list[tuple[fx.GraphModule, list[Any]]]
+    code: dict[str, str]
+
+
+def trace(
+    model: nn.Module,
+    example_inputs: Any,
+    config: QLoRAConfig | Mapping[str, Any] | None = None,
+    *,
+    fold: bool = True,
+    symbols: Symbols | None = None,
+) -> CompileReport:
+    """The pipeline on `model` with no weights in memory -> CompileReport, with forward and backward among the stages.
+
+    `example_inputs` is a tuple of positional or a mapping of keyword arguments of `forward`; their values are not read.
+    A model on the meta device is enough; it is not changed. `fold=False` traces every layer even where they are equal.
+    `report.plan` is the life of every buffer over a step (None if the model has graph breaks).
+
+    Raises what `prepare` raises, and ModelStateError where the model needs values to be traced.
+    """
+    config = QLoRAConfig.from_options(config)
+    if not isinstance(model, nn.Module):
+        raise ModelStateError(f"trace needs an nn.Module, got {type(model).__name__}.")
+    work = meta_copy(model)
+    arguments = tree_map(_on_meta, call_arguments(model, example_inputs))
+    repeats = _repeats(work, config) if fold and prepared_state(work) is None else []
+    fold_layers(work, repeats)
+    fewer = [_with_two_units(work, repeat) for repeat in repeats]
+    traced = _run(work, arguments, config)
+    report = _unfolded(traced, repeats)
+    for repeat, smaller in zip(repeats, fewer):
+        passes = _run(smaller, arguments, config).report.passes
+        report.passes = [_extrapolated(p, few, repeat) for p, few in zip(report.passes, passes, strict=True)]
+    _add_step(report, traced, repeats, config, symbols)
+    return report
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """The model with every parameter and buffer on the meta device; ties between them stay. No data is copied."""
+    model = getattr(model, "_orig_mod", model)
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if isinstance(tensor, nn.Parameter):
+            memo[id(tensor)] = nn.Parameter(tensor.detach().to("meta"), requires_grad=tensor.requires_grad)
+        else:
+            memo[id(tensor)] = tensor.to("meta")
+    return copy.deepcopy(model, memo)
+
+
+def _on_meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+
+def _repeats(model: nn.Module, config: QLoRAConfig) -> list[Repeat]:
+    edits = ModelEdits(model, config)
+    decisions: dict[str, Any] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        entry = edits.find(param)
+        if entry is not None:
+            site = name.removesuffix(".weight")
+            saved, reason = edits.saved_in_full(entry), edits.decline_reason(entry)
+            decisions[name] = (saved, reason, config.rank_for(site), config.scaling_for(site))
+    return find_repeats(model, decisions.get)
+
+
+def _with_two_units(model: nn.Module, repeat: Repeat) -> nn.Module:
+    """The folded model with one unit of this list less: what a unit adds is the difference."""
+    smaller = copy.deepcopy(model)
+    layers: Any = smaller.get_submodule(repeat.path)
+    drop = range(repeat.head + repeat.period, repeat.head + 2 * repeat.period)
+    kept = [layer for i, layer in enumerate(layers) if i not in drop]
+    layers._modules.clear()
+    layers._modules.update({str(i): layer for i, layer in enumerate(kept)})
+    return smaller
+
+
+def _run(model: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]], config: QLoRAConfig) -> _Traced:
+    """Compile `model` with the pipeline alone and call it once, on the meta device."""
+    graphs: list[tuple[fx.GraphModule, list[Any]]] = []
+
+    def keep(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        graphs.append((gm, inputs))
+        return gm.forward
+
+    args, kwargs = arguments
+    with tempfile.TemporaryDirectory(prefix="qlora_trace_") as folder:
+        backend = _backend(dataclasses.replace(config, dump_dir=folder), keep)
+        torch._dynamo.reset_code(type(model).forward.__code__)
+        try:
+            torch.compile(model, backend=backend, dynamic=False)(*args, **kwargs)
+        except (RuntimeError, torch._dynamo.exc.Unsupported) as error:
+            if isinstance(error, QLoRACompileError) or "meta" not in f"{type(error).__name__} {error}".lower():
+                raise  # torch's errors about a missing value all name the meta device
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ModelStateError(
+                f"{type(model).__name__} cannot be traced without its weights: {reason} Compile the real model and use "
+                "explain(model)."
+            ) from error
+        finally:
+            torch._dynamo.reset_code(type(model).forward.__code__)
+        code = {
+            path.stem[3:]: path.read_text(encoding="utf-8") for path in sorted(Path(folder).rglob("*.py"), reverse=True)
+        }
+    if prepared_state(model) is None:
+        raise NoTargetError(f"No linear layer was found while tracing {type(model).__name__}: check target_modules.")
+    report = explain(model)
+    report.config = config
+    return _Traced(model, report, graphs, code)
+
+
+def _backend(config: QLoRAConfig, lower: Lowering) -> Callable[..., Any]:
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        try:
+            return _compile(gm, list(example_inputs), config, lower)
+        except QLoRACompileError as error:
+            raise surfaced(error) from error.__cause__
+
+    return backend
+
+
+# --- from the traced layers to all of them -----------------------------------------------------------------------
+
+
+def _unfolded(traced: _Traced, repeats: list[Repeat]) -> CompileReport:
+    """The report with the names, counts and bytes of the whole model."""
+    report = traced.report
+    report.traced, report.code, report.repeats = True, traced.code, repeats
+    report.stages = {stage: _counted(records, repeats) for stage, records in report.stages.items()}
+    report.linears = _in_layer_order([copy for linear in report.linears for copy in _copies(linear, repeats)], repeats)
+    resident = resident_bytes(traced.model, repeats)
+    before = sum(linear.bytes_before for linear in report.linears)
+    after = sum(linear.bytes_after for linear in report.linears)
+    count = sum(linear.shape[0] * linear.shape[1] for linear in report.linears)
+    frozen = sum(amount for kind, amount in resident.items() if kind != "adapters")
+    buffers = _bytes_of(traced.model.named_buffers(), repeats)
+    report.memory = {
+        "linears_before": before,
+        "linears_after": after,
+        "bits_per_weight": after * 8 / max(count, 1),
+        "model_before": frozen - buffers - after + before,
+        "model_after": frozen - buffers,
+        "trainable": resident.get("adapters", 0) + resident.get("trained", 0),
+    }
+    report.kernels = device_kernel_sources("cuda" if torch.cuda.is_available() else "cpu", build=False)
+    return report
+
+
+def _counted(records: tuple[NodeRecord, ...], repeats: list[Repeat]) -> tuple[NodeRecord, ...]:
+    return tuple(dataclasses.replace(r, repeat=len(unfold_name(r.module, repeats))) for r in records)
+
+
+def _copies(linear: LinearReport, repeats: list[Repeat]) -> list[LinearReport]:
+    names = unfold_name(linear.name, repeats)
+    groups = zip(*[unfold_name(name, repeats) for name in linear.group]) if linear.group else [()] * len(names)
+    return [dataclasses.replace(linear, name=name, group=tuple(group)) for name, group in zip(names, groups)]
+
+
+def _in_layer_order(linears: list[LinearReport], repeats: list[Repeat]) -> list[LinearReport]:
+    """Stable: the linears of one list stand together, by layer; the others stay where they were."""
+    first: dict[str, int] = {}
+
+    def key(item: tuple[int, LinearReport]) -> tuple[int, int]:
+        position, linear = item
+        for repeat in repeats:
+            parts = repeat.split(linear.name)
+            if parts is not None:
+                return first.setdefault(repeat.path, position), parts[1]
+        return position, 0
+
+    return [linear for _, linear in sorted(enumerate(linears), key=key)]
+
+
+def _extrapolated(result: PassResult, fewer: PassResult, repeat: Repeat) -> PassResult:
+    """Counts of the whole model: what one unit more added is what each further unit adds."""
+    more = repeat.units - repeat.traced_units
+    declined = [(name, why) for what, why in result.declined for name in unfold_name(what, [repeat])]
+    return dataclasses.replace(
+        result,
+        rewrites=result.rewrites + more * (result.rewrites - fewer.rewrites),
+        nodes_before=result.nodes_before + more * (result.nodes_before - fewer.nodes_before),
+        nodes_after=result.nodes_after + more * (result.nodes_after - fewer.nodes_after),
+        declined=tuple(declined),
+    )
+
+
+def resident_bytes(model: nn.Module, repeats: Sequence[Repeat] = ()) -> dict[str, int]:
+    """Bytes that live through a step: "weights" (4-bit and dense, buffers too), "adapters", "trained" in full."""
+    adapters = {id(parameter) for parameter in adapter_parameters(model)}
+    named = list(model.named_parameters())
+    kinds = {"adapters": [], "trained": [], "weights": []}  # type: dict[str, list[tuple[str, torch.Tensor]]]
+    for name, parameter in named:
+        kind = "adapters" if id(parameter) in adapters else "trained" if parameter.requires_grad else "weights"
+        kinds[kind].append((name, parameter))
+    kinds["weights"] += list(model.named_buffers())
+    return merge_resident({kind: _bytes_of(tensors, repeats) for kind, tensors in kinds.items()})
+
+
+def _bytes_of(named: Any, repeats: Sequence[Repeat]) -> int:
+    return sum(_stored_bytes(tensor) * len(unfold_name(name, repeats)) for name, tensor in named)
+
+
+def _stored_bytes(tensor: torch.Tensor) -> int:
+    return tensor.stored_bytes if isinstance(tensor, QuantizedTensor) else tensor.numel() * tensor.element_size()
+
+
+# --- the step ----------------------------------------------------------------------------------------------------
+
+
+def _add_step(
+    report: CompileReport, traced: _Traced, repeats: list[Repeat], config: QLoRAConfig, symbols: Symbols | None
+) -> None:
+    """Forward and backward (of the largest graph) among the stages, and the plan of the whole step."""
+    steps = [capture_step(copy_graph(gm), inputs, config.activation_budget) for gm, inputs in traced.graphs]
+    largest = max(steps, key=lambda step: len(step.forward.graph.nodes))
+    for stage, graph in (("forward", largest.forward), ("backward", largest.backward)):
+        if graph is not None:
+            report.stages[stage] = _counted(snapshot(graph.graph), repeats)
+            report.code[stage] = graph.print_readable(print_output=False)
+    plan: MemoryPlan | None = plan_of(steps, symbols)
+    for repeat in repeats:
+        plan = unroll(plan, *_unit_functions(repeat)) if plan is not None else None
+    if plan is not None:
+        plan.resident = resident_bytes(traced.model, repeats)
+    report.plan = plan
+
+
+def _unit_functions(repeat: Repeat) -> tuple[Callable[[str], int | None], int, Callable[[str, int], str]]:
+    def unit_of(module: str) -> int | None:
+        parts = repeat.split(f"{module}.")
+        return None if parts is None else repeat.unit_of(parts[1])
+
+    def rename(module: str, unit: int) -> str:
+        parts = repeat.split(f"{module}.")
+        if parts is None:
+            return module
+        before, traced, after = parts
+        if repeat.unit_of(traced) is None:
+            index = repeat.originals(traced)[0]
+        else:
+            index = repeat.head + repeat.period * unit + (traced - repeat.head) % repeat.period
+        return f"{before}{index}{after}".removesuffix(".")
+
+    return unit_of, repeat.units, rename

@@ -1,0 +1,91 @@
+"""`qlora-compile inspect` on a configuration alone: stages, differences, modules and every file format."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import networkx as nx
+import pytest
+
+from qlora_compile import cli
+from qlora_compile.passes import PIPELINE
+
+STAGES = ["input", *(p.__name__ for p in PIPELINE), "forward", "backward"]
+
+
+@pytest.fixture(scope="module")
+def config_file(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """config.json alone, of a model with six layers: no weight stands beside it."""
+    folder = tmp_path_factory.mktemp("config")
+    path = shutil.copy(tiny_checkpoint / "config.json", folder / "config.json")
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"num_hidden_layers": 6}))
+    return path
+
+
+def _run(capsys: pytest.CaptureFixture[str], *line: object) -> str:
+    assert cli.main(["inspect", *map(str, line), "--seq-len", "24", "--r", "3"]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def test_a_config_alone_as_text_and_as_stages(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = _run(capsys, config_file)
+    assert "model.layers.0…5 ×6" in text and "traced 3 of 6 layers of model.layers" in text
+    assert "q_proj + k_proj + v_proj" in text and "one training step" in text
+    diff = _run(capsys, config_file, "--diff", "input", "group_linears")
+    (row,) = [line for line in diff.splitlines() if "model.layers.*.mlp.gate_proj" in line]
+    assert "- linear ×6" in row and "+ qlora.lora_linear ×6" in diff
+    assert len(diff.splitlines()) < 60  # by module, not by node
+    stage = _run(capsys, config_file, "--stage", "backward", "--module", "mlp")
+    assert "model.layers.1.mlp" in stage and "self_attn" not in stage
+
+
+def test_formats(config_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "graphs" / "g"
+    found = {}
+    for kind in ("graphml", "dot", "json", "svg", "python"):
+        assert _run(capsys, config_file, "--stage", "group_linears", "--format", kind, "--out", out) == ""
+        found[kind] = out.read_text()
+    graph = nx.parse_graphml(found["graphml"])
+    assert nx.is_directed_acyclic_graph(graph)
+    ops = [fields for _, fields in graph.nodes(data=True) if fields["target"] == "qlora.lora_linear"]
+    assert len(ops) == 3 * 4 and {fields["kernel"] for fields in ops} == {"dequantize_4bit + GEMM"}
+    assert nx.node_link_graph(json.loads(found["json"]), edges="edges").edges == graph.edges
+    assert (
+        found["dot"].startswith('digraph "group_linears" {') and found["dot"].count(" -> ") == graph.number_of_edges()
+    )
+    assert ElementTree.fromstring(found["svg"]).tag.endswith("svg")
+    ast.parse(found["python"])
+    assert found["python"].count("qlora.lora_linear.default(") == 3 * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--stage group_linear", "Unknown stage 'group_linear': did you mean 'group_linears'?"),
+        ("--diff input fuse_lora", "Unknown stage 'fuse_lora': did you mean 'fuse_lora_linear'?"),
+        ("--stage input --module model.layers.1.mpl", "Unknown module 'model.layers.1.mpl': did you mean"),
+        ("--format svgg", "Unknown format 'svgg': did you mean 'svg'?"),
+        ("--model other", "Name one model"),
+        ("--batch 0", "--batch must be at least 1, got 0."),
+    ],
+)
+def test_wrong_use(config_file: Path, options: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", str(config_file), *options.split()]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_what_is_no_model_and_what_cannot_be_written(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llamma"}')
+    assert cli.main(["inspect", str(tmp_path / "config.json")]) == 1
+    assert "The configuration of" in capsys.readouterr().err
+    assert cli.main(["inspect", str(tmp_path / "nothing")]) == 1
+    assert "There is no model folder or .gguf file" in capsys.readouterr().err
+    assert cli.main(["inspect", str(config_file), "--seq-len", "24", "--out", str(config_file / "x")]) == 2
+    assert "cannot be written" in capsys.readouterr().err

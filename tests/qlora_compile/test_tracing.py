@@ -1,0 +1,223 @@
+"""`trace`: the pipeline without weights, equal layers traced once, and the memory of a step against the allocator's."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import qlora_compile as qc
+from qlora_compile.errors import ModelStateError, NoTargetError
+from qlora_compile.lora_group import release_scratch
+from qlora_compile.repetition import Repeat, find_repeats
+from qlora_compile.step_graphs import Symbols
+from qlora_compile.tracing import meta_copy, resident_bytes
+
+CONFIG = qc.QLoRAConfig(r=3, block_size=32, lowering="aot_eager")
+
+
+def _tokens(batch: int = 2, seq: int = 24) -> dict[str, Tensor]:
+    tokens = torch.randint(3, 211, (batch, seq))
+    return {"input_ids": tokens, "labels": tokens}
+
+
+def test_a_trace_says_what_compiling_says(tiny_llama: Callable[..., nn.Module]) -> None:
+    model = tiny_llama(torch.bfloat16, num_hidden_layers=6).train()
+    batch = _tokens()
+    traced = qc.trace(model, batch, CONFIG)
+    assert all(parameter.requires_grad for parameter in model.parameters())  # nothing of the model was changed
+    torch.compile(model, backend="qlora", options=CONFIG.to_dict() | {"lowering": "eager"})(**batch)
+    compiled = qc.explain(model)
+    assert [repeat.kept for repeat in traced.repeats] == [[0, 1, 5]]
+    assert [vars(linear) for linear in traced.linears] == [vars(linear) for linear in compiled.linears]
+    for ours, theirs in zip(traced.passes, compiled.passes, strict=True):
+        assert (ours.name, ours.rewrites, ours.declined) == (theirs.name, theirs.rewrites, theirs.declined)
+        # by one: torch logs the first use of a class in a process by a call that stands in the graph
+        assert abs(ours.nodes_after - theirs.nodes_after) <= 1
+    # the compiled model's bytes count no buffers, and neither do these
+    assert traced.memory == compiled.memory
+
+
+@pytest.mark.parametrize("layers", [5, pytest.param(9, marks=pytest.mark.slow)])
+def test_folded_is_the_same_as_every_layer_traced(tiny_llama: Callable[..., nn.Module], layers: int) -> None:
+    model = tiny_llama(torch.bfloat16, num_hidden_layers=layers).train()
+    folded, full = (qc.trace(model, _tokens(), CONFIG, fold=fold) for fold in (True, False))
+    assert folded.repeats and not full.repeats
+    assert folded.memory == full.memory
+    assert [vars(linear) for linear in folded.linears] == [vars(linear) for linear in full.linears]
+    for phase in ("forward", "backward"):
+        ours, theirs = folded.plan.peak(phase), full.plan.peak(phase)
+        assert (ours.bytes, ours.by_kind) == (theirs.bytes, theirs.by_kind)
+        assert folded.plan.events[ours.event].module == full.plan.events[theirs.event].module
+        assert folded.plan.flops(phase) == full.plan.flops(phase) > 0
+    assert folded.plan.saved_bytes() == full.plan.saved_bytes()
+    # the whole course of it, not only its top; views, which allocate nothing, may stand elsewhere
+    courses = [
+        [amount for event, amount in zip(r.plan.events, r.plan.timeline()) if event.allocates] for r in (folded, full)
+    ]
+    one_state = 2 * 24 * 48 * 2  # a hidden state may end one node sooner or later where a layer meets the next
+    assert len(courses[0]) == len(courses[1])
+    assert max(abs(ours - theirs) for ours, theirs in zip(*courses)) <= one_state
+
+
+def _measured_peak(model: nn.Module, batch: dict[str, Tensor]) -> int:
+    """Bytes at the widest moment of one compiled training step, counted by the CPU allocator's own events."""
+    resident = sum(resident_bytes(model).values())
+    release_scratch()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        model(**batch).loss.backward()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return resident + peak
+
+
+def _models() -> dict[str, Any]:
+    import transformers as t
+
+    same: dict[str, Any] = {"vocab_size": 700, "use_cache": False, "bos_token_id": 1, "eos_token_id": 2}
+    llama = same | {"hidden_size": 96, "intermediate_size": 208, "num_attention_heads": 6, "num_key_value_heads": 2}
+    return {
+        "llama": t.LlamaConfig(**llama, num_hidden_layers=5),
+        "qwen2": t.Qwen2Config(**llama, num_hidden_layers=4),  # biases, tied head
+        "gemma2": t.Gemma2Config(**llama, head_dim=16, num_hidden_layers=8, pad_token_id=0),  # two kinds of layers
+        "gpt_neox": t.GPTNeoXConfig(  # parallel attention, one fused qkv, GELU, LayerNorm
+            **same, hidden_size=96, intermediate_size=384, num_attention_heads=6, num_hidden_layers=5
+        ),
+        "opt": t.OPTConfig(  # learned positions, ReLU
+            **same, hidden_size=96, ffn_dim=384, num_attention_heads=6, num_hidden_layers=5, dropout=0.0,
+            word_embed_proj_dim=96, max_position_embeddings=128, pad_token_id=0,
+        ),
+    }  # fmt: skip
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", *(pytest.param(n, marks=SLOW) for n in ("qwen2", "gemma2", "gpt_neox", "opt"))]
+)
+def test_the_peak_is_the_allocators(name: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(_models()[name], dtype=torch.bfloat16).train()
+    batch = _tokens(3, 64)
+    # sizes by symbols from one trace, evaluated at what is measured: 7919 and 100003 are primes that divide nothing here
+    tokens = torch.zeros(7919, 100003, dtype=torch.long, device="meta")
+    report = qc.trace(model, {"input_ids": tokens, "labels": tokens}, CONFIG, symbols=Symbols(7919, 100003))
+    qc.prepare(model, CONFIG)
+    compiled = torch.compile(model, backend="qlora")
+    compiled(**batch).loss.backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+    measured = _measured_peak(compiled, batch)
+    planned = report.plan.at(3, 64).peak().bytes
+    # 10 %: what the library's products allocate for themselves is not in the plan, and lists of workspaces overlap less
+    # than it says; 1 to 4 % was seen
+    assert planned == pytest.approx(measured, rel=0.10), f"{planned / measured - 1:+.1%}"
+
+
+def test_symbols_are_found_in_sizes() -> None:
+    symbols = Symbols(7919, 100003)
+    assert symbols.size(7919 * 100003 * 12) == (12, 1, 1)
+    assert symbols.size(7919 * 100003**2) == (1, 1, 2)
+    assert symbols.size(7919 * (100003 + 1) * 8) == (8, 1, 1)  # labels, padded by one before they are shifted
+    assert symbols.size(16384 * 53248) == (16384 * 53248, 0, 0)
+    assert symbols.size(0) == (0, 0, 0)
+
+
+@SLOW
+def test_a_405b_config_fits_a_laptop() -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128,
+        num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False, use_cache=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    report = qc.trace(model, _tokens(1, 32), {"r": 16})
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 2e9
+    assert len(report.linears) == 126 * 7
+    assert {p.name: p.rewrites for p in report.passes}["fuse_lora_linear"] == 126 * 7
+    weights = sum(n * k for n, k in (linear.shape for linear in report.linears))
+    assert weights == 126 * 16384 * (2 * 16384 + 2 * 1024 + 3 * 53248)
+    assert report.memory["linears_after"] == pytest.approx(weights * 4.127 / 8, rel=1e-3)
+    assert report.memory["model_before"] / 2 == pytest.approx(405.85e9, rel=1e-3)  # parameters of Llama-3.1-405B
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, inner: int, index: int) -> None:
+        super().__init__()
+        self.up, self.down, self.layer_idx = nn.Linear(width, inner), nn.Linear(inner, width), index
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.silu(self.up(x)))
+
+
+class Stack(nn.Module):
+    """One odd layer, then pairs of a narrow and a wide one, then half a pair."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        inner = [13, *([29, 51] * 6), 29]
+        self.blocks = nn.ModuleList(Block(37, n, i) for i, n in enumerate(inner))
+        self.head = nn.Linear(37, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x).sum()
+
+
+@SLOW
+def test_periods_heads_and_tails_are_found_and_unfolded() -> None:
+    (repeat,) = find_repeats(Stack(), lambda name: None)
+    assert repeat == Repeat("blocks", total=14, head=1, period=2)
+    assert repeat.kept == [0, 1, 2, 3, 4, 11, 12, 13]
+    assert [repeat.originals(i) for i in (0, 3, 5, 7)] == [[0], [3, 5, 7, 9], [11], [13]]
+    x = torch.randn(3, 4, 37)
+    folded, full = (qc.trace(Stack(), (x,), CONFIG, fold=fold) for fold in (True, False))
+    assert [vars(linear) for linear in folded.linears] == [vars(linear) for linear in full.linears]
+    assert folded.plan.peak().by_kind == full.plan.peak().by_kind
+    assert folded.plan.flops() == full.plan.flops()
+    assert [p.rewrites for p in folded.passes] == [p.rewrites for p in full.passes]
+
+
+def test_a_layer_of_another_rank_is_another_kind() -> None:
+    model = nn.Sequential(nn.Sequential(*[Block(37, 29, i) for i in range(9)]))
+    config = qc.QLoRAConfig(r=3, block_size=32, lowering="eager", rank_pattern={"0.4.up": 7})
+    report = qc.trace(model, (torch.randn(4, 37),), config)
+    assert [repeat.kept for repeat in report.repeats] == [[0, 1, 2, 3, 4, 5, 6, 8]]  # only those after it are equal
+    assert [linear.rank["default"] for linear in report.linears if linear.name.endswith("up")].index(7) == 4
+
+
+def test_ties_stay_on_the_copy(tiny_llama: Callable[..., Any]) -> None:
+    copied = meta_copy(tiny_llama())
+    assert copied.lm_head.weight is copied.model.embed_tokens.weight  # type: ignore[union-attr]
+    assert {parameter.device.type for parameter in copied.parameters()} == {"meta"}
+
+
+def test_what_cannot_be_traced_is_said_in_one_sentence() -> None:
+    class Depends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(37, 21)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x) if x.sum().item() > 0 else -x
+
+    with pytest.raises(ModelStateError, match="cannot be traced without its weights"):
+        qc.trace(Depends(), (torch.randn(3, 37),))
+    with pytest.raises(NoTargetError):
+        qc.trace(nn.Sequential(nn.Linear(37, 21)), (torch.randn(3, 37),), {"target_modules": ["nothing"]})
+    with pytest.raises(ModelStateError, match=r"needs an nn\.Module, got function"):
+        qc.trace(_tokens, (torch.randn(3),))  # type: ignore[arg-type]
