@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -65,7 +66,7 @@ def print_estimate(found: Estimate) -> None:
 
     from .stage_graph import human_bytes, human_count
 
-    console = Console(soft_wrap=True)
+    console = Console(width=None if sys.stdout.isatty() else 160)
     kinds = list(dict.fromkeys(kind for peak in found.peaks.values() for kind in peak.by_kind))
     table = Table(title=f"{found.model}, batch {found.batch} × {found.seq_len} tokens: peaks", title_justify="left")
     for column in ("phase", *kinds, "together"):

@@ -14,7 +14,7 @@ from .errors import ConfigError, UnknownOptionError
 if TYPE_CHECKING:
     from .report import CompileReport
 
-FORMATS = ("text", "json", "graphml", "dot", "svg", "python")
+FORMATS = ("text", "json", "graphml", "dot", "svg", "python", "html")
 
 
 def inspect(
@@ -26,6 +26,7 @@ def inspect(
     diff: Annotated[tuple[str, str] | None, typer.Option(help="What changed from stage A to stage B.")] = None,
     module: Annotated[str | None, typer.Option(help="Only these modules: a name, part of it, or a pattern.")] = None,
     format_: Annotated[str, typer.Option("--format", help=", ".join(FORMATS) + ".")] = "text",
+    run: Annotated[list[Path] | None, typer.Option(help="Folder of a finetune run, for html; repeatable.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write to this file instead of standard output.")] = None,
     r: Annotated[int, typer.Option(help="Rank of the adapters; 0: quantize only.")] = 16,
     target_modules: Annotated[str, typer.Option(help="As in finetune.")] = "all-linear",
@@ -46,6 +47,8 @@ def inspect(
     given = model_argument(path, model)
     if format_ not in FORMATS:
         raise UnknownOptionError(format_, FORMATS, what="format")
+    if format_ == "html" and out is None:
+        raise ConfigError("--format html needs --out FILE.")
     config = QLoRAConfig(
         r=r,
         target_modules=modules_option(target_modules),
@@ -57,6 +60,9 @@ def inspect(
     report = config_report(given, config, batch, seq_len)
     if as_json:
         print_json(report.to_dict())
+        return
+    if format_ == "html" and out is not None:
+        report.to_html(out, run or ())
         return
     text = rendered(report, format_, stage, diff, module, wide=out is not None or not sys.stdout.isatty())
     _deliver(text, out)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +37,16 @@ class LinearReport:
     bytes_after: int
 
 
+@dataclass(frozen=True)
+class LayerError:
+    """Root mean square of (weight - its 4-bit value) over that of the weight; `dense`: suggested to stay dense."""
+
+    name: str
+    error: float
+    weights: int
+    dense: bool = False
+
+
 @dataclass
 class CompileReport:
     """Made by `explain(model)` and `trace(...)`. `passes` of the latest graph, `linears` and `memory` of the whole model.
@@ -55,6 +67,8 @@ class CompileReport:
     plan: MemoryPlan | None = None
     code: dict[str, str] = field(default_factory=dict)
     repeats: list[Repeat] = field(default_factory=list)
+    numerics: list[LayerError] = field(default_factory=list)
+    kernel_choices: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
     def of_graph(
@@ -98,6 +112,18 @@ class CompileReport:
         from .report_text import print_report
 
         print_report(self, Console(file=file, width=None if file is None else 140))
+
+    def blocks(self) -> list[tuple[str, list[tuple[LinearReport, int]]]]:
+        """The linears by repeated block: [(its name or "", [(linear of its first layer, how many there are)])]."""
+        from .report_text import linear_blocks
+
+        return linear_blocks(self.linears)
+
+    def to_html(self, path: Path | str, runs: Sequence[Path | str] = ()) -> Path:
+        """One HTML file that opens offline; `runs` are output folders of `finetune`. Raises OutputError."""
+        from .web.page import write_page
+
+        return write_page(self, path, runs)
 
     def __str__(self) -> str:
         text = io.StringIO()

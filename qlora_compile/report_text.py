@@ -163,14 +163,10 @@ def stage_diff(a: Sequence[NodeRecord], b: Sequence[NodeRecord]) -> list[tuple[s
 def _by_module(records: Iterable[NodeRecord]) -> dict[str, Counter[str]]:
     found: dict[str, Counter[str]] = {}
     for record in records:
-        name = "(inputs)" if record.op == "placeholder" else block_name(record.module) or "(model)"
-        target = f"{_input_kind(record)} inputs" if record.op == "placeholder" else record.target
-        found.setdefault(name, Counter())[target] += record.repeat
+        if record.op not in ("placeholder", "output"):
+            name = block_name(record.module) or "(model)"
+            found.setdefault(name, Counter())[record.target] += record.repeat
     return found
-
-
-def _input_kind(record: NodeRecord) -> str:
-    return record.name.rsplit("_", 1)[-1] if record.name.startswith("state_") else "model's"
 
 
 def print_diff(names: tuple[str, str], a: Sequence[NodeRecord], b: Sequence[NodeRecord], console: Console) -> None:

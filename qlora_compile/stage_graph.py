@@ -32,7 +32,7 @@ def to_networkx(stage: str, records: Sequence[NodeRecord]) -> nx.DiGraph:
         inputs = fields.pop("inputs")
         fields |= {"bytes": tensor_bytes(record), "flops": flops(record, by_name), "kernel": kernel(record)}
         graph.add_node(record.name, **fields)
-        graph.add_edges_from((source, record.name) for source in inputs)
+        graph.add_edges_from((source, record.name) for source in inputs if source in by_name)
     return graph
 
 
@@ -117,12 +117,11 @@ def fold_blocks(graph: nx.DiGraph) -> nx.DiGraph:
 
     Two layers are equal if they run the same ops, in the same order, on values of the same shapes.
     """
-    kinds = _layer_kinds(graph)
-    label = {name: _folded_name(fields["module"], kinds) for name, fields in graph.nodes(data=True)}
+    label = folded_names(graph)
     folded = nx.DiGraph(name=graph.name)
     for name, fields in graph.nodes(data=True):
-        if fields["op"] in ("placeholder", "output") and not fields["module"]:
-            continue
+        if fields["op"] in ("placeholder", "output"):
+            continue  # in a backward graph the saved tensors carry their modules
         node = label[name]
         if node not in folded:
             empty: dict[str, Any] = {"ops": 0, "bytes": 0, "flops": 0, "targets": {}}
@@ -138,6 +137,12 @@ def fold_blocks(graph: nx.DiGraph) -> nx.DiGraph:
     return folded
 
 
+def folded_names(graph: nx.DiGraph) -> dict[str, str]:
+    """node -> the name of the block that it folds into."""
+    kinds = _layer_kinds(graph)
+    return {name: _folded_name(fields["module"], kinds) for name, fields in graph.nodes(data=True)}
+
+
 def _layer(module: str) -> tuple[str, str] | None:
     """`model.layers.7.mlp` -> ("model.layers", "7"): the outermost list that the module lies in."""
     match = re.match(r"(?:(.*?)\.)?(\d+)(?:\.|$)", module)
@@ -145,25 +150,31 @@ def _layer(module: str) -> tuple[str, str] | None:
 
 
 def _layer_kinds(graph: nx.DiGraph) -> dict[tuple[str, str], str]:
-    """(list, index) -> "0…29", the layers that are equal to it."""
+    """(list, index) -> "0…29 ×30", the layers that are equal to it, those among them that were not traced."""
     content: dict[tuple[str, str], list[Any]] = {}
+    times: dict[tuple[str, str], int] = {}
     for _, fields in graph.nodes(data=True):
         layer = _layer(fields["module"])
         if layer and fields["op"] not in ("placeholder", "output", "get_attr"):
-            inner = fields["module"].split(".")[-1]
+            inner = fields["module"].split(layer[1], 1)[1]
             content.setdefault(layer, []).append((inner, fields["target"], fields["shape"]))
+            times[layer] = fields["repeat"]
     same: dict[Any, list[str]] = {}
     for (path, index), ops in content.items():
-        same.setdefault((path, tuple(ops)), []).append(index)
-    return {(path, index): _range(group) for (path, _), group in same.items() for index in group}
+        same.setdefault((path, tuple(sorted(ops, key=str))), []).append(index)
+    names: dict[tuple[str, str], str] = {}
+    for (path, _), group in same.items():
+        text = _range(sorted(map(int, group)), sum(times[path, index] for index in group))
+        names |= {(path, index): text for index in group}
+    return names
 
 
-def _range(indices: list[str]) -> str:
-    numbers = sorted(int(index) for index in indices)
-    if len(numbers) == 1:
-        return str(numbers[0])
-    text = f"{numbers[0]}…{numbers[-1]}"
-    return f"{text} ×{len(numbers)}"
+def _range(indices: list[int], count: int) -> str:
+    """Indices of traced layers, which stand for `count` -> `0…29 ×30`."""
+    if count == 1:
+        return str(indices[0])
+    step = indices[1] - indices[0] if len(indices) > 1 else 1
+    return f"{indices[0]}…{max(indices[-1], indices[0] + step * (count - 1))} ×{count}"
 
 
 def _folded_name(module: str, kinds: dict[tuple[str, str], str]) -> str:

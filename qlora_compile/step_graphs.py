@@ -175,7 +175,7 @@ class _PlanBuilder:
 
     def _event(self, phase: str, node: fx.Node, allocates: bool) -> Event:
         flops = node_flops(node)
-        traffic = (self.size(_traffic(node)),) if flops else ()
+        traffic = tuple(self.size(nbytes) for nbytes in _traffic(node)) if flops else ()
         target, module = target_name(node), module_path(node)
         return Event(phase, node.name, target, module, allocates, (self.size(flops),) if flops else (), traffic)
 
@@ -223,8 +223,9 @@ def storages(node: fx.Node) -> dict[Any, int]:
     return found
 
 
-def _traffic(node: fx.Node) -> int:
-    return sum(storages(node).values()) + sum(n for source in node.all_input_nodes for n in storages(source).values())
+def _traffic(node: fx.Node) -> list[int]:
+    """Bytes of each storage that the node writes or reads."""
+    return [nbytes for each in (node, *node.all_input_nodes) for nbytes in storages(each).values()]
 
 
 def node_flops(node: fx.Node) -> int:

@@ -41,7 +41,7 @@ def test_a_config_alone_as_text_and_as_stages(config_file: Path, capsys: pytest.
     assert "- linear ×6" in row and "+ qlora.lora_linear ×6" in diff
     assert len(diff.splitlines()) < 60  # by module, not by node
     stage = _run(capsys, config_file, "--stage", "backward", "--module", "mlp")
-    assert "model.layers.1.mlp" in stage and "self_attn" not in stage
+    assert "model.layers.0…5 ×6.mlp" in stage and "self_attn" not in stage
 
 
 def test_formats(config_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -1,0 +1,218 @@
+"use strict";
+const data = JSON.parse(document.getElementById("data").textContent);
+const $ = (id) => document.getElementById(id);
+const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const COLORS = ["#3b6fd4", "#0f9d8a", "#c2557a", "#d98b1f", "#7a5cc9", "#64748b", "#b4452c", "#4d8a3a"];
+const el = (tag, props = {}, ...children) => {
+  const node = Object.assign(document.createElement(tag), props);
+  node.append(...children);
+  return node;
+};
+const human = (n, unit = "B", digits = 2) => {
+  const scale = [[1e15, "P"], [1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]].find(([size]) => Math.abs(n) >= size);
+  return scale ? `${(n / scale[0]).toFixed(digits)} ${scale[1]}${unit}` : `${n} ${unit}`;
+};
+
+// Pages: one is shown, arrow keys move between them, the address remembers it.
+const tabs = [...document.querySelectorAll("[role=tab]")];
+const drawn = new Set();
+function show(name) {
+  for (const tab of tabs) {
+    const mine = tab.getAttribute("aria-controls") === `page-${name}`;
+    tab.setAttribute("aria-selected", mine);
+    tab.tabIndex = mine ? 0 : -1;
+    $(tab.getAttribute("aria-controls")).hidden = !mine;
+  }
+  history.replaceState(null, "", `#${name}`);
+  if (!drawn.has(name)) { drawn.add(name); ({ graph: startGraph, memory: drawMemory, training: drawTraining, numerics: drawNumerics }[name] || (() => {}))(); }
+}
+tabs.forEach((tab, i) => {
+  tab.onclick = () => show(tab.getAttribute("aria-controls").slice(5));
+  tab.onkeydown = (event) => {
+    const move = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (!move) return;
+    const next = tabs[(i + move + tabs.length) % tabs.length];
+    next.focus(); next.click();
+  };
+});
+function theme(name) {
+  document.documentElement.dataset.theme = name;
+  if (window.cy) cy.style(graphStyle());
+  for (const [id, draw] of [["memory", drawMemory], ["training", drawTraining]]) if (drawn.has(id)) draw();
+}
+$("theme").onclick = () => theme(document.documentElement.dataset.theme === "dark" ? "light" : "dark");
+
+// Overview: the linears' bytes and all others, before and after.
+function bars() {
+  const sizes = data.sizes, most = Math.max(sizes.model_before, sizes.model_after) || 1;
+  for (const when of ["before", "after"]) {
+    const linears = sizes[`linears_${when}`], rest = sizes[`model_${when}`] - linears;
+    const track = el("div", { className: "track" });
+    for (const [name, amount, color] of [["linears", linears, COLORS[0]], ["other", rest, COLORS[5]]]) {
+      const part = el("div", { title: `${name}: ${human(amount)}`, textContent: `${name} ${human(amount)}` });
+      part.style.cssText = `width:${100 * amount / most}%;background:${color}`;
+      track.append(part);
+    }
+    $("bars").append(el("div", { className: "bar" }, el("span", { textContent: `${when}: ${human(sizes[`model_${when}`], "B", 1)}` }), track));
+  }
+}
+
+// Graph: modules of a stage, equal layers as one.
+let byId = {}, current = null;
+const graphStyle = () => [
+  { selector: "node", style: { label: "data(label)", shape: "round-rectangle", width: 250, height: 40, "font-size": 12, color: css("--fg"), "text-valign": "center", "text-wrap": "ellipsis", "text-max-width": 236, "background-color": css("--bg"), "border-width": 1, "border-color": css("--dim") } },
+  { selector: "node[?product]", style: { "border-color": css("--accent"), "border-width": 2.5 } },
+  { selector: "edge", style: { width: 1.4, "line-color": css("--dim"), "target-arrow-color": css("--dim"), opacity: 0.6, "target-arrow-shape": "triangle", "curve-style": "bezier" } },
+  { selector: ".match", style: { "background-color": "#f6c945", color: "#1b1500" } },
+  { selector: ":selected", style: { "background-color": css("--accent"), color: "#fff" } },
+];
+function startGraph() {
+  const names = Object.keys(data.stages), last = names.filter((n) => n !== "forward" && n !== "backward").pop();
+  for (const name of names) $("stage").append(el("option", { value: name, textContent: name, selected: name === last }));
+  window.cy = cytoscape({ container: $("canvas"), wheelSensitivity: 0.25, style: graphStyle(), elements: [] });
+  cy.on("tap", "node", (event) => pick(event.target.id()));
+  $("stage").onchange = () => { $("search").value = ""; drawStage(); };
+  $("search").oninput = search;
+  $("search").onkeydown = (event) => { if (event.key === "Enter" && cy.$(".match").length) pick(cy.$(".match")[0].id()); };
+  $("fit").onclick = () => cy.fit(undefined, 30);
+  drawStage();
+}
+// `model.layers.0…29 ×30.mlp.down_proj` -> `mlp.down_proj ×30`: the end of a name tells the boxes apart.
+function shortened(id) {
+  const short = id.replace(/^.*?\d+(?:…\d+ (×\d+))?\.(.+)$/, (_, times, rest) => (times ? `${rest} ${times}` : id));
+  return short.length > 38 ? `…${short.slice(-37)}` : short;
+}
+function drawStage() {
+  const stage = data.stages[$("stage").value];
+  byId = Object.fromEntries(stage.nodes.map((node) => [node.id, node]));
+  current = null;
+  cy.elements().remove();
+  cy.add(stage.nodes.map((node) => ({ data: { id: node.id, label: shortened(node.id), product: node.flops > 0 } })));
+  cy.add(stage.edges.map(([source, target]) => ({ data: { source, target } })));
+  cy.layout({ name: "dagre", nodeSep: 24, rankSep: 34, animate: false }).run();
+  if (cy.zoom() < 0.35 && stage.nodes.length) { cy.zoom(0.5); cy.pan({ x: cy.width() / 2 - 0.5 * cy.nodes()[0].position("x"), y: 40 }); }
+  $("picked").textContent = "Blocks";
+  $("details").replaceChildren(el("p", { className: "note", textContent: `${stage.nodes.length} blocks; pick one here or in the drawing.` }));
+  list(stage.nodes);
+}
+function list(nodes) {
+  $("blocks").replaceChildren(...nodes.map((node) => {
+    const button = el("button", { textContent: node.id, onclick: () => pick(node.id) });
+    button.setAttribute("aria-current", node.id === current);
+    return el("li", {}, button);
+  }));
+}
+// `layers.17.mlp` is found in the block `layers.0…29 ×30.mlp`, which holds the ops of its first layer.
+function texts(node) {
+  return [node.id, node.module, ...Object.keys(node.targets), ...node.members.flatMap((m) => [m[0], m[9]])].join("\n").toLowerCase();
+}
+function matches(node, query) {
+  if (texts(node).includes(query)) return true;
+  const range = node.id.match(/(\d+)…(\d+)/), number = query.match(/(^|\.)(\d+)(?=\.|$)/);
+  if (!range || !number || +number[2] < +range[1] || +number[2] > +range[2]) return false;
+  return texts(node).includes(query.replace(number[0], number[1] + range[1]));
+}
+function search() {
+  const query = $("search").value.trim().toLowerCase();
+  cy.elements().removeClass("match");
+  const nodes = data.stages[$("stage").value].nodes.filter((node) => !query || matches(node, query));
+  if (query) for (const node of nodes) cy.getElementById(node.id).addClass("match");
+  $("found").textContent = query ? `${nodes.length} found` : "";
+  list(nodes);
+}
+function pick(id) {
+  current = id;
+  const node = byId[id];
+  cy.elements().unselect();
+  cy.getElementById(id).select();
+  cy.animate({ center: { eles: cy.getElementById(id) }, duration: 150 });
+  $("picked").textContent = id;
+  const box = $("details");
+  box.replaceChildren(el("dl", {},
+    el("dt", { textContent: "ops" }), el("dd", { textContent: node.ops }),
+    el("dt", { textContent: "values" }), el("dd", { textContent: human(node.bytes) }),
+    el("dt", { textContent: "work" }), el("dd", { textContent: human(node.flops, "FLOP") })));
+  box.append(changes(node));
+  for (const name of [...new Set(node.members.map((m) => m[6]).filter(Boolean))]) box.append(kernelOf(name));
+  for (const [name, target, shape, dtype, bytes, flops, kernel, made, source, sites] of node.members.slice(0, 60)) {
+    const lines = [[shape && `${dtype} ${shape}`, bytes && human(bytes), flops && human(flops, "FLOP")], [kernel && `kernel ${kernel}`, made && `made by ${made}`], [sites], [source]];
+    box.append(el("div", { className: "op" }, el("b", { textContent: target }), ` ${name}`,
+      ...lines.map((line) => line.filter(Boolean).join(" · ")).filter(Boolean).map((text) => el("div", { className: "note", textContent: text }))));
+  }
+  if (node.members.length > 60) box.append(el("p", { className: "note", textContent: `and ${node.members.length - 60} more ops` }));
+  for (const button of $("blocks").querySelectorAll("button")) button.setAttribute("aria-current", button.textContent === id);
+  box.parentElement.scrollTop = 0;
+}
+function changes(node) {
+  const before = (data.stages.input.nodes.find((other) => other.id === node.id) || { targets: {} }).targets;
+  const keys = [...new Set([...Object.keys(before), ...Object.keys(node.targets)])];
+  const rows = keys.map((key) => [key, (node.targets[key] || 0) - (before[key] || 0)]).filter(([, n]) => n);
+  const stage = $("stage").value;
+  if (!rows.length || ["input", "forward", "backward"].includes(stage)) return el("p", { className: "note", textContent: stage === "input" ? "" : "as in the input graph" });
+  return el("div", {}, el("p", { className: "note", textContent: "against the input graph:" }),
+    ...rows.map(([key, n]) => el("div", { className: n < 0 ? "gone" : "came", textContent: `${n < 0 ? "−" : "+"} ${key} ×${Math.abs(n)}` })));
+}
+function kernelOf(name) {
+  const article = name.split(" ").map((part) => $(`kernel-${part}`)).find(Boolean);
+  const summary = el("summary", { textContent: `kernel: ${name}` });
+  const details = el("details", { className: "kernel" }, summary);
+  details.append(article ? article.querySelector(".source").cloneNode(true) : el("p", { className: "note", textContent: "the library's own: no source here" }));
+  return details;
+}
+
+// Charts.
+const axis = () => ({ stroke: css("--fg"), grid: { stroke: css("--line"), width: 1 }, ticks: { stroke: css("--line") } });
+const wide = () => Math.max(600, document.querySelector("main").clientWidth - 60);
+function drawMemory() {
+  const memory = data.memory;
+  $("memory-chart").replaceChildren();
+  if (!memory) { $("peak").textContent = "Only a traced report knows this: qlora_compile.trace(...), or `qlora-compile inspect MODEL --format html --out FILE`."; return; }
+  $("peak").textContent = `peak ${human(memory.peak)} (${memory.peak} bytes)`;
+  const order = Object.keys(memory.kinds), sums = new Array(memory.event.length).fill(0);
+  const stacked = order.map((kind) => memory.kinds[kind].map((v, i) => (sums[i] += v)));
+  const series = [{ label: "event" }, ...order.map((_, k) => order.length - 1 - k).map((k) => ({
+    label: order[k], stroke: COLORS[k % COLORS.length], fill: `${COLORS[k % COLORS.length]}cc`, width: 1, paths: uPlot.paths.stepped({ align: 1 }),
+    value: (u, v, s, i) => (i == null ? "" : human(memory.kinds[order[k]][i])), points: { show: false },
+  }))];
+  const values = (u, ticks) => ticks.map((v) => human(v, "B", 1));
+  window.memoryChart = new uPlot({
+    width: wide(), height: 430, series, scales: { x: { time: false }, y: { range: (u, lo, hi) => [0, hi * 1.05 || 1] } },
+    axes: [{ ...axis(), label: "executed nodes: forward, then backward" }, { ...axis(), size: 84, values }], legend: { live: true },
+    hooks: { setCursor: [(u) => hover(u.cursor.idx)] },
+  }, [memory.event, ...stacked.slice().reverse()], $("memory-chart"));
+}
+function hover(index) {
+  if (index == null || !data.memory.events[index]) return;
+  const [phase, target, module] = data.memory.events[index];
+  $("memory-hover").replaceChildren(el("div", { textContent: `${phase}: ${target} in ${module || "the model"}` }),
+    ...data.memory.tops[index].map(([name, owner, bytes]) => el("div", { textContent: `${human(bytes)} ${name} (${owner || "the model"})` })));
+}
+function drawTraining() {
+  const body = $("training-body"), names = Object.keys(data.runs);
+  body.replaceChildren();
+  if (!names.length) { body.append(el("p", { textContent: "No run was given: to_html(path, runs=[folder]), or inspect --run FOLDER." })); return; }
+  for (const [key, title] of [["loss", "Loss"], ["tokens_per_s", "Tokens/s"], ["memory_bytes", "Memory"], ["grad_norm", "Gradient norm"]]) {
+    const steps = [...new Set(names.flatMap((name) => data.runs[name].map((line) => line.step)))].sort((a, b) => a - b);
+    const columns = names.map((name) => { const at = new Map(data.runs[name].map((line) => [line.step, line[key]])); return steps.map((s) => at.get(s) ?? null); });
+    const holder = el("div");
+    body.append(el("h2", { textContent: title }), holder);
+    const values = (u, ticks) => ticks.map((v) => (key === "memory_bytes" ? human(v, "B", 1) : v));
+    new uPlot({ width: wide(), height: 240, scales: { x: { time: false } }, axes: [axis(), { ...axis(), size: 84, values }],
+      series: [{ label: "step" }, ...names.map((name, i) => ({ label: name, stroke: COLORS[i % COLORS.length], width: 2 }))] }, [steps, ...columns], holder);
+  }
+}
+function drawNumerics() {
+  const body = $("numerics-body"), rows = data.numerics;
+  if (!rows.length) { body.append(el("p", { textContent: "Not measured, as it needs the weights: qlora-compile inspect MODEL --numerics --format html --out FILE." })); return; }
+  const most = Math.max(...rows.map((row) => row.error));
+  const table = el("table", {}, el("thead", {}, el("tr", {}, ...["layer", "relative error", "", "kept dense"].map((text) => el("th", { textContent: text })))));
+  for (const row of rows.slice().sort((a, b) => b.error - a.error)) {
+    const bar = el("div"); bar.style.cssText = `height:12px;border-radius:3px;background:${COLORS[0]};width:${100 * row.error / most}%`;
+    const cell = el("td", {}, bar); cell.style.width = "45%";
+    table.append(el("tr", {}, el("td", {}, el("code", { textContent: row.name })), el("td", { className: "n", textContent: row.error.toFixed(5) }), cell, el("td", { textContent: row.dense ? "suggested" : "" })));
+  }
+  body.append(el("h2", { textContent: "Quantization error by layer, worst first" }), table);
+}
+bars();
+theme(window.matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+show(["graph", "kernels", "memory", "numerics", "training"].includes(location.hash.slice(1)) ? location.hash.slice(1) : "overview");

@@ -1,0 +1,178 @@
+"""The report as one HTML file, in a real headless Chromium driven over the WebDriver protocol."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import qlora_compile as qc
+from qlora_compile.errors import CheckpointError, OutputError
+from qlora_compile.report import CompileReport
+from qlora_compile.web.page import memory_data
+
+FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+FLAGS += " --disable-component-update --disable-sync --window-size=1920,1080"
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+
+
+class Browser:
+    """The few WebDriver commands that these tests need."""
+
+    def __init__(self, port: int, profile: Path) -> None:
+        self.base = f"http://127.0.0.1:{port}"
+        flags = [*FLAGS.split(), f"--user-data-dir={profile}"]
+        options = {"goog:chromeOptions": {"binary": BROWSER, "args": flags}, "goog:loggingPrefs": {"browser": "ALL"}}
+        session = self("POST", "/session", {"capabilities": {"alwaysMatch": options}})
+        self.base += f"/session/{session['sessionId']}"
+
+    def __call__(self, method: str, path: str, body: Any = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.base + path, data, {"Content-Type": "application/json"}, method=method)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)["value"]
+
+    def open(self, url: str) -> None:
+        self("POST", "/url", {"url": "about:blank"})
+        self("POST", "/url", {"url": url})
+
+    def run(self, script: str) -> Any:
+        """The value of a JavaScript expression."""
+        return self("POST", "/execute/sync", {"script": f"return {script}", "args": []})
+
+    def press(self, key: str) -> None:
+        steps = [{"type": "keyDown", "value": key}, {"type": "keyUp", "value": key}]
+        self("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": steps}]})
+
+    def errors(self) -> list[str]:
+        return [
+            entry["message"] for entry in self("POST", "/se/log", {"type": "browser"}) if entry["level"] == "SEVERE"
+        ]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if not BROWSER or not DRIVER:
+        pytest.skip("needs Chromium and its driver (Debian: apt install chromium chromium-driver)")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen([DRIVER, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(100):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/status", timeout=5)
+                break
+            except (urllib.error.URLError, ConnectionError):
+                time.sleep(0.1)
+        opened = Browser(port, tmp_path_factory.mktemp("profile"))
+        yield opened
+        opened("DELETE", "")
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def report() -> CompileReport:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=48, intermediate_size=80, num_hidden_layers=32, num_attention_heads=3, num_key_value_heads=1,
+        vocab_size=211, use_cache=False, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).train()
+    tokens = torch.zeros(2, 24, dtype=torch.long)
+    return qc.trace(model, {"input_ids": tokens, "labels": tokens}, {"r": 3, "block_size": 32})
+
+
+@pytest.fixture(scope="module")
+def page(report: CompileReport, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("page")
+    for name in ("first", "second"):
+        (folder / name).mkdir()
+        lines = [
+            {"event": "step", "step": i, "loss": 3 / i, "tokens_per_s": 50, "memory_bytes": 10**9} for i in (1, 2, 3)
+        ]
+        (folder / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return report.to_html(folder / "report.html", runs=[folder / "first", folder / "second"]).as_uri()
+
+
+def test_every_page_opens_without_an_error(browser: Browser, page: str, report: CompileReport) -> None:
+    for name in ("overview", "graph", "kernels", "memory", "numerics", "training"):
+        browser.open(f"{page}#{name}")
+        assert browser.run(f"document.getElementById('page-{name}').offsetHeight") > 20
+        assert browser.errors() == [], name
+    assert browser.run("performance.getEntriesByType('resource').length") == 0  # one file, nothing fetched
+    assert browser.run("document.querySelectorAll('#page-training canvas').length") == 4
+    text = browser.run("document.getElementById('page-overview').textContent")
+    assert all(p.name in text for p in report.passes) and "layers.0…31 ×32" in text
+
+
+def test_search_finds_and_a_click_shows_the_kernel(browser: Browser, page: str, report: CompileReport) -> None:
+    browser.open(f"{page}#graph")
+    assert browser.run("cy.nodes().length") < 40  # 32 layers as one
+    search = "(q => { const s = document.getElementById('search'); s.value = q; s.dispatchEvent(new Event('input')); })"
+    browser.run(f"{search}('layers.17.mlp.down_proj')")
+    assert browser.run("cy.$('.match').map(n => n.id())") == ["model.layers.0…31 ×32.mlp.down_proj"]
+    browser.run("(cy.$('.match')[0].emit('tap'), 1)")
+    details = browser.run("document.getElementById('details').textContent")
+    assert "qlora.lora_linear" in details and "modeling_llama" not in details.split("qlora.lora_linear")[0]
+    assert "− linear ×32" in details and "+ qlora.lora_linear ×32" in details  # what the passes made of it
+    assert re.search(r"kernel: ", details)
+    if "dequantize_4bit" in report.kernels:
+        assert browser.run("document.querySelector('#details details.kernel .source').textContent").count("qlora") > 0
+    browser.run(f"{search}('no such thing')")
+    assert browser.run("document.getElementById('found').textContent") == "0 found"
+
+
+def test_the_memory_chart_has_the_plans_peak(browser: Browser, page: str, report: CompileReport) -> None:
+    browser.open(f"{page}#memory")
+    top = browser.run("Math.max(...memoryChart.data[1])")
+    assert top == report.plan.peak().bytes  # type: ignore[union-attr]
+    data = memory_data(report.plan)  # type: ignore[arg-type]
+    assert max(map(sum, zip(*data["kinds"].values()))) == top
+    browser.run("(hover(data.memory.event.length / 2 | 0), 1)")
+    assert "B " in browser.run("document.getElementById('memory-hover').textContent")
+
+
+def test_keyboard_and_both_themes(browser: Browser, page: str) -> None:
+    browser.open(page)
+    browser.run("document.getElementById('tab-overview').focus()")
+    browser.press("\ue014")  # right arrow
+    assert browser.run("document.activeElement.id") == "tab-graph"
+    assert browser.run("document.getElementById('page-graph').hidden") is False
+    first = browser.run("document.documentElement.dataset.theme")
+    colors = []
+    for _ in range(2):
+        colors.append(browser.run("getComputedStyle(document.body).backgroundColor"))
+        browser.run("document.getElementById('theme').click()")
+    assert browser.run("document.documentElement.dataset.theme") == first
+    assert colors[0] != colors[1]
+    for width in (1280, 1920):
+        browser("POST", "/window/rect", {"width": width, "height": 900})
+        assert browser.run("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_without_a_plan_and_what_cannot_be_written(tmp_path: Path, tiny_llama: Callable[..., nn.Module]) -> None:
+    explained = qc.explain(qc.prepare(tiny_llama(), {"r": 3}))
+    text = explained.to_html(tmp_path / "sub" / "r.html").read_text()
+    assert "Only a traced report knows this" in text and "http://" not in text.split("<script>")[0]
+    with pytest.raises(OutputError, match="cannot be written"):
+        explained.to_html(tmp_path / "sub" / "r.html" / "x.html")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        explained.to_html(tmp_path / "r.html", runs=[tmp_path / "no-run"])
