@@ -60,7 +60,7 @@ def test_folded_is_the_same_as_every_layer_traced(tiny_llama: Callable[..., nn.M
     courses = [
         [amount for event, amount in zip(r.plan.events, r.plan.timeline()) if event.allocates] for r in (folded, full)
     ]
-    one_state = 2 * 24 * 48 * 2  # a hidden state may end one node sooner or later where a layer meets the next
+    one_state = 2 * 24 * (48 + 2) * 2  # a hidden state and its norm may end one node sooner or later between two layers
     assert len(courses[0]) == len(courses[1])
     assert max(abs(ours - theirs) for ours, theirs in zip(*courses)) <= one_state
 
