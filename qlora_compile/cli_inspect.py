@@ -34,6 +34,10 @@ def inspect(
     quant_type: Annotated[str, typer.Option(help="nf4 or fp4.")] = "nf4",
     block_size: Annotated[int, typer.Option(help="Weights per scale, 32 to 4096.")] = 64,
     double_quant: Annotated[bool, typer.Option(help="Quantize the scales too.")] = True,
+    numerics: Annotated[
+        bool, typer.Option(help="Load the weights and measure each layer's quantization error.")
+    ] = False,
+    bits: Annotated[float | None, typer.Option(help="With --numerics: bits a weight; who should stay dense?")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole report as one JSON object.")] = False,
 ) -> None:
     """Show what the compiler does to a model: passes, each linear layer, bytes, the graph at every stage.
@@ -57,15 +61,59 @@ def inspect(
         block_size=block_size,
         double_quant=double_quant,
     )
+    if bits is not None and not numerics:
+        raise ConfigError("--bits is for --numerics.")
     report = config_report(given, config, batch, seq_len)
+    formats = measured(report, given, config, bits) if numerics else []
     if as_json:
         print_json(report.to_dict())
         return
     if format_ == "html" and out is not None:
         report.to_html(out, run or ())
         return
+    if numerics and format_ == "text":
+        _deliver(_numerics_text(report, formats), out)
+        return
     text = rendered(report, format_, stage, diff, module, wide=out is not None or not sys.stdout.isatty())
     _deliver(text, out)
+
+
+def measured(report: CompileReport, path: Path, config: Any, bits: float | None) -> list[Any]:
+    """Load the weights, put each layer's error into the report, and return the comparison of formats."""
+    from .numerics import measure
+    from .runtime.models import load_weights
+
+    report.numerics, formats = measure(load_weights(path, config.compute_dtype), config, bits)
+    return formats
+
+
+def _numerics_text(report: CompileReport, formats: list[Any]) -> str:
+    import io
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from .numerics import worst
+
+    console = Console(file=(stream := io.StringIO()), width=120)
+    table = Table(title="relative error of all target weights together, by format", title_justify="left")
+    for column in ("type", "block", "double quantization", "bits", "error"):
+        table.add_column(column)
+    for v in formats:
+        table.add_row(
+            v.quant_type, str(v.block_size), "yes" if v.double_quant else "no", f"{v.bits:.3f}", f"{v.error:.5f}"
+        )
+    console.print(table)
+    layers = Table(title=f"worst layers in {report.config.quant_type}/{report.config.block_size}", title_justify="left")
+    for column in ("layer", "error"):
+        layers.add_column(column)
+    for each in worst(report.numerics):
+        layers.add_row(each.name, f"{each.error:.5f}")
+    console.print(layers)
+    dense = [each.name for each in report.numerics if each.dense]
+    if dense:
+        console.print(f"keep dense within the budget: {', '.join(dense)}", soft_wrap=True)
+    return stream.getvalue()
 
 
 def model_argument(path: Path | None, model: Path | None) -> Path:

@@ -88,6 +88,7 @@ class CompileReport:
             "kernels": dict(self.kernels),
             "stages": list(self.stages),
             "graphs": self.graphs,
+            "numerics": [asdict(layer) for layer in self.numerics],
         }
 
     def to_networkx(self, pass_name: str) -> Any:
