@@ -11,10 +11,11 @@ from pathlib import Path
 import networkx as nx
 import pytest
 
+import qlora_compile as qc
 from qlora_compile import cli
-from qlora_compile.passes import PIPELINE
-
-STAGES = ["input", *(p.__name__ for p in PIPELINE), "forward", "backward"]
+from qlora_compile.cli_inspect import config_report, rendered
+from qlora_compile.errors import UnknownOptionError
+from qlora_compile.report import CompileReport
 
 
 @pytest.fixture(scope="module")
@@ -27,29 +28,37 @@ def config_file(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     return path
 
 
+@pytest.fixture(scope="module")
+def report(config_file: Path) -> CompileReport:
+    """One trace for all that only renders it."""
+    return config_report(config_file, qc.QLoRAConfig(r=3), 1, 24)
+
+
 def _run(capsys: pytest.CaptureFixture[str], *line: object) -> str:
     assert cli.main(["inspect", *map(str, line), "--seq-len", "24", "--r", "3"]) == 0, capsys.readouterr().err
     return capsys.readouterr().out
 
 
-def test_a_config_alone_as_text_and_as_stages(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_config_alone_as_text_and_as_stages(
+    report: CompileReport, config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = _run(capsys, config_file)
     assert "model.layers.0…5 ×6" in text and "traced 3 of 6 layers of model.layers" in text
     assert "q_proj + k_proj + v_proj" in text and "one training step" in text
-    diff = _run(capsys, config_file, "--diff", "input", "group_linears")
+    diff = rendered(report, "text", None, ("input", "group_linears"), None, wide=True)
     (row,) = [line for line in diff.splitlines() if "model.layers.*.mlp.gate_proj" in line]
     assert "- linear ×6" in row and "+ qlora.lora_linear ×6" in diff
     assert len(diff.splitlines()) < 60  # by module, not by node
-    stage = _run(capsys, config_file, "--stage", "backward", "--module", "mlp")
+    stage = rendered(report, "text", "backward", None, "mlp", wide=True)
     assert "model.layers.0…5 ×6.mlp" in stage and "self_attn" not in stage
 
 
-def test_formats(config_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_formats(report: CompileReport, config_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "graphs" / "g"
-    found = {}
-    for kind in ("graphml", "dot", "json", "svg", "python"):
-        assert _run(capsys, config_file, "--stage", "group_linears", "--format", kind, "--out", out) == ""
-        found[kind] = out.read_text()
+    assert _run(capsys, config_file, "--stage", "group_linears", "--format", "svg", "--out", out) == ""
+    kinds = ("graphml", "dot", "json", "svg", "python")
+    found = {kind: rendered(report, kind, "group_linears", None, None, wide=True) for kind in kinds}
+    assert out.read_text() == found["svg"]
     graph = nx.parse_graphml(found["graphml"])
     assert nx.is_directed_acyclic_graph(graph)
     ops = [fields for _, fields in graph.nodes(data=True) if fields["target"] == "qlora.lora_linear"]
@@ -64,12 +73,27 @@ def test_formats(config_file: Path, capsys: pytest.CaptureFixture[str], tmp_path
 
 
 @pytest.mark.parametrize(
+    ("stage", "diff", "module", "words"),
+    [
+        ("group_linear", None, None, "Unknown stage 'group_linear': did you mean 'group_linears'?"),
+        (None, ("input", "fuse_lora"), None, "Unknown stage 'fuse_lora': did you mean 'fuse_lora_linear'?"),
+        ("input", None, "model.layers.1.mpl", "Unknown module 'model.layers.1.mpl': did you mean"),
+        (None, None, "model.layers.1.mpl", "Unknown module 'model.layers.1.mpl': did you mean"),
+    ],
+)
+def test_unknown_names_name_the_nearest(
+    report: CompileReport, stage: str | None, diff: tuple[str, str] | None, module: str | None, words: str
+) -> None:
+    with pytest.raises(UnknownOptionError) as error:
+        rendered(report, "text", stage, diff, module, wide=True)
+    assert words in str(error.value) and error.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--stage group_linear", "Unknown stage 'group_linear': did you mean 'group_linears'?"),
-        ("--diff input fuse_lora", "Unknown stage 'fuse_lora': did you mean 'fuse_lora_linear'?"),
-        ("--stage input --module model.layers.1.mpl", "Unknown module 'model.layers.1.mpl': did you mean"),
         ("--format svgg", "Unknown format 'svgg': did you mean 'svg'?"),
+        ("--format html", "--format html needs --out FILE."),
         ("--model other", "Name one model"),
         ("--batch 0", "--batch must be at least 1, got 0."),
     ],

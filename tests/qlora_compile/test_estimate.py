@@ -42,11 +42,8 @@ def test_optimizers_and_phases(tiny_llama: Callable[..., nn.Module]) -> None:
     sheet = devices()["L4"]
     plan = estimator.plan.at(2, 40)
     least = max(most.flops / sheet["bf16_flops"], plan.traffic() / sheet["bytes_per_s"])
-    assert (
-        least
-        <= roofline_seconds(plan, "L4")
-        <= most.flops / sheet["bf16_flops"] + plan.traffic() / sheet["bytes_per_s"]
-    )
+    most_seconds = most.flops / sheet["bf16_flops"] + plan.traffic() / sheet["bytes_per_s"]
+    assert least * 0.999 <= roofline_seconds(plan, "L4") <= most_seconds * 1.001  # sums of thousands of terms
     small = estimator(8, 256, int(estimator.peak_at(8, 256) * 0.8))
     assert small.fits is False and small.budget in (0.75, 0.5, 0.25)  # recomputing saves more than a fifth here
 
