@@ -78,12 +78,9 @@ class Estimator:
 
     @functools.cached_property
     def plan(self) -> MemoryPlan:
-        return self.plan_with(self.config.activation_budget)
-
-    def plan_with(self, budget: float) -> MemoryPlan:
-        """The plan under an activation budget (below 1 the compiler may treat equal layers differently: approximate)."""
+        """The plan of keeping everything. What a budget leaves of the saved activations is its fraction by definition."""
         tokens = torch.zeros(SYMBOLS.batch, SYMBOLS.seq, dtype=torch.long, device="meta")
-        config = dataclasses.replace(self.config, activation_budget=budget)
+        config = dataclasses.replace(self.config, activation_budget=1.0)
         plan = trace(self.model, {"input_ids": tokens, "labels": tokens}, config, symbols=SYMBOLS).plan
         if plan is None:
             raise ModelStateError(
@@ -100,22 +97,22 @@ class Estimator:
         device, host = OPTIMIZERS[self.optimizer]
         return device * count, host * count
 
-    def peaks(self, plan: MemoryPlan) -> dict[str, Peak]:
+    def peaks(self, plan: MemoryPlan, budget: float | None = None) -> dict[str, Peak]:
         """By phase, after the first step: the optimizer's state is there all the time, gradients from the backward on."""
         state, _ = self.state_bytes(plan)
         found = {}
         for phase in ("forward", "backward"):
             peak = plan.peak(phase)
-            found[phase] = _with(peak, optimizer=state)
+            saved = int(peak.by_kind.get("saved", 0) * (self.config.activation_budget if budget is None else budget))
+            found[phase] = _with(peak, optimizer=state, saved=saved)
         trainable = self.trainable_bytes(plan)
         # an update of one tensor at a time: its denominator and its step, of the largest adapter
         resident = plan.resident_bytes() | {"gradients": trainable, "optimizer": state}
         found["optimizer"] = Peak(sum(resident.values()), 0, {k: v for k, v in resident.items() if v})
         return found
 
-    def peak_at(self, batch: int, seq_len: int, plan: MemoryPlan | None = None) -> int:
-        at = (plan or self.plan).at(batch, seq_len)
-        return max(peak.bytes for peak in self.peaks(at).values())
+    def peak_at(self, batch: int, seq_len: int, budget: float | None = None) -> int:
+        return max(peak.bytes for peak in self.peaks(self.plan.at(batch, seq_len), budget).values())
 
     def __call__(self, batch: int, seq_len: int, memory: int | None = None, device: str | None = None) -> Estimate:
         """The estimate; with `memory` what is the most that fits, with `device` a time from its data sheet."""
@@ -140,7 +137,7 @@ class Estimator:
         for budget in BUDGETS:
             if budget >= self.config.activation_budget:
                 continue
-            if self.peak_at(batch, seq_len, self.plan_with(budget)) <= memory:
+            if self.peak_at(batch, seq_len, budget) <= memory:
                 return budget
         return None
 

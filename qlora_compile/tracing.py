@@ -64,7 +64,8 @@ def trace(
         raise ModelStateError(f"trace needs an nn.Module, got {type(model).__name__}.")
     work = meta_copy(model)
     arguments = tree_map(_on_meta, call_arguments(model, example_inputs))
-    repeats = _repeats(work, config) if fold and prepared_state(work) is None else []
+    alike = config.activation_budget == 1 and prepared_state(work) is None  # a budget may recompute some layers only
+    repeats = _repeats(work, config) if fold and alike else []
     fold_layers(work, repeats)
     fewer = [_with_two_units(work, repeat) for repeat in repeats]
     traced = _run(work, arguments, config)
