@@ -20,6 +20,7 @@ from .modules import prepared_config, prepared_state
 from .pass_manager import Pass, PassContext, run_passes
 from .passes import PIPELINE
 from .preparation import require_targets
+from .regions import CACHEABLE
 from .report import CompileReport
 from .state import (
     ModelEdits,
@@ -201,7 +202,9 @@ def _lowering(config: QLoRAConfig) -> Lowering:
             if config.lowering == "inductor":
                 from torch._inductor.compile_fx import compile_fx
 
-                return compile_fx(gm, inputs)
+                known = torch._inductor.config.unsafe_marked_cacheable_functions
+                with torch._inductor.config.patch(unsafe_marked_cacheable_functions=known | CACHEABLE):
+                    return compile_fx(gm, inputs)
             if config.lowering == "aot_eager":
                 from torch._dynamo.backends.debugging import aot_eager
 

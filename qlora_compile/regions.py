@@ -1,0 +1,42 @@
+"""`call_region`: what an outlined graph calls for each of its equal regions.
+
+Running for real it calls the subgraph. Traced by AOTAutograd it becomes `torch.ops.higher_order.invoke_subgraph`, which
+traces, partitions and lowers a subgraph once for all calls of one identifier, forward and backward. torch looks at
+nothing but the identifier, so it must name everything that a trace depends on: a subgraph traced for an input that needs
+no gradient would silently give none to the next caller, and one lowered for other strides would read the wrong elements.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._guards import detect_fake_mode
+
+# AOTAutograd's cache keeps no graph with a function that it does not know: this one is safe, its arguments say it all.
+CACHEABLE = {"qlora_compile.regions.call_region": "1"}
+
+
+def call_region(subgraph: fx.GraphModule, name: str, *operands: Any) -> tuple[Tensor, ...]:
+    """`subgraph(*operands)`, compiled once for all calls with this name and operands of the same kind."""
+    if detect_fake_mode(operands) is None:
+        return tuple(subgraph(*operands))
+    return tuple(torch.ops.higher_order.invoke_subgraph(subgraph, f"{name}_{_kind(operands)}", *operands))
+
+
+def _kind(operands: tuple[Any, ...]) -> str:
+    """What tracing can see of the operands, and the modes around the call, as a short digest; equal in every process."""
+    first: dict[int, int] = {}
+    facts: list[Any] = [torch.is_grad_enabled()]
+    devices = sorted({operand.device.type for operand in operands if isinstance(operand, Tensor)})
+    facts += [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
+    for index, operand in enumerate(operands):
+        if isinstance(operand, Tensor):
+            same = first.setdefault(id(operand), index)  # one tensor given twice is traced as one
+            layout = (str(tuple(operand.shape)), str(operand.stride()), operand.dtype, operand.device)
+            facts.append((*layout, operand.requires_grad, same))
+        else:
+            facts.append(str(operand))
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
