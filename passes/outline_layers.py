@@ -25,7 +25,7 @@ from ..regions import call_region
 from .repeats import Run, best_run, cuts, inputs_of, sequence, tokenize
 
 _OP = torch.ops.qlora.lora_linear.default
-_MIN_SAVED = 60  # nodes, about one layer of a decoder: "auto" leaves smaller graphs as they are
+_MIN_SAVED = 60  # nodes, about one layer of a decoder: the report leaves out what would save less
 _TRIES = 8  # places to cut that are tried
 
 
@@ -44,21 +44,20 @@ def outline_layers(gm: fx.GraphModule, ctx: PassContext) -> int:
         start, copies = _copies(run, nodes, ctx)
         stop = start + len(copies) * run.period if copies else run.stop
         stretches += [(low, start), (stop, high)]
-        if copies and _worth(copies, ctx):
+        if copies and _wanted(copies, len(nodes), ctx):
             found.append((start, copies))
     for _, copies in sorted(found, key=lambda one: one[0]):
         _outline(gm, copies)
     return sum(len(copies) for _, copies in found)
 
 
-def _worth(copies: list[list[fx.Node]], ctx: PassContext) -> bool:
-    """Whether to outline them: always if the user says so, else where something is compiled and enough is saved."""
+def _wanted(copies: list[list[fx.Node]], total: int, ctx: PassContext) -> bool:
+    """Whether the user asks for it. "auto" leaves the graph flat and reports what outlining would save."""
     saved = (len(copies) - 1) * len(copies[0])
-    if ctx.config.outline_layers is True:
-        return True
-    if saved >= _MIN_SAVED and ctx.config.lowering == "eager":
-        ctx.decline(_name(copies), f"{len(copies)} equal regions, but lowering='eager' compiles nothing")
-    return saved >= _MIN_SAVED and ctx.config.lowering != "eager"
+    if ctx.config.outline_layers == "auto" and saved >= _MIN_SAVED:
+        reason = f"outline_layers=True would compile {saved} of {total} nodes no more"
+        ctx.decline(_name(copies), f"{len(copies)} equal regions: {reason}")
+    return ctx.config.outline_layers is True
 
 
 def _copies(run: Run, nodes: Sequence[fx.Node], ctx: PassContext) -> tuple[int, list[list[fx.Node]]]:

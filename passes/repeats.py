@@ -40,6 +40,9 @@ class _Hole:
         return "%"
 
 
+_HOLE = _Hole()
+
+
 def sequence(graph: fx.Graph) -> list[fx.Node]:
     """The calls in order: what is neither an input nor an attribute."""
     return [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
@@ -54,9 +57,12 @@ def tokenize(nodes: Sequence[fx.Node]) -> list[int]:
 def inputs_of(node: fx.Node) -> tuple[str, list[fx.Node]]:
     """(the arguments as text, with "%" for each node, those nodes in order)."""
     refs: list[fx.Node] = []
-    hole: Any = _Hole()
-    text = repr(fx.node.map_arg((node.args, node.kwargs), lambda n: refs.append(n) or hole))
-    return text, refs
+
+    def note(ref: fx.Node) -> Any:
+        refs.append(ref)
+        return _HOLE
+
+    return repr(fx.node.map_arg((node.args, node.kwargs), note)), refs
 
 
 def _key(node: fx.Node) -> Any:

@@ -44,8 +44,8 @@ class QLoRAConfig:
     True and False force it. `quant_type`, `block_size` and `double_quant` are bitsandbytes' (arXiv 2305.14314).
 
     Compilation: products run in `compute_dtype`, adapters are stored in `adapter_dtype`. `activation_budget` is the
-    fraction of saved activations to keep (1.0 keeps all, lower recomputes). `outline_layers` compiles equal layers once
-    ("auto": where that saves time; False: every layer by itself; True: whatever repeats).
+    fraction of saved activations to keep (1.0 keeps all, lower recomputes). `outline_layers=True` compiles equal layers
+    once; "auto" compiles each by itself and lets the report say what True would save; False says nothing.
 
     Raises ConfigError (a value is out of range) or, from `from_options`, UnknownOptionError.
     """

@@ -4,6 +4,7 @@ Running for real it calls the subgraph. Traced by AOTAutograd it becomes `torch.
 traces, partitions and lowers a subgraph once for all calls of one identifier, forward and backward. torch looks at
 nothing but the identifier, so it must name everything that a trace depends on: a subgraph traced for an input that needs
 no gradient would silently give none to the next caller, and one lowered for other strides would read the wrong elements.
+Two more faults of torch 2.13 are kept out: `return_operands_directly` here, and `donated_buffer` in the backend.
 """
 
 from __future__ import annotations
@@ -24,6 +25,25 @@ def call_region(subgraph: fx.GraphModule, name: str, *operands: Any) -> tuple[Te
     if detect_fake_mode(operands) is None:
         return tuple(subgraph(*operands))
     return tuple(torch.ops.higher_order.invoke_subgraph(subgraph, f"{name}_{_kind(operands)}", *operands))
+
+
+def return_operands_directly(gm: fx.GraphModule) -> None:
+    """invoke_subgraph(..., x)[i], where that result is x itself -> x.
+
+    AOTAutograd lets a region return the operands that its backward needs. Inductor (torch 2.13) takes such a result for
+    memory of its own, and overwrites x after its last use elsewhere: the backward then reads something else.
+    """
+    invoke = torch.ops.higher_order.invoke_subgraph
+    for call in gm.graph.find_nodes(op="call_function", target=invoke):
+        subgraph = getattr(gm, str(call.args[0].target))
+        operands = dict(zip(subgraph.graph.find_nodes(op="placeholder"), call.args[2:], strict=True))
+        (output,) = subgraph.graph.find_nodes(op="output")
+        for item in list(call.users):
+            operand = operands.get(output.args[0][item.args[1]])
+            if operand is not None:
+                item.replace_all_uses_with(operand)
+                gm.graph.erase_node(item)
+    gm.recompile()
 
 
 def _kind(operands: tuple[Any, ...]) -> str:
