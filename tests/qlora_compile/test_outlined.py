@@ -273,6 +273,7 @@ def test_nothing_dense_is_saved_for_backward_and_no_more_than_flat() -> None:
     assert count[1] <= count[0] * 1.05
 
 
+@pytest.mark.slow
 def test_the_activation_budget_holds_inside_regions() -> None:
     """Each layer is partitioned by the same min-cut, so the fraction holds for it."""
     model = Stack(4)
