@@ -76,19 +76,20 @@ def speeches(years: range) -> str:
     return "\n\n".join(path.read_text(encoding="utf-8") for path in chosen)
 
 
-def load_peer(model_dir: str, rank: int, *, double_quant: bool = True) -> Any:
+def load_peer(model_dir: str, rank: int, *, double_quant: bool = True, dtype: Any = None, **changes: Any) -> Any:
     """bitsandbytes NF4 + PEFT on all linears but the head: the configuration that everything here is compared with."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    dtype = dtype or torch.bfloat16
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=dtype,
     )
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16, quantization_config=quantization)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, quantization_config=quantization, **changes)
     return get_peft_model(
         model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     )

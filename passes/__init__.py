@@ -10,6 +10,7 @@ from .group_linears import group_linears
 from .insert_adapters import insert_adapters
 from .match_lora import match_lora
 from .normalize_linear import normalize_linear
+from .outline_layers import outline_layers
 from .quantize_weights import quantize_weights
 
 PIPELINE = (
@@ -22,6 +23,8 @@ PIPELINE = (
     # one op: dequantize + product + adapters, then one op for all that share an input
     fuse_lora_linear,
     group_linears,
+    # equal layers -> one subgraph, compiled once
+    outline_layers,
 )
 
 __all__ = ["PIPELINE", *(p.__name__ for p in PIPELINE)]

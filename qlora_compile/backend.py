@@ -20,6 +20,7 @@ from .modules import prepared_config, prepared_state
 from .pass_manager import Pass, PassContext, run_passes
 from .passes import PIPELINE
 from .preparation import require_targets
+from .regions import CACHEABLE, call_region, return_operands_directly
 from .report import CompileReport
 from .state import (
     ModelEdits,
@@ -196,12 +197,24 @@ def _lowering(config: QLoRAConfig) -> Lowering:
     """Inductor, AOTAutograd alone, or the graph as it is; the activation budget holds for the partitioner."""
 
     def lower(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        budget = torch._functorch.config.patch(activation_memory_budget=config.activation_budget)
-        with budget if config.activation_budget < 1 else contextlib.nullcontext():
+        settings: dict[str, Any] = {}
+        if config.activation_budget < 1:
+            settings["activation_memory_budget"] = config.activation_budget
+        if any(node.target is call_region for node in gm.graph.nodes):
+            # Inductor takes the outer graph's list of inputs that may be overwritten for the subgraph's (torch 2.13,
+            # pytorch#192840), whose backward then destroys what another layer still needs
+            settings["donated_buffer"] = False
+        with torch._functorch.config.patch(settings) if settings else contextlib.nullcontext():
             if config.lowering == "inductor":
-                from torch._inductor.compile_fx import compile_fx
+                from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-                return compile_fx(gm, inputs)
+                def inner(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+                    return_operands_directly(gm)
+                    return compile_fx_inner(gm, inputs, **kwargs)
+
+                known = torch._inductor.config.unsafe_marked_cacheable_functions
+                with torch._inductor.config.patch(unsafe_marked_cacheable_functions=known | CACHEABLE):
+                    return compile_fx(gm, inputs, inner_compile=inner)
             if config.lowering == "aot_eager":
                 from torch._dynamo.backends.debugging import aot_eager
 

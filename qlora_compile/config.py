@@ -44,7 +44,8 @@ class QLoRAConfig:
     True and False force it. `quant_type`, `block_size` and `double_quant` are bitsandbytes' (arXiv 2305.14314).
 
     Compilation: products run in `compute_dtype`, adapters are stored in `adapter_dtype`. `activation_budget` is the
-    fraction of saved activations to keep (1.0 keeps all, lower recomputes).
+    fraction of saved activations to keep (1.0 keeps all, lower recomputes). `outline_layers=True` compiles equal layers
+    once; "auto" compiles each by itself and lets the report say what True would save; False says nothing.
 
     Raises ConfigError (a value is out of range) or, from `from_options`, UnknownOptionError.
     """
@@ -68,6 +69,7 @@ class QLoRAConfig:
     adapter_dtype: torch.dtype = torch.float32
     activation_budget: float = 1.0
     keep_logits: bool = True
+    outline_layers: bool | str = "auto"
     lowering: str = "inductor"
     dump_dir: str | None = None
 
@@ -121,6 +123,8 @@ class QLoRAConfig:
         _require(self.quant_type in CODE_BOOKS, "quant_type", self.quant_type, f"one of {', '.join(CODE_BOOKS)}")
         sizes = ", ".join(map(str, BLOCK_SIZES))
         _require(self.block_size in BLOCK_SIZES, "block_size", self.block_size, f"one of {sizes}")
+        ok = self.outline_layers in (True, False, "auto")
+        _require(ok, "outline_layers", self.outline_layers, "one of 'auto', True, False")
         for name in ("use_rslora", "double_quant", "keep_logits"):
             _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         if not self.keep_logits:

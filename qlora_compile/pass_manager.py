@@ -110,7 +110,7 @@ def run_passes(gm: fx.GraphModule, ctx: PassContext, pipeline: Sequence[Pass]) -
     result = PipelineResult([], {"input": snapshot(gm.graph)})
     _dump(ctx, 0, "input", gm)
     for number, run in enumerate(pipeline, start=1):
-        name, before = run.__name__, set(gm.graph.nodes)
+        name, before, size_before = run.__name__, set(gm.graph.nodes), _size(gm)
         ctx.declined = []
         start = time.perf_counter()
         try:
@@ -127,7 +127,7 @@ def run_passes(gm: fx.GraphModule, ctx: PassContext, pipeline: Sequence[Pass]) -
             raise PassError(f"Pass {name!r} failed: {type(error).__name__}: {summary}") from error
         ms = (time.perf_counter() - start) * 1e3
         result.stages[name] = snapshot(gm.graph)
-        result.passes.append(PassResult(name, rewrites, ms, tuple(ctx.declined), len(before), len(result.stages[name])))
+        result.passes.append(PassResult(name, rewrites, ms, tuple(ctx.declined), size_before, _size(gm)))
         _dump(ctx, number, name, gm)
     return result
 
@@ -149,11 +149,20 @@ def _eliminate_dead_code(graph: fx.Graph, keep: set[fx.Node]) -> None:
 
 
 def snapshot(graph: fx.Graph) -> tuple[NodeRecord, ...]:
-    """The graph as records: plain values, safe to keep."""
-    return tuple(_record(node) for node in graph.nodes)
+    """The graph as records: plain values, safe to keep. A call of an outlined region is followed by what it does."""
+    records = []
+    for node in graph.nodes:
+        records += [record(node), *node.meta.get("qlora_inside", ())]
+    return tuple(records)
 
 
-def _record(node: fx.Node) -> NodeRecord:
+def _size(gm: fx.GraphModule) -> int:
+    """Nodes to compile: those of the graph and, once each, of its subgraphs."""
+    return sum(len(module.graph.nodes) for module in gm.modules() if isinstance(module, fx.GraphModule))
+
+
+def record(node: fx.Node) -> NodeRecord:
+    """One node as plain values."""
     example = value(node) if "example_value" in node.meta else node.meta.get("val")  # AOTAutograd's graphs have "val"
     is_tensor = isinstance(example, torch.Tensor)
     return NodeRecord(

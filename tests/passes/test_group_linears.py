@@ -14,7 +14,7 @@ from qlora_compile.modules import adapter_parameters
 from qlora_compile.passes import PIPELINE, group_linears
 
 IN = 37
-BEFORE = PIPELINE[:-1]
+BEFORE = PIPELINE[: PIPELINE.index(group_linears)]
 
 
 class Attention(nn.Module):

@@ -70,6 +70,7 @@ NAMES = [
         ({"adapter_dtype": None}, "adapter_dtype must be one of"),
         ({"activation_budget": 1.01}, "activation_budget must be a fraction"),
         ({"activation_budget": -0.5}, "activation_budget must be a fraction"),
+        ({"outline_layers": "maybe"}, "outline_layers must be one of 'auto', True, False"),
         ({"lowering": "onnx"}, "lowering must be one of inductor"),
         ({"dump_dir": 3}, "dump_dir must be"),
         ({"rank_pattern": 3}, "rank_pattern must be"),
@@ -156,6 +157,7 @@ CONFIGS = st.builds(
     double_quant=st.booleans(),
     compute_dtype=st.sampled_from([*COMPUTE_DTYPES, *COMPUTE_DTYPES.values()]),
     activation_budget=st.floats(0, 1),
+    outline_layers=st.sampled_from(["auto", True, False]),
     lowering=st.sampled_from(["inductor", "aot_eager", "eager"]),
 )
 
