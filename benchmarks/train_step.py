@@ -7,7 +7,8 @@ the processes take turns, a few steps each, so a busy minute of the machine hits
 a turn, which finds the caches full of another process's data, is not counted. Reported: median step time, cold compile
 time (the first step), peak resident memory above what the imports take, and the ratio to bitsandbytes + PEFT.
 The floor is the same model, dense bf16 and frozen, with only the gradient of its embedding output computed: no adapter,
-no 4 bits. No contender can be below it, since each computes at least the same matrix products.
+no 4 bits. No contender can be below it, since each computes at least the same matrix products. "drop-in" is the model
+of "bitsandbytes" itself, with our backend in place of Inductor's.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 
 from common import load_ours, load_peer, resident_bytes, smollm2, write_results
 
-CONTENDERS = ("ours", "bitsandbytes", "floor")
+CONTENDERS = ("ours", "bitsandbytes", "drop-in", "floor")
 
 
 def build(contender: str, model_dir: str, rank: int) -> tuple[Any, list[Any]]:
@@ -34,14 +35,14 @@ def build(contender: str, model_dir: str, rank: int) -> tuple[Any, list[Any]]:
     torch.manual_seed(0)
     if contender == "ours":
         model = load_ours(model_dir, rank)
-    elif contender == "bitsandbytes":
+    elif contender in ("bitsandbytes", "drop-in"):
         model = load_peer(model_dir, rank)
     else:
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16).requires_grad_(False)
         model.enable_input_require_grads()
     model.config.use_cache = False
     model.train()
-    backend = "qlora" if contender == "ours" else "inductor"
+    backend = "qlora" if contender in ("ours", "drop-in") else "inductor"
     return torch.compile(model, backend=backend), [p for p in model.parameters() if p.requires_grad]
 
 
@@ -50,10 +51,10 @@ def worker(contender: str, arguments: argparse.Namespace) -> None:
     import torch
     import transformers  # noqa: F401  what the imports take is not the contender's memory
 
-    if contender == "bitsandbytes":
+    if contender in ("bitsandbytes", "drop-in"):
         import bitsandbytes  # noqa: F401
         import peft  # noqa: F401
-    elif contender == "ours":
+    if contender in ("ours", "drop-in"):
         import qlora_compile.backend  # noqa: F401
     start_bytes = resident_bytes()
     model, trainable = build(contender, arguments.model, arguments.rank)
