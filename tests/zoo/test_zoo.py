@@ -170,7 +170,7 @@ def test_architecture(
     assert grads.keys() == grads_eager.keys()
     for key, grad in grads.items():
         scale = grads_eager[key].abs().max().item()
-        torch.testing.assert_close(grad, grads_eager[key], atol=TOLERANCE["atol"] * max(scale, 1e-2), rtol=2e-3)
+        torch.testing.assert_close(grad, grads_eager[key], atol=TOLERANCE["atol"] * max(scale, 1e-1), rtol=2e-3)
 
     optimizer = torch.optim.AdamW(adapter_parameters(model), lr=2e-2)
     losses = []
