@@ -55,11 +55,11 @@ def trace(
 
     `example_inputs` is a tuple of positional or a mapping of keyword arguments of `forward`; their values are not read.
     A model on the meta device is enough; it is not changed. `fold=False` traces every layer even where they are equal.
-    `report.plan` is the life of every buffer over a step (None if the model has graph breaks).
+    `report.plan` is the life of every buffer over a step (None if the model has graph breaks). Nothing is outlined.
 
     Raises what `prepare` raises, and ModelStateError where the model needs values to be traced.
     """
-    config = QLoRAConfig.from_options(config)
+    config = dataclasses.replace(QLoRAConfig.from_options(config), outline_layers=False)
     if not isinstance(model, nn.Module):
         raise ModelStateError(f"trace needs an nn.Module, got {type(model).__name__}.")
     work = meta_copy(model)
