@@ -38,8 +38,6 @@ def test_every_field_of_a_run_has_an_option() -> None:
         "init_lora_weights",
         "quantize",
         "adapter_dtype",
-        "activation_budget",
-        "keep_logits",
         "dump_dir",
         "outline_layers",
     }
