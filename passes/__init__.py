@@ -5,6 +5,7 @@ if __name__ != "qlora_compile.passes":
         "import this package as 'qlora_compile.passes': a second copy under another name would register everything twice."
     )
 
+from .chunk_cross_entropy import chunk_cross_entropy
 from .fuse_lora_linear import fuse_lora_linear
 from .group_linears import group_linears
 from .insert_adapters import insert_adapters
@@ -23,6 +24,8 @@ PIPELINE = (
     # one op: dequantize + product + adapters, then one op for all that share an input
     fuse_lora_linear,
     group_linears,
+    # memory: no logits where nobody wants them
+    chunk_cross_entropy,
     # equal layers -> one subgraph, compiled once
     outline_layers,
 )

@@ -38,7 +38,18 @@ def _run(text: str) -> Any:
 MODULES = "names or suffixes with commas, or a regular expression"
 # Option -> field of QLoRAConfig, where the names differ.
 ADAPTER_FIELDS = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
-QLORA_OPTIONS = ("r", "use_rslora", "quant_type", "block_size", "double_quant", "compute_dtype", "lowering", "seed")
+QLORA_OPTIONS = (
+    "r",
+    "use_rslora",
+    "quant_type",
+    "block_size",
+    "double_quant",
+    "compute_dtype",
+    "lowering",
+    "seed",
+    "activation_budget",
+    "keep_logits",
+)
 
 
 def finetune(
@@ -61,6 +72,8 @@ def finetune(
     compute_dtype: Annotated[str, _quantization("bfloat16, float16 or float32.")] = "bfloat16",
     compile_: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the training step.")] = True,
     lowering: Annotated[str, _quantization("inductor, aot_eager or eager.")] = "inductor",
+    activation_budget: Annotated[float, _quantization("Share of activations to keep; less recomputes.")] = 1.0,
+    keep_logits: Annotated[bool, _quantization("Hold all logits instead of chunks of them in the loss.")] = False,
     steps: Annotated[int | None, _length("Optimizer steps; not with --epochs.")] = None,
     epochs: Annotated[float | None, _length("Passes over the data (1 if neither is given).")] = None,
     batch: Annotated[int, _length("Sequences per micro-batch.")] = 1,

@@ -46,6 +46,7 @@ class QLoRAConfig:
     Compilation: products run in `compute_dtype`, adapters are stored in `adapter_dtype`. `activation_budget` is the
     fraction of saved activations to keep (1.0 keeps all, lower recomputes). `outline_layers=True` compiles equal layers
     once; "auto" compiles each by itself and lets the report say what True would save; False says nothing.
+    With `keep_logits=False` a loss over an output head is computed in chunks, and the output has `logits=None`.
 
     Raises ConfigError (a value is out of range) or, from `from_options`, UnknownOptionError.
     """
@@ -127,8 +128,6 @@ class QLoRAConfig:
         _require(ok, "outline_layers", self.outline_layers, "one of 'auto', True, False")
         for name in ("use_rslora", "double_quant", "keep_logits"):
             _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
-        if not self.keep_logits:
-            raise ConfigError("keep_logits=False needs the chunked loss, which this version lacks: leave it at True.")
         ok = _is_number(self.activation_budget) and 0 <= self.activation_budget <= 1
         _require(ok, "activation_budget", self.activation_budget, "a fraction from 0 (recompute all) to 1 (keep all)")
         _require(self.lowering in LOWERINGS, "lowering", self.lowering, f"one of {', '.join(LOWERINGS)}")

@@ -52,6 +52,7 @@ def test_passes_with_counts_and_reasons() -> None:
         ("insert_adapters", 4),
         ("fuse_lora_linear", 4),
         ("group_linears", 1),
+        ("chunk_cross_entropy", 0),
         ("outline_layers", 0),
     ]
     assert report.passes[2].declined == (("lm_head", "it is the output head"),)

@@ -1,0 +1,247 @@
+"""`qlora::linear_cross_entropy`: output head and loss in one op, in chunks of rows, so that no [M, V] tensor is made.
+
+    loss = Σ over rows with target ≠ ignore_index of  logsumexp(z) - z[target],   z = f(x Wᵀ + b)   (f: scale, soft cap)
+
+Shapes: M rows (tokens), K input features, V vocabulary. Where a gradient is wanted it is computed in the same sweep
+(the logits of a chunk become their own gradient in place, as in Liger's fused_linear_cross_entropy), of the *sum* of
+the losses: the incoming gradient, with a mean's division and a loss scale in it, multiplies it in backward, so that
+nothing is small enough to vanish in fp16. Softmax and loss are in fp32. Rows that do not count cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .lora_group import as_rows, scratch
+from .ops import _op
+
+CHUNK_BYTES = {"cpu": 64 << 20, "other": 256 << 20}  # of fp32 logits at a time
+BLOCK_BYTES = {
+    "cpu": 2 << 20,
+    "other": 256 << 20,
+}  # of logits that softmax's passes share: on a CPU, what a cache holds
+TILE_BYTES = 32 << 20  # of W in fp32 at a time, where products run in fp32
+LEAST_ROWS = 128  # a chunk's product has to pay for reading W
+
+
+@_op
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int, scale: float, soft_cap: float
+) -> Tensor:
+    """x [..., K], W [V, K], b [V] or None, target int [...] -> the summed loss, fp32 [].
+
+    z = scale (x Wᵀ + b), then soft_cap tanh(z / soft_cap) unless soft_cap is 0. Raises IndexError for a target that is
+    no class.
+    """
+    return _Sweep(x, weight, bias, target, ignore_index, scale, soft_cap).run(False, False, False)[0]
+
+
+@torch.library.register_fake("qlora::linear_cross_entropy")
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int, scale: float, soft_cap: float
+) -> Tensor:
+    return x.new_empty((), dtype=torch.float32)
+
+
+@_op
+def linear_cross_entropy_grads(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    scale: float,
+    soft_cap: float,
+    need_dx: bool,
+    need_dw: bool,
+    need_db: bool,
+) -> list[Tensor]:
+    """[loss, dx like x (if need_dx), dW like W (if need_dw), db like b (if need_db)]: the gradients of the summed loss."""
+    return _Sweep(x, weight, bias, target, ignore_index, scale, soft_cap).run(need_dx, need_dw, need_db)
+
+
+@torch.library.register_fake("qlora::linear_cross_entropy_grads")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    scale: float,
+    soft_cap: float,
+    need_dx: bool,
+    need_dw: bool,
+    need_db: bool,
+) -> list[Tensor]:
+    wanted = ((x, need_dx), (weight, need_dw), (bias, need_db))
+    loss = x.new_empty((), dtype=torch.float32)
+    return [loss, *(like.new_empty(like.shape) for like, need in wanted if need and like is not None)]
+
+
+class _WithGradients(torch.autograd.Function):
+    """Forward computes the gradients of what needs one; backward multiplies them by the incoming number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            needs = ctx.needs_input_grad[:3]
+            loss, *grads = torch.ops.qlora.linear_cross_entropy_grads(x, weight, bias, *rest, *needs)
+        ctx.save_for_backward(*grads)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        saved = iter(ctx.saved_tensors)
+        # in fp32: the product of a bf16 gradient and 1 / tokens is rounded once
+        grads = (
+            (g := next(saved)).float().mul(grad).to(g.dtype) if need else None for need in ctx.needs_input_grad[:3]
+        )
+        return (*grads, None, None, None, None)
+
+
+def _with_autograd(*args: Any) -> Tensor:
+    """The op under autograd: what needs no gradient is not computed (evaluation, a frozen head)."""
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args[:3]):
+        return _WithGradients.apply(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.qlora.linear_cross_entropy(*args)
+
+
+_LIBRARY = torch.library.Library("qlora", "FRAGMENT")
+_LIBRARY.impl("linear_cross_entropy", _with_autograd, "Autograd")
+
+
+@dataclass
+class _Sweep:
+    """One pass over the rows that count, chunk by chunk."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    target: Tensor
+    ignore_index: int
+    scale: float
+    soft_cap: float
+
+    def run(self, need_dx: bool, need_dw: bool, need_db: bool) -> list[Tensor]:
+        """[loss, dx, dW, db], those that are needed."""
+        x, target = as_rows(self.x, self.x.dtype), self.target.reshape(-1)
+        rows = (target != self.ignore_index).nonzero().squeeze(1)
+        target = target.index_select(0, rows)
+        self._check(target)
+        losses = torch.empty(len(rows), dtype=torch.float32, device=x.device)
+        dx = torch.zeros_like(x) if need_dx else None
+        dw = torch.zeros_like(self.weight, dtype=torch.float32) if need_dw else None
+        db = torch.zeros_like(self.bias, dtype=torch.float32) if need_db and self.bias is not None else None
+        need = need_dx or need_dw or need_db
+        for chunk in self._chunks(len(rows)):
+            mine = x.index_select(0, rows[chunk]).to(self._product_dtype())
+            z = self._logits(mine)
+            losses[chunk] = self._softmax(z, target[chunk], need)
+            if dx is not None:
+                dx.index_copy_(0, rows[chunk], self._times_weight(z).to(dx.dtype))
+            if dw is not None:
+                self._add_weight_gradient(dw, z, mine)
+            if db is not None:
+                db += z.sum(0)
+        outs = [losses.sum()]
+        outs += [dx.view(self.x.shape)] if dx is not None else []
+        outs += [dw.to(self.weight.dtype)] if dw is not None else []
+        return outs + ([db.to(self.bias.dtype)] if db is not None and self.bias is not None else [])
+
+    def _check(self, target: Tensor) -> None:
+        if len(target) == 0 or target.device.type != "cpu":  # on a GPU, gather's own device-side assert reports it
+            return
+        low, high = (int(t) for t in target.aminmax())
+        bad = low if low < 0 else high
+        if not 0 <= bad < len(self.weight):
+            raise IndexError(f"Target {bad} is out of bounds: the output head has {len(self.weight)} classes.")
+
+    def _chunks(self, rows: int) -> Iterator[slice]:
+        """Equal chunks whose logits take CHUNK_BYTES or less, unless that would be fewer than LEAST_ROWS rows."""
+        most = max(LEAST_ROWS, _bytes(CHUNK_BYTES, self.x) // (4 * len(self.weight)))
+        size = -(-rows // -(-rows // most)) if rows else 1
+        return (slice(first, min(first + size, rows)) for first in range(0, rows, size))
+
+    def _product_dtype(self) -> torch.dtype:
+        """x's own dtype; fp32 on CPUs without instructions for half precision, where it is several times faster and
+        rounds less."""
+        return torch.float32 if self.x.device.type == "cpu" and not _has_fast_half(self.x.dtype) else self.x.dtype
+
+    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """(vocabulary rows, W's rows in the dtype of the products): all of W, or copies of a part in a reused buffer."""
+        dtype = self._product_dtype()
+        if dtype == self.weight.dtype:
+            yield slice(0, len(self.weight)), self.weight
+            return
+        v, k = self.weight.shape
+        size = max(1, TILE_BYTES // (4 * k))
+        for first in range(0, v, size):
+            part = self.weight[first : first + size]
+            yield slice(first, first + len(part)), scratch("head", (len(part), k), part, dtype).copy_(part)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """x [m, K] -> x Wᵀ + b, fp32 [m, V], in a reused buffer."""
+        z = scratch("logits", (len(x), len(self.weight)), x, torch.float32)
+        for columns, weight in self._tiles():
+            if x.dtype == torch.float32:
+                torch.mm(x, weight.t(), out=z[:, columns])
+            else:
+                z[:, columns] = x @ weight.t()
+        return z if self.bias is None else z.add_(self.bias)
+
+    def _softmax(self, z: Tensor, target: Tensor, need: bool) -> Tensor:
+        """The losses of z's rows; z becomes d(sum of losses) / d(x Wᵀ + b) if needed, else it is spoilt."""
+        losses = []
+        size = max(1, _bytes(BLOCK_BYTES, z) // (4 * z.shape[1]))
+        for part, classes in zip(z.split(size), target.unsqueeze(1).split(size)):
+            slope = None
+            if self.scale != 1:
+                part.mul_(self.scale)
+            if self.soft_cap:
+                part.div_(self.soft_cap).tanh_()
+                slope = 1 - part * part if need else None
+                part.mul_(self.soft_cap)
+            part.sub_(part.amax(1, keepdim=True))
+            picked = part.gather(1, classes)
+            total = part.exp_().sum(1, keepdim=True)
+            losses.append(total.log() - picked)
+            if need:
+                part.mul_(1 / total)
+                part.scatter_add_(1, classes, part.new_full((), -1.0).expand_as(classes))
+                if slope is not None:
+                    part.mul_(slope)
+                if self.scale != 1:
+                    part.mul_(self.scale)
+        return torch.cat(losses).squeeze(1)
+
+    def _times_weight(self, dz: Tensor) -> Tensor:
+        """dz [m, V] -> dz W, fp32 [m, K]."""
+        out = dz.new_zeros((len(dz), self.weight.shape[1]))
+        for columns, weight in self._tiles():
+            if weight.dtype == torch.float32:
+                out.addmm_(dz[:, columns], weight)
+            else:
+                out += dz[:, columns].to(weight.dtype) @ weight
+        return out
+
+    def _add_weight_gradient(self, dw: Tensor, dz: Tensor, x: Tensor) -> None:
+        if x.dtype == torch.float32:
+            dw.addmm_(dz.t(), x)
+        else:
+            dw += dz.to(x.dtype).t() @ x
+
+
+def _has_fast_half(dtype: torch.dtype) -> bool:
+    if dtype == torch.bfloat16:
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return dtype != torch.float16 or torch.cpu._is_amx_fp16_supported()
+
+
+def _bytes(by_device: dict[str, int], like: Tensor) -> int:
+    return by_device["cpu" if like.device.type == "cpu" else "other"]

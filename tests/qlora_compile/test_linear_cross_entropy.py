@@ -1,0 +1,202 @@
+"""qlora::linear_cross_entropy against fp64, in one chunk and in many, and what it must not keep or compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qlora_compile import linear_cross_entropy as module
+from qlora_compile import lora_group
+
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. 2 x 37 rows with 45 features over 211 classes: nothing is square or a multiple of a tile."""
+
+    shape: tuple[int, ...] = (2, 37, 45)
+    classes: int = 211
+    dtype: torch.dtype = torch.float32
+    bias: bool = True
+    scale: float = 1.0
+    soft_cap: float = 0.0
+    ignored: float = 0.2
+    needs: tuple[bool, bool, bool] = (True, True, True)
+    contiguous: bool = True
+    seed: int = 0
+
+
+def arguments(case: Case) -> list[Any]:
+    generator = torch.Generator().manual_seed(case.seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(case.dtype)
+
+    x = randn(*case.shape) if case.contiguous else randn(*case.shape[:-1], 2 * case.shape[-1])[..., ::2]
+    weight, bias = randn(case.classes, case.shape[-1]), randn(case.classes) if case.bias else None
+    target = torch.randint(0, case.classes, case.shape[:-1], generator=generator)
+    target[torch.rand(target.shape, generator=generator) < case.ignored] = -100
+    for tensor, need in zip((x, weight, bias), case.needs, strict=True):
+        if tensor is not None:
+            tensor.requires_grad_(need)
+    return [x, weight, bias, target, -100, case.scale, case.soft_cap]
+
+
+def reference(given: list[Any], dtype: torch.dtype = torch.float64) -> tuple[Tensor, list[Tensor]]:
+    """The loss and its leaves, unfused."""
+    leaves = [t.detach().to(dtype).requires_grad_(t.requires_grad) for t in given[:3] if t is not None]
+    z = F.linear(*leaves) * given[5]
+    if given[6]:
+        z = torch.tanh(z / given[6]) * given[6]
+    z = z.reshape(-1, z.shape[-1])
+    z = z.float() if dtype != torch.float64 else z
+    return F.cross_entropy(z, given[3].reshape(-1), ignore_index=given[4], reduction="sum"), leaves
+
+
+def numbers(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    return [loss.detach(), *torch.autograd.grad(loss * 0.37, wanted)]
+
+
+BASE = Case()
+CASES = {
+    "fp32": BASE,
+    "no_bias": replace(BASE, bias=False, seed=1),
+    "scaled": replace(BASE, scale=0.25, seed=2),
+    "capped": replace(BASE, soft_cap=5.0, seed=3),
+    "scaled_and_capped": replace(BASE, scale=0.5, soft_cap=3.0, seed=4),
+    "two_dimensions": replace(BASE, shape=(37, 45), seed=5),
+    "not_contiguous": replace(BASE, contiguous=False, seed=6),
+    "one_row": replace(BASE, shape=(1, 45), ignored=0.0, seed=7),
+    "nothing_ignored": replace(BASE, ignored=0.0, seed=8),
+    "all_ignored": replace(BASE, ignored=2.0, seed=9),
+    "frozen_head": replace(BASE, needs=(True, False, False), seed=10),
+    "head_only": replace(BASE, needs=(False, True, True), seed=11),
+    "bf16": replace(BASE, dtype=torch.bfloat16, seed=12),
+    "bf16_capped": replace(BASE, dtype=torch.bfloat16, soft_cap=5.0, seed=13),
+    "fp16": replace(BASE, dtype=torch.float16, seed=14),
+}
+
+
+def check(case: Case) -> None:
+    given = arguments(case)
+    ours = numbers(torch.ops.qlora.linear_cross_entropy(*given), [t for t in given[:3] if t is not None])
+    exact = numbers(*reference(given))
+    # fp32: sums of at most 211 terms. Half precision: the inputs are exact, the gradient is rounded when it is stored
+    # and when it is multiplied (2 half steps), and where products run in half precision their factors once more.
+    share = {torch.float32: 2e-6, torch.bfloat16: 2**-6, torch.float16: 2**-9}[case.dtype]
+    assert ours[0].dtype == torch.float32
+    for mine, wanted in zip(ours, exact, strict=True):
+        torch.testing.assert_close(mine.double(), wanted, rtol=0, atol=share * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loss_and_gradients_are_those_of_fp64(name: str) -> None:
+    check(CASES[name])
+
+
+@pytest.mark.parametrize("half_products", [False, True])
+@pytest.mark.parametrize("name", ["fp32", "scaled_and_capped", "bf16", "bf16_capped", "fp16", "one_row", "all_ignored"])
+def test_many_chunks_tiles_and_blocks(monkeypatch: pytest.MonkeyPatch, name: str, half_products: bool) -> None:
+    monkeypatch.setattr(module, "LEAST_ROWS", 1)
+    monkeypatch.setattr(module, "CHUNK_BYTES", {"cpu": 7 * 211 * 4 + 3})
+    monkeypatch.setattr(module, "BLOCK_BYTES", {"cpu": 3 * 211 * 4})
+    monkeypatch.setattr(module, "TILE_BYTES", 60 * 45 * 4)
+    monkeypatch.setattr(module, "_has_fast_half", lambda dtype: half_products)
+    check(CASES[name])
+
+
+def test_bf16_is_no_worse_than_the_unfused_graph() -> None:
+    given = arguments(CASES["bf16"])
+    exact, unfused = numbers(*reference(given)), numbers(*reference(given, torch.bfloat16))
+    ours = numbers(torch.ops.qlora.linear_cross_entropy(*given), given[:3])
+    for mine, theirs, wanted in zip(ours, unfused, exact, strict=True):
+        assert float((mine - wanted).norm()) <= 1.1 * float((theirs - wanted).norm())
+
+
+def test_a_small_gradient_survives_fp16() -> None:
+    """1 / tokens comes in backward, in fp32: a loss scale in the incoming gradient still finds all digits."""
+    given = arguments(replace(BASE, dtype=torch.float16, needs=(True, False, False)))
+    loss = torch.ops.qlora.linear_cross_entropy(*given)
+    (scaled,) = torch.autograd.grad(loss * 1e-7 * 65536, given[0])
+    exact, leaves = reference(given)
+    (wanted,) = torch.autograd.grad(exact * 1e-7 * 65536, leaves[0])
+    assert float((scaled.double() - wanted).norm() / wanted.norm()) < 2**-9
+
+
+@pytest.mark.parametrize("bad", [211, 5000, -1])
+def test_a_target_that_is_no_class_is_named(bad: int) -> None:
+    given = arguments(BASE)
+    given[3][1, 4] = bad
+    with pytest.raises(IndexError, match=f"Target {bad} is out of bounds: the output head has 211 classes"):
+        torch.ops.qlora.linear_cross_entropy(*given)
+
+
+class Called(TorchDispatchMode):
+    """Names of the ops that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = list[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_without_gradients_none_is_computed() -> None:
+    given = arguments(BASE)
+    with Called() as called, torch.no_grad():
+        torch.ops.qlora.linear_cross_entropy(*given)
+    assert not any("grads" in name for name in called.names)
+    assert any(name == "qlora.linear_cross_entropy.default" for name in called.names)
+
+
+def test_only_a_gradient_is_saved() -> None:
+    given = arguments(replace(BASE, needs=(True, False, False)))
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        torch.ops.qlora.linear_cross_entropy(*given)
+    assert [tuple(t.shape) for t in saved] == [(2, 37, 45)]
+
+
+def test_results_own_their_memory() -> None:
+    given = arguments(BASE)
+    first = numbers(torch.ops.qlora.linear_cross_entropy(*given), given[:3])
+    before = [t.clone() for t in first]
+    other = arguments(replace(BASE, seed=50))
+    numbers(torch.ops.qlora.linear_cross_entropy(*other), other[:3])
+    assert all(torch.equal(a, b) for a, b in zip(first, before, strict=True))
+
+
+def test_no_buffer_grows_with_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_BYTES", {"cpu": 1 << 20})
+    sizes = []
+    for rows in (2000, 20000):
+        lora_group.release_scratch()
+        given = arguments(replace(BASE, shape=(rows, 45)))
+        numbers(torch.ops.qlora.linear_cross_entropy(*given), given[:3])
+        sizes.append(sum(buffer.numel() * buffer.element_size() for buffer in lora_group.SCRATCH.buffers.values()))
+    assert max(sizes) <= 1 << 20  # x alone is 3.6 MB in the second
+
+
+OPCHECKED = ("fp32", "no_bias", "scaled_and_capped", "frozen_head", "head_only", "bf16", "not_contiguous")
+
+
+@pytest.mark.parametrize("name", OPCHECKED)
+def test_opcheck(name: str) -> None:
+    given = tuple(arguments(CASES[name]))
+    torch.library.opcheck(torch.ops.qlora.linear_cross_entropy.default, given, test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, False)])
+def test_opcheck_grads(needs: tuple[bool, bool, bool]) -> None:
+    given = arguments(replace(BASE, needs=(False, False, False)))
+    torch.library.opcheck(torch.ops.qlora.linear_cross_entropy_grads.default, (*given, *needs), test_utils=CHECKS)
