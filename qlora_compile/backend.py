@@ -6,6 +6,7 @@ The only file that knows both halves: `passes/`, which rewrite the graph, and (t
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -87,6 +88,7 @@ def _compile(
     before = prepared_state(root)
     ctx = PassContext(config, edits, graph_number=len(before.reports) if before is not None else 0)
     ctx.params = {node.name: entry for node, param in zip(nodes, original) if (entry := edits.find(param)) is not None}
+    ctx.chooser = _chooser(config)
     position = {node.name: index for index, node in enumerate(nodes)}
     with torch.inference_mode(False), torch.enable_grad():
         stages = run_passes(work, ctx, pipeline)
@@ -103,6 +105,14 @@ def _compile(
     call = _bind(work, example_inputs, position, ctx, lower or _lowering(config), config)
     state.reports.append(report)
     return call
+
+
+def _chooser(config: QLoRAConfig) -> Callable[..., Any]:
+    """The runtime's answer to passes that ask which kernel runs an op. Raises UnknownOptionError for an unknown kernel."""
+    from .runtime import kernels
+
+    kernels.dispatch.check_forced(dict(config.kernels))
+    return functools.partial(kernels.choose_kernel, tune=config.autotune)
 
 
 def _configuration(root: nn.Module, options: Mapping[str, Any] | QLoRAConfig | None) -> QLoRAConfig:

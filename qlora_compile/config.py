@@ -47,6 +47,8 @@ class QLoRAConfig:
     fraction of saved activations to keep (1.0 keeps all, lower recomputes). `outline_layers=True` compiles equal layers
     once; "auto" compiles each by itself and lets the report say what True would save; False says nothing.
     With `keep_logits=False` a loss over an output head is computed in chunks, and the output has `logits=None`.
+    `kernels` forces kernels by op, as in `{"lora_linear": "library_gemm"}`; `autotune` measures all kernels for the
+    shapes that are compiled, once a machine.
 
     Raises ConfigError (a value is out of range) or, from `from_options`, UnknownOptionError.
     """
@@ -72,6 +74,8 @@ class QLoRAConfig:
     keep_logits: bool = True
     outline_layers: bool | str = "auto"
     lowering: str = "inductor"
+    kernels: Mapping[str, str] = field(default_factory=dict)
+    autotune: bool = False
     dump_dir: str | None = None
 
     def __post_init__(self) -> None:
@@ -83,9 +87,9 @@ class QLoRAConfig:
                 object.__setattr__(self, name, ())
             elif isinstance(value, (list, set, frozenset, tuple)):
                 object.__setattr__(self, name, tuple(sorted(value, key=str)))
-        for name in ("rank_pattern", "alpha_pattern"):
-            value = getattr(self, name)
-            _require(value is None or isinstance(value, Mapping), name, value, "a mapping of module names to numbers")
+        for name in ("rank_pattern", "alpha_pattern", "kernels"):
+            value, of = getattr(self, name), "ops to kernels" if name == "kernels" else "module names to numbers"
+            _require(value is None or isinstance(value, Mapping), name, value, f"a mapping of {of}")
             object.__setattr__(self, name, dict(getattr(self, name) or {}))
         if isinstance(self.dump_dir, os.PathLike):
             object.__setattr__(self, "dump_dir", os.fspath(self.dump_dir))
@@ -126,7 +130,10 @@ class QLoRAConfig:
         _require(self.block_size in BLOCK_SIZES, "block_size", self.block_size, f"one of {sizes}")
         ok = self.outline_layers in (True, False, "auto")
         _require(ok, "outline_layers", self.outline_layers, "one of 'auto', True, False")
-        for name in ("use_rslora", "double_quant", "keep_logits"):
+        for op, kernel in self.kernels.items():
+            named = isinstance(op, str) and isinstance(kernel, str)
+            _require(named, "kernels", self.kernels, "a mapping of ops to kernels")
+        for name in ("use_rslora", "double_quant", "keep_logits", "autotune"):
             _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         ok = _is_number(self.activation_budget) and 0 <= self.activation_budget <= 1
         _require(ok, "activation_budget", self.activation_budget, "a fraction from 0 (recompute all) to 1 (keep all)")

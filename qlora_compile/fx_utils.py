@@ -70,6 +70,11 @@ def value(node: Any) -> Any:
     return node.meta.get("example_value") if isinstance(node, fx.Node) else None
 
 
+def hint(size: Any) -> int:
+    """A size as a number: that of the traced input where it is symbolic. No guard is made."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
 def dtype_of(node: Any) -> torch.dtype | None:
     return getattr(value(node), "dtype", None)
 

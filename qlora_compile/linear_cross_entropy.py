@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .lora_group import as_rows, scratch
-from .ops import _op
+from .ops import define_op
 
 CHUNK_BYTES = {"cpu": 64 << 20, "other": 256 << 20}  # of fp32 logits at a time
 BLOCK_BYTES = {
@@ -29,7 +29,7 @@ TILE_BYTES = 32 << 20  # of W in fp32 at a time, where products run in fp32
 LEAST_ROWS = 128  # a chunk's product has to pay for reading W
 
 
-@_op
+@define_op
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int, scale: float, soft_cap: float
 ) -> Tensor:
@@ -48,7 +48,7 @@ def _(
     return x.new_empty((), dtype=torch.float32)
 
 
-@_op
+@define_op
 def linear_cross_entropy_grads(
     x: Tensor,
     weight: Tensor,

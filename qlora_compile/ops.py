@@ -31,7 +31,7 @@ from .lora_group import (
 )
 
 
-def _op(reference: Callable[..., Any]) -> Any:
+def define_op(reference: Callable[..., Any]) -> Any:
     """Define `qlora::<name>` with this plain-torch body as its meaning on every device; returns the op.
 
     `torch.library.custom_op` does the same with two more Python layers around each call (60 of 200 us, measured on the
@@ -47,7 +47,7 @@ def _op(reference: Callable[..., Any]) -> Any:
 # --- codec -----------------------------------------------------------------------------------------------------------
 
 
-@_op
+@define_op
 def quantize_4bit(weight: Tensor, quant_type: str, block_size: int, double_quant: bool) -> list[Tensor]:
     """weight (any shape, fp32/bf16/fp16) -> [codes, absmax] or, double-quantized, [codes, absmax, scale, offset]."""
     kernel = kernel_for("quantize_4bit", weight.device) or nf4.quantize_reference
@@ -67,7 +67,7 @@ def _(weight: Tensor, quant_type: str, block_size: int, double_quant: bool) -> l
     return [codes, absmax, scale, weight.new_empty((), dtype=torch.float32)]
 
 
-@_op
+@define_op
 def dequantize_4bit(
     codes: Tensor,
     absmax: Tensor,
@@ -97,7 +97,7 @@ def _(
     return codes.new_empty(tuple(shape), dtype=dtype)
 
 
-@_op
+@define_op
 def densify(weight: Tensor) -> Tensor:
     """A QuantizedTensor -> the dense tensor that it stands for (by its `__torch_dispatch__`); a dense one -> a copy."""
     return weight.clone()
@@ -111,7 +111,7 @@ def _(weight: Tensor) -> Tensor:
 # --- linear + LoRA ---------------------------------------------------------------------------------------------------
 
 
-@_op
+@define_op
 def lora_linear(
     x: Tensor,
     weight: Sequence[Tensor],
@@ -175,7 +175,7 @@ def _(
     return [*outs, x.new_empty((tokens, sum(a.shape[0] for a in lora_a)), dtype=dtype)]
 
 
-@_op
+@define_op
 def lora_linear_backward(
     grads: Sequence[Tensor],
     x: Tensor,

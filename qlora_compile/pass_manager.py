@@ -32,6 +32,7 @@ class PassContext:
     params: dict[str, ParamInfo] = field(default_factory=dict)  # placeholder name -> the parameter that it stands for
     state: dict[str, StateRef] = field(default_factory=dict)  # placeholder name -> state that a pass added
     declined: list[tuple[str, str]] = field(default_factory=list)
+    chooser: Callable[..., Any] | None = None  # (op, forced kernel or "", sizes...) -> the runtime's choice of a kernel
     graph_number: int = 0  # how many graphs of this model were compiled before: names the dump's folder
 
     def param(self, node: Any) -> ParamInfo | None:
@@ -46,6 +47,10 @@ class PassContext:
         node = add_placeholder(graph, ref.name, ref.example)
         self.state[node.name] = ref
         return node
+
+    def choose(self, op: str, **sizes: Any) -> Any:
+        """The kernel that runs `op` at these sizes (`.name`, `.why`), or None where no runtime stands behind."""
+        return self.chooser(op, self.config.kernels.get(op, ""), **sizes) if self.chooser is not None else None
 
     def decline(self, what: str, reason: str) -> None:
         """Record `skip {what}: {reason}` for the report."""
@@ -66,6 +71,7 @@ class NodeRecord:
     dtype: str | None
     sites: tuple[str, ...]
     made_by: tuple[str, ...]
+    kernels: tuple[tuple[str, str], ...] = ()
     repeat: int = 1  # how many nodes of the whole model it stands for, where only some of its equal layers were traced
 
 
@@ -176,6 +182,7 @@ def record(node: fx.Node) -> NodeRecord:
         dtype=str(example.dtype).removeprefix("torch.") if is_tensor else None,
         sites=tuple(node.meta.get("qlora_sites", ())),
         made_by=tuple(node.meta.get("qlora_made_by", ())),
+        kernels=tuple((op, choice.name) for op, choice in node.meta.get("qlora_kernels", ())),
     )
 
 

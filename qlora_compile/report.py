@@ -14,6 +14,7 @@ from torch import fx, nn
 from .config import QLoRAConfig
 from .errors import ModelStateError, UnknownOptionError
 from .foreign import ForeignLinear, foreign_linears
+from .kernel_report import KernelReport, kernel_reports
 from .memory_plan import MemoryPlan
 from .modules import AdapterSite, adapter_sites, prepared_state
 from .pass_manager import NodeRecord, PassResult, PipelineResult
@@ -61,6 +62,7 @@ class CompileReport:
     linears: list[LinearReport] = field(default_factory=list)
     memory: dict[str, float] = field(default_factory=dict)
     kernels: dict[str, str] = field(default_factory=dict)
+    choices: list[KernelReport] = field(default_factory=list)
     stages: dict[str, tuple[NodeRecord, ...]] = field(default_factory=dict)
     graphs: int = 0
     traced: bool = False
@@ -68,14 +70,15 @@ class CompileReport:
     code: dict[str, str] = field(default_factory=dict)
     repeats: list[Repeat] = field(default_factory=list)
     numerics: list[LayerError] = field(default_factory=list)
-    kernel_choices: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
     def of_graph(
         cls, root: nn.Module, config: QLoRAConfig, gm: fx.GraphModule, result: PipelineResult
     ) -> CompileReport:
         """The report of one compiled graph: its passes and stages; the rest is read off the model when asked."""
-        return cls(type(root).__name__, config, passes=result.passes, stages=result.stages, graphs=1)
+        report = cls(type(root).__name__, config, passes=result.passes, stages=result.stages, graphs=1)
+        report.choices = kernel_reports(gm)
+        return report
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready values, without the graphs of the stages."""
@@ -86,6 +89,7 @@ class CompileReport:
             "linears": [asdict(linear) for linear in self.linears],
             "memory": dict(self.memory),
             "kernels": dict(self.kernels),
+            "choices": [asdict(choice) for choice in self.choices],
             "stages": list(self.stages),
             "graphs": self.graphs,
             "numerics": [asdict(layer) for layer in self.numerics],
@@ -149,9 +153,12 @@ def explain(model: nn.Module) -> CompileReport:
             best.stages,
             len(state.reports),
         )
+        report.choices = best.choices
     groups: dict[str, tuple[str, ...]] = {}
     for stages in [*(r.stages for r in state.reports), report.stages]:  # a piece after a graph break has other sites
         groups |= _groups(stages)
+    choices = [choice for part in [*state.reports, report] for choice in part.choices if choice.op == _OP]
+    lowered = {site: choice.kernel for choice in choices for site in choice.modules}
     sites = adapter_sites(model)
     for site in sites.values():
         report.linears.append(_linear_report(site, groups))
@@ -161,6 +168,8 @@ def explain(model: nn.Module) -> CompileReport:
     report.linears += [_foreign_report(found, groups) for name, found in foreign.items() if name not in sites]
     report.memory = _memory(model, report.linears)
     report.kernels = kernel_sources(model)
+    for linear in report.linears:
+        linear.lowering = lowered.get(linear.name, linear.lowering)
     return report
 
 

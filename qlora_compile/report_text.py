@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from .errors import UnknownOptionError
+from .kernel_report import print_kernels
 from .pass_manager import NodeRecord, PassResult
 from .stage_graph import block_name, fold_blocks, human_bytes, human_count, to_networkx
 
@@ -26,6 +27,8 @@ def print_report(report: CompileReport, console: Console) -> None:
     if report.passes:
         console.print(_pass_table(report))
     console.print(_linear_table(report.linears))
+    if report.choices:
+        print_kernels(report.choices, console)
     for what, amount in report.memory.items():
         shown = f"{amount:,.3f}" if what.startswith("bits") else f"{amount / 1e6:,.1f} MB"
         console.print(f"{what.replace('_', ' ')}: {shown}")

@@ -28,7 +28,7 @@ from .tensor import QuantizedTensor, quantize_4bit
 from .weight_reads import own_forward_is_linear
 
 # What may differ between the configuration that a model was prepared with and the one that it is compiled with.
-COMPILE_ONLY = ("lowering", "outline_layers", "activation_budget", "keep_logits", "dump_dir")
+COMPILE_ONLY = ("lowering", "outline_layers", "activation_budget", "keep_logits", "dump_dir", "kernels", "autotune")
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from . import cpp_build, cpu, dispatch, lora_kernels  # the last registers its candidates
+from . import autotune, cpp_build, cpu, dispatch, lora_kernels  # the last registers its candidates
 
-__all__ = ["dispatch", "find", "kernel_source", "lora_kernel", "lora_kernels"]
+__all__ = ["choose_kernel", "dispatch", "find", "kernel_source", "lora_kernel", "lora_kernels"]
 
 
 @functools.cache
@@ -44,6 +44,31 @@ def kernel_source(op: str, device_type: str) -> Path | None:
     if device_type != "cpu" or op not in cpu.KERNELS or cpp_build.find_compiler() is None:
         return None
     return cpp_build.write_source(cpu.TEMPLATES[op])
+
+
+def choose_kernel(
+    op: str,
+    forced: str = "",
+    *,
+    rows: int,
+    n: tuple[int, ...],
+    k: int,
+    dtype: torch.dtype,
+    device: str,
+    rank: int = 0,
+    quant_type: str = "none",
+    block_size: int = 0,
+    dropout: bool = False,
+    tune: bool = False,
+) -> dispatch.Choice:
+    """What runs an op of `dispatch.OPS` at these sizes, and why; with `tune`, after measuring on this machine.
+
+    Raises KernelError if no kernel takes it.
+    """
+    problem = dispatch.Problem(op, dispatch.bucket(rows), n, k, rank, dtype, quant_type, block_size, device, dropout)
+    if tune and not forced:
+        autotune.measure(problem)
+    return dispatch.choose(problem, forced)
 
 
 def lora_kernel(

@@ -15,7 +15,6 @@ from torch import Tensor
 from ...lora_group import LoRAGroup, scratch
 
 ROWS = 2048  # rows at a time: bounds the fp32 copies of x, y, dx and dy
-WEIGHT_ROWS = 4096  # rows of a dense weight at a time: a vocabulary's worth of fp32 is never there at once
 
 
 def _row_ranges(rows: int, step: int) -> Iterator[slice]:
@@ -90,27 +89,3 @@ def _add_low_rank_dx(group: LoRAGroup, j: int, g: Tensor, x: Tensor, dx: Tensor)
         dx += (g @ a) * group.mask(j, x)
     else:
         dx.addmm_(g, a)
-
-
-def library(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [M, K] Wᵀ + b as the library does it."""
-    return torch.nn.functional.linear(x, weight, bias)
-
-
-def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [M, K] W[N, K]ᵀ + b, each of W's rows widened once, WEIGHT_ROWS at a time; one rounding, to x's dtype."""
-    out = x.new_empty((x.shape[0], weight.shape[0]))
-    wide = x.float()
-    for rows in _row_ranges(weight.shape[0], WEIGHT_ROWS):
-        y = scratch("y", (x.shape[0], weight[rows].shape[0]), x, torch.float32)
-        torch.mm(wide, _widened("weight", weight[rows]).t(), out=y)
-        out[:, rows] = y if bias is None else y.add_(bias[rows])
-    return out
-
-
-def dense_dx(dy: Tensor, weight: Tensor) -> Tensor:
-    """dy [M, N] W[N, K] -> dx [M, K] in dy's dtype, summed over blocks of W's rows in fp32."""
-    dx = torch.zeros(dy.shape[0], weight.shape[1], dtype=torch.float32)
-    for rows in _row_ranges(weight.shape[0], WEIGHT_ROWS):
-        dx.addmm_(_widened("y", dy[:, rows]), _widened("weight", weight[rows]))
-    return dx.to(dy.dtype)

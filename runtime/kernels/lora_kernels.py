@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from ... import wide_ops  # noqa: F401  defines its ops
 from ...lora_group import LoRAGroup, backward, forward
 from . import cpp_build, cpu, devices, dispatch, fp32_linear
 from .dispatch import Candidate, Problem
@@ -48,6 +50,10 @@ def declines_fp32(problem: Problem) -> str | None:
     return "products are in fp32 already" if problem.dtype.itemsize >= 4 else None
 
 
+def _library_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale)
+
+
 DEQUANTIZE = ("dequantize_4bit",)
 LOW_RANK = ("lora_down",)  # one source for all three
 
@@ -64,7 +70,8 @@ dispatch.register(
     )
 )  # fmt: skip
 dispatch.register(Candidate("lora_linear_backward", "library_gemm", backward, kernels=(*DEQUANTIZE, *LOW_RANK)))
-dispatch.register(Candidate("dense_linear", "fp32_gemm", fp32_linear.dense, ("cpu",), declines_fp32, _prefers_fp32))
-dispatch.register(Candidate("dense_linear", "library_gemm", fp32_linear.library))
-dispatch.register(Candidate("attention", "fp32", None, ("cpu",), declines_fp32, _prefers_fp32))
-dispatch.register(Candidate("attention", "library", None))
+wide_linear, wide_attention = torch.ops.qlora.wide_linear.default, torch.ops.qlora.wide_attention.default
+dispatch.register(Candidate("dense_linear", "fp32_gemm", wide_linear, ("cpu",), declines_fp32, _prefers_fp32))
+dispatch.register(Candidate("dense_linear", "library_gemm", torch.nn.functional.linear))
+dispatch.register(Candidate("attention", "fp32", wide_attention, ("cpu",), declines_fp32, _prefers_fp32))
+dispatch.register(Candidate("attention", "library", _library_attention))

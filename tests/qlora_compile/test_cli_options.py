@@ -41,6 +41,8 @@ def test_every_field_of_a_run_has_an_option() -> None:
         "adapter_dtype",
         "dump_dir",
         "outline_layers",
+        "kernels",
+        "autotune",
     }
 
 

@@ -18,7 +18,11 @@ from qlora_compile.repetition import Repeat, find_repeats
 from qlora_compile.step_graphs import Symbols
 from qlora_compile.tracing import meta_copy, resident_bytes
 
-CONFIG = qc.QLoRAConfig(r=3, block_size=32, lowering="aot_eager")
+# torch's own kernels on every machine: what a CPU without bf16 instructions does differently is not traced
+KERNELS = dict.fromkeys(("lora_linear", "lora_linear_backward", "dense_linear"), "library_gemm") | {
+    "attention": "library"
+}
+CONFIG = qc.QLoRAConfig(r=3, block_size=32, lowering="aot_eager", kernels=KERNELS)
 
 
 def _tokens(batch: int = 2, seq: int = 24) -> dict[str, Tensor]:
@@ -31,16 +35,22 @@ def test_a_trace_says_what_compiling_says(tiny_llama: Callable[..., nn.Module]) 
     batch = _tokens()
     traced = qc.trace(model, batch, CONFIG)
     assert all(parameter.requires_grad for parameter in model.parameters())  # nothing of the model was changed
-    torch.compile(model, backend="qlora", options=CONFIG.to_dict() | {"lowering": "eager", "outline_layers": False})(**batch)
+    torch.compile(model, backend="qlora", options=CONFIG.to_dict() | {"lowering": "eager", "outline_layers": False})(
+        **batch
+    )
     compiled = qc.explain(model)
     assert [repeat.kept for repeat in traced.repeats] == [[0, 1, 5]]
-    assert [vars(linear) for linear in traced.linears] == [vars(linear) for linear in compiled.linears]
+    assert [_without_kernel(linear) for linear in traced.linears] == [_without_kernel(x) for x in compiled.linears]
     for ours, theirs in zip(traced.passes, compiled.passes, strict=True):
         assert (ours.name, ours.rewrites, ours.declined) == (theirs.name, theirs.rewrites, theirs.declined)
         # by one: torch logs the first use of a class in a process by a call that stands in the graph
         assert abs(ours.nodes_after - theirs.nodes_after) <= 1
     # the compiled model's bytes count no buffers, and neither do these
     assert traced.memory == compiled.memory
+
+
+def _without_kernel(linear: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(linear).items() if name != "lowering"}
 
 
 @pytest.mark.parametrize("layers", [5, pytest.param(9, marks=pytest.mark.slow)])

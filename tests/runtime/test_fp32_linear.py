@@ -107,13 +107,3 @@ def test_no_rows_and_what_is_not_needed() -> None:
     assert dx.shape == x.shape and dx.abs().sum() > 0
     ys = run("fp32_gemm", x.detach(), a, b, weights, [], torch.bfloat16, "nf4")[:-1]
     assert len(torch.autograd.grad([y.sum() for y in ys], [*a, *b])) == 4
-
-
-@pytest.mark.parametrize("step", [4096, 100])
-def test_dense_products_by_blocks_of_rows(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fp32_linear, "WEIGHT_ROWS", step)
-    torch.manual_seed(step)
-    x, w, bias = torch.randn(9, 65).bfloat16(), torch.randn(257, 65).bfloat16(), torch.randn(257).bfloat16()
-    close(fp32_linear.dense(x, w, bias), x.double() @ w.double().t() + bias.double(), torch.bfloat16)
-    dy = torch.randn(9, 257).bfloat16()
-    close(fp32_linear.dense_dx(dy, w), dy.double() @ w.double(), torch.bfloat16)

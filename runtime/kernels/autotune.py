@@ -1,0 +1,87 @@
+"""Time every candidate for one problem on random tensors of its sizes, and remember the times on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...lora_group import LoRAGroup
+from ...nf4 import SCALE_BLOCK_SIZE
+from . import dispatch, tuning
+from .dispatch import Candidate, Problem
+
+
+def measure(problem: Problem) -> dict[str, float]:
+    """Microseconds by candidate, measured unless this machine's file has them. Only one candidate: nothing to measure."""
+    mine = dispatch.entry_of(problem, {})
+    for entry in tuning.measured(problem.device):
+        if entry[:6] == mine[:6]:
+            return entry.microseconds
+    able = [c for c in dispatch.candidates(problem.op, problem.device) if c.run and c.declines(problem) is None]
+    if len(able) < 2:
+        return {}
+    make = {"dense_linear": _dense, "attention": _attention}.get(problem.op, _lora)
+    with torch.no_grad(), torch.inference_mode(False):
+        call = make(problem)
+        times = tuning.time_all({c.name: _bound(call, c) for c in able}, problem.device)
+    tuning.remember([dispatch.entry_of(problem, times)], problem.device)
+    dispatch.forget_choices()
+    return times
+
+
+def _bound(call: Callable[[Candidate], object], candidate: Candidate) -> Callable[[], object]:
+    return lambda: call(candidate)
+
+
+def _random(problem: Problem, *shape: int) -> Tensor:
+    return torch.randn(*shape, device=problem.device).to(problem.dtype)
+
+
+def _dense(problem: Problem) -> Callable[[Candidate], object]:
+    x, weight = _random(problem, problem.m, problem.k), _random(problem, sum(problem.n), problem.k)
+    return lambda candidate: candidate.run(x, weight, None)  # type: ignore[misc]
+
+
+def _attention(problem: Problem) -> Callable[[Candidate], object]:
+    """Eight heads: what counts is how the times of the candidates compare."""
+    q = _random(problem, 1, 8, problem.m, problem.k)
+    kv = _random(problem, 1, 8, sum(problem.n), problem.k)
+    return lambda candidate: candidate.run(q, kv, kv, None, False, problem.k**-0.5)  # type: ignore[misc]
+
+
+def _lora(problem: Problem) -> Callable[[Candidate], object]:
+    group = _group(problem)
+    x = _random(problem, problem.m, problem.k)
+    if problem.op == "lora_linear":
+        return lambda candidate: candidate.run(group, x, [])  # type: ignore[misc]
+    dys = [_random(problem, problem.m, n) for n in problem.n]
+    h = _random(problem, problem.m, problem.rank)
+    return lambda candidate: candidate.run(group, dys, x, h, True, True)  # type: ignore[misc]
+
+
+def _group(problem: Problem) -> LoRAGroup:
+    """One adapter of all the ranks, on the first linear."""
+    on: dict[str, Any] = {"device": problem.device}
+    quantized = problem.quant_type != "none"
+    weight, absmax, scale, offset = [], [], [], []
+    for n in problem.n:
+        if not quantized:
+            weight.append(_random(problem, n, problem.k))
+            continue
+        blocks = -(-n * problem.k // problem.block_size)
+        weight.append(torch.randint(0, 256, ((n * problem.k + 1) // 2,), dtype=torch.uint8, **on))
+        absmax.append(torch.randint(0, 256, (blocks,), dtype=torch.uint8, **on))
+        scale.append(torch.rand(-(-blocks // SCALE_BLOCK_SIZE), **on))
+        offset.append(torch.rand((), **on))
+    adapted = problem.rank > 0
+    return LoRAGroup(
+        weight, absmax, scale, offset,
+        [torch.randn(problem.rank, problem.k, **on)] if adapted else [],
+        [torch.randn(problem.n[0], problem.rank, **on)] if adapted else [],
+        [], [1.0] if adapted else [], [int(adapted and i == 0) for i in range(len(problem.n))],
+        [torch.tensor(1)] if adapted and problem.dropout else [], 0.1 if problem.dropout else 0.0,
+        list(problem.n), problem.quant_type, problem.block_size, problem.dtype,
+    )  # fmt: skip

@@ -1,0 +1,86 @@
+"""lower_kernels: kernels chosen for each op, forced by option, measured on request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from qlora_compile.passes import (
+    fuse_lora_linear,
+    insert_adapters,
+    lower_kernels,
+    normalize_linear,
+    quantize_weights,
+)
+from qlora_compile.runtime import kernels
+from qlora_compile.runtime.kernels import dispatch, tuning
+
+PIPELINE = (normalize_linear, quantize_weights, insert_adapters, fuse_lora_linear, lower_kernels)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("QLORA_COMPILE_CACHE_DIR", str(tmp_path))
+    dispatch.forget_choices()
+    yield
+    dispatch.forget_choices()
+
+
+def trace(traced: Callable[..., Any], **options: Any) -> Any:
+    t = traced(nn.Linear(192, 72), torch.randn(3, 7, 192), compute_dtype="bfloat16", **options)
+    t.ctx.chooser = partial(kernels.choose_kernel, tune=t.ctx.config.autotune)
+    return t
+
+
+def test_both_directions_are_chosen_and_recorded(traced: Callable[..., Any]) -> None:
+    t = trace(traced)
+    assert t.count(*PIPELINE) == 1
+    (node,) = t.nodes("lora_linear")
+    assert [op for op, _ in node.meta["qlora_kernels"]] == ["lora_linear", "lora_linear_backward"]
+    _, choice = node.meta["qlora_kernels"][0]
+    assert str(choice.problem) == "M≤32 N=72 K=192 R=3 bfloat16 nf4/32"
+    assert len(node.args) == 17  # the op asks for itself
+
+
+@pytest.mark.parametrize("name", ["fp32_gemm", "library_gemm"])
+def test_a_forced_kernel_stands_in_the_graph(traced: Callable[..., Any], name: str) -> None:
+    t = trace(traced, kernels={"lora_linear": name})
+    before = t.count(*PIPELINE[:-1]), t()
+    t.run(lower_kernels)
+    (node,) = t.nodes("lora_linear")
+    assert node.args[17:] == (name, "")
+    assert node.meta["qlora_kernels"][0][1].why == "forced by option"
+    # bf16 products of 192 terms, the weight rounded to bf16 in one of the two
+    torch.testing.assert_close(t(), before[1], atol=2**-5, rtol=2**-6)
+
+
+def test_autotune_measures_once(traced: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    t = trace(traced, autotune=True)
+    t.run(*PIPELINE)
+    entries = {entry.op: entry for entry in tuning.measured("cpu")}
+    assert set(entries) == {"lora_linear", "lora_linear_backward"}
+    times = entries["lora_linear"].microseconds
+    assert {"fp32_gemm", "library_gemm"} <= set(times) and all(us > 0 for us in times.values())
+    (node,) = t.nodes("lora_linear")
+    choice = node.meta["qlora_kernels"][0][1]
+    assert choice.name == min(times, key=times.__getitem__)
+    assert choice.why.startswith("measured here: M=32 N=72 K=192: ")
+    monkeypatch.setattr(tuning, "time_all", lambda *a: pytest.fail("measured again"))
+    trace(traced, autotune=True).run(*PIPELINE)
+
+
+def test_a_wide_group_and_dense_problems_can_be_measured() -> None:
+    for op, sizes in {
+        "lora_linear": {"n": (64, 32), "k": 96, "rank": 4, "quant_type": "nf4", "block_size": 32, "dropout": True},
+        "lora_linear_backward": {"n": (64, 32), "k": 96, "rank": 0},
+        "dense_linear": {"n": (100,), "k": 96},
+        "attention": {"n": (40,), "k": 16},
+    }.items():
+        choice = kernels.choose_kernel(op, rows=24, dtype=torch.bfloat16, device="cpu", tune=True, **sizes)  # type: ignore[arg-type]
+        assert choice.why.startswith("measured here"), op

@@ -1,0 +1,119 @@
+"""Dense products and attention in fp32 with one rounding, against fp64; the ops' contracts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qlora_compile import wide_ops
+
+OPS = torch.ops.qlora
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def close(got: Tensor, expected: Tensor, dtype: torch.dtype, roundings: int = 1) -> None:
+    """`roundings` of half a unit relative to the value, and fp32 sums of some hundred terms beside the largest value."""
+    unit = 2**-8 if dtype == torch.bfloat16 else 2**-11
+    tolerance = expected.abs() * unit * roundings + expected.abs().max() * (2**-16 + unit * (roundings - 1))
+    assert ((got.double() - expected).abs() <= tolerance).all(), float((got.double() - expected).abs().max())
+
+
+def both(inputs: Sequence[Tensor]) -> list[Tensor]:
+    return [t.detach().double().requires_grad_() for t in inputs]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("step", [4096, 100])
+def test_linear(dtype: torch.dtype, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with fewer rows of the weight at a time than it has."""
+    monkeypatch.setattr(wide_ops, "WEIGHT_ROWS", step)
+    torch.manual_seed(step)
+    x, w, b = torch.randn(3, 5, 65), torch.randn(257, 65), torch.randn(257)
+    inputs = [t.to(dtype).requires_grad_() for t in (x, w, b)]
+    y = OPS.wide_linear(*inputs)
+    wide = both(inputs)
+    expected = F.linear(*wide)
+    close(y, expected.detach(), dtype)
+    dy = torch.randn_like(y)
+    for got, want in zip(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, wide, dy.double())):
+        # the bias's gradient is torch's own sum of bf16 numbers
+        close(got, want, dtype, roundings=1 if want.dim() > 1 else 2)
+
+
+def test_linear_saves_nothing_that_a_frozen_weight_does_not_need() -> None:
+    x, w = torch.randn(5, 65).bfloat16().requires_grad_(), torch.randn(33, 65).bfloat16()
+    saved: list[Tensor] = []
+
+    def keep(t: Tensor) -> Tensor:
+        saved.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        OPS.wide_linear(x, w, None)
+    assert [t.data_ptr() for t in saved] == [w.data_ptr()]
+
+
+SHAPES = [
+    ((7, 33), (33, 9)),
+    ((2, 3, 7, 33), (2, 3, 33, 9)),
+    ((3, 7, 33), (33, 9)),
+    ((7, 33), (4, 33, 9)),
+]
+
+
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_matmul_broadcasts(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    torch.manual_seed(1)
+    inputs = [torch.randn(shape).bfloat16().requires_grad_() for shape in shapes]
+    y, wide = OPS.wide_matmul(*inputs), both(inputs)
+    expected = wide[0] @ wide[1]
+    close(y, expected.detach(), torch.bfloat16)
+    dy = torch.randn_like(y)
+    for got, want in zip(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, wide, dy.double())):
+        close(got, want, torch.bfloat16, roundings=2)  # a broadcast operand's gradients are summed in bf16
+
+
+def attention_case(mask: str) -> tuple[list[Tensor], Tensor | None, bool]:
+    """q, k, v with other sizes each, q strided; a mask of that kind, with one query that sees nothing."""
+    torch.manual_seed(2)
+    q = torch.randn(2, 13, 3, 8).bfloat16().transpose(1, 2)
+    k, v = torch.randn(2, 3, 17, 8).bfloat16(), torch.randn(2, 3, 17, 5).bfloat16()
+    hidden = torch.rand(2, 1, 13, 17) > 0.3
+    hidden[0, 0, 3] = False
+    found = {"none": None, "causal": None, "bool": hidden, "added": torch.randn(13, 17)}[mask]
+    return [t.requires_grad_() for t in (q, k, v)], found, mask == "causal"
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "bool", "added"])
+@pytest.mark.parametrize("scores", [1 << 21, 300, 40])
+def test_attention(mask: str, scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All at once, a head at a time, and two queries at a time."""
+    monkeypatch.setattr(wide_ops, "SCORES", scores)
+    inputs, given, causal = attention_case(mask)
+    out, logsumexp = OPS.wide_attention(*inputs, given, causal, 0.3)
+    assert logsumexp.dtype == torch.float32 and not logsumexp.requires_grad
+    wide = both(inputs)
+    double = given.double() if mask == "added" and given is not None else given
+    expected = F.scaled_dot_product_attention(*wide, attn_mask=double, is_causal=causal, scale=0.3)
+    close(out, expected.detach(), torch.bfloat16)
+    dout = torch.randn_like(out)
+    grads = torch.autograd.grad(out, inputs, dout)
+    for got, want in zip(grads, torch.autograd.grad(expected, wide, dout.double())):
+        close(got, want, torch.bfloat16, roundings=2)  # backward reads the rounded output
+    if mask == "bool":
+        assert (out[0, :, 3] == 0).all() and (grads[0][0, :, 3] == 0).all()
+
+
+def test_opcheck() -> None:
+    x, w, b = torch.randn(3, 5, 65).bfloat16(), torch.randn(33, 65).bfloat16(), torch.randn(33).bfloat16()
+    torch.library.opcheck(OPS.wide_linear.default, (x.clone().requires_grad_(), w, b))
+    torch.library.opcheck(OPS.wide_linear.default, tuple(t.clone().requires_grad_() for t in (x, w, b)))
+    torch.library.opcheck(OPS.wide_linear_backward.default, (torch.randn(3, 5, 33).bfloat16(), x, w, True))
+    torch.library.opcheck(OPS.wide_matmul.default, (x.clone().requires_grad_(), w.t().clone().requires_grad_()))
+    inputs, mask, causal = attention_case("bool")
+    torch.library.opcheck(OPS.wide_attention.default, (*inputs, mask, causal, 1 / math.sqrt(8)))
