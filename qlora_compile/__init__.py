@@ -24,6 +24,7 @@ _EXPORTS = {
     "CombineReport": "runtime.combine",
     "PagedAdamW": "runtime.paged_optimizer",
     "PagedLion": "runtime.paged_optimizer",
+    "QLoRAQuantizationConfig": "runtime.transformers_quantizer",
     "export": "runtime.export",
     "ExportReport": "runtime.export",
 }

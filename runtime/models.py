@@ -13,6 +13,8 @@ import torch
 
 from ..errors import CheckpointError, MissingDependencyError
 from .formats.atomic import check_output_folder, new_folder
+from .formats.bnb_files import quantized_keys, read_state
+from .formats.checkpoint_dir import open_checkpoint, read_json
 
 # What transformers, tokenizers, safetensors and gguf were seen to raise on damaged files.
 READ_ERRORS: tuple[type[Exception], ...] = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError)
@@ -72,6 +74,10 @@ def load_weights(path: Path | str, dtype: torch.dtype = torch.bfloat16) -> Any:
         # Without it the weights stay packed in transformers' own GGUF layers, which no pass of ours knows.
         unpacked = transformers.GgufConfig(dequantize=True)
         options = {"dtype": torch.float32, "gguf_file": source.gguf_file, "quantization_config": unpacked}
+    elif is_bitsandbytes_folder(source.folder):
+        from .transformers_quantizer import QLoRAQuantizationConfig
+
+        options["quantization_config"] = QLoRAQuantizationConfig()  # its codes as they are, nothing quantized again
     with _quiet(transformers), _reading(path, "weights"):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             str(source.folder), local_files_only=True, output_loading_info=True, **options
@@ -104,6 +110,20 @@ def empty_model(path: Path | str, dtype: torch.dtype = torch.bfloat16) -> Any:
         config.use_cache = False
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def is_bitsandbytes_folder(folder: Path) -> bool:
+    """Whether the folder's config.json says that bitsandbytes quantized it to 4 bits, with every state readable.
+
+    Raises CheckpointError (a state that is corrupt, or of a kind that cannot be read).
+    """
+    quantized = read_json(folder / "config.json").get("quantization_config")
+    if not isinstance(quantized, dict) or not (quantized.get("load_in_4bit") or quantized.get("_load_in_4bit")):
+        return False
+    checkpoint = open_checkpoint(folder)
+    for key, state in quantized_keys(checkpoint.specs).items():
+        read_state(key, checkpoint.tensor(state))
+    return True
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:

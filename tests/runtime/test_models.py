@@ -74,7 +74,7 @@ def test_a_missing_tensor_is_not_drawn_at_random(copy: Path) -> None:
 @pytest.mark.parametrize("content", ["{broken", "[]", json.dumps({"model_type": "no-such-model"})])
 def test_a_broken_config(copy: Path, content: str) -> None:
     (copy / "config.json").write_text(content)
-    with pytest.raises(CheckpointError, match="cannot be loaded"):
+    with pytest.raises(CheckpointError, match=r"cannot be loaded|is corrupt"):
         load_weights(copy)
 
 

@@ -1,0 +1,215 @@
+"""`from_pretrained` into 4 bits: the codes, the way back to disk, bitsandbytes' own folders, and memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import qlora_compile as qc
+from qlora_compile.errors import CheckpointError, ConfigError
+from qlora_compile.runtime.formats.checkpoint_dir import TensorSpec, write_checkpoint
+from qlora_compile.runtime.models import load_weights
+
+MakeModel = Callable[..., torch.nn.Module]
+IDS = torch.arange(33).reshape(3, 11) * 5 % 97
+MODEL_FILE = "model.safetensors"
+
+
+def load(folder: Path, config: Any = None, **options: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    options = {"dtype": "auto", "local_files_only": True} | options
+    if config is not None:  # an explicit None would hide what the folder's config.json says
+        options["quantization_config"] = config
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+def bitsandbytes_folder(path: Path, dense: Path, quant_type: str, double_quant: bool, **options: Any) -> Path:
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        **options,
+    )
+    load(dense, config).save_pretrained(path)
+    return path
+
+
+def test_weights_are_those_of_quantize_4bit_and_the_rest_stays(tmp_path: Path, tiny_llama: MakeModel) -> None:
+    dense = tiny_llama(torch.bfloat16)
+    dense.save_pretrained(tmp_path / "dense", max_shard_size="20KB")  # type: ignore[operator]
+    config = qc.QLoRAQuantizationConfig("fp4", block_size=128, double_quant=False, skip_modules=["o_proj"])
+    model = load(tmp_path / "dense", config)
+    own = dict(model.named_parameters())
+    for name, weight in dense.named_parameters():
+        if "_proj" in name and "o_proj" not in name:
+            wanted = qc.quantize_4bit(weight, quant_type="fp4", block_size=128, double_quant=False)
+            assert torch.equal(own[name].codes, wanted.codes) and torch.equal(own[name].absmax, wanted.absmax)
+        else:
+            assert not isinstance(own[name], qc.QuantizedTensor) and torch.equal(own[name], weight)
+    assert not any(p.requires_grad for p in own.values() if isinstance(p, qc.QuantizedTensor))
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+@pytest.mark.parametrize(("quant_type", "double_quant"), [("nf4", True), ("fp4", False)])
+def test_bytes_are_those_of_bitsandbytes_both_ways(
+    tmp_path: Path, tiny_llama: MakeModel, quant_type: str, double_quant: bool
+) -> None:
+    tiny_llama(torch.bfloat16).save_pretrained(tmp_path / "dense")  # type: ignore[operator]
+    theirs = bitsandbytes_folder(tmp_path / "theirs", tmp_path / "dense", quant_type, double_quant)
+    ours = load(tmp_path / "dense", qc.QLoRAQuantizationConfig(quant_type, double_quant=double_quant))
+    ours.save_pretrained(tmp_path / "ours")
+    read = load(theirs, qc.QLoRAQuantizationConfig())  # the folder's own choices hold, nothing is quantized again
+    assert torch.equal(logits(read), logits(ours))
+    read.save_pretrained(tmp_path / "again")
+    wanted = load_file(theirs / MODEL_FILE)
+    for folder in ("ours", "again"):
+        got = load_file(tmp_path / folder / MODEL_FILE)
+        assert got.keys() == wanted.keys()
+        assert all(torch.equal(got[key], wanted[key]) for key in wanted)
+    saved, original = (json.loads((f / "config.json").read_text()) for f in (tmp_path / "ours", theirs))
+    for key in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype", "quant_method"):
+        assert saved["quantization_config"][key] == original["quantization_config"][key]
+    stock = load(tmp_path / "ours")  # by bitsandbytes: no class of ours is named
+    assert type(stock.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    torch.testing.assert_close(logits(stock), logits(ours), rtol=0.05, atol=0.02)  # bf16 sums in another order
+
+
+def test_conv1d_and_other_storage(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(n_embd=48, n_layer=2, n_head=3, vocab_size=101)).save_pretrained(tmp_path / "dense")
+    theirs = bitsandbytes_folder(
+        tmp_path / "theirs", tmp_path / "dense", "nf4", True, bnb_4bit_quant_storage=torch.bfloat16
+    )
+    ours = load(tmp_path / "dense", qc.QLoRAQuantizationConfig())
+    read = load(theirs, qc.QLoRAQuantizationConfig())
+    weight = read.transformer.h[0].attn.c_attn.weight
+    assert weight.transposed and weight.shape == (48, 144)
+    assert torch.equal(weight.codes, ours.transformer.h[0].attn.c_attn.weight.codes)
+    assert torch.equal(logits(read), logits(ours))
+
+
+def test_a_loaded_model_is_prepared_trained_saved_and_read_again(tmp_path: Path, tiny_llama: MakeModel) -> None:
+    tiny_llama(torch.bfloat16).save_pretrained(tmp_path / "dense")  # type: ignore[operator]
+    model = load(tmp_path / "dense", qc.QLoRAQuantizationConfig())
+    model.save_pretrained(tmp_path / "nf4")
+    before = logits(model)
+    qc.prepare(model, {"r": 3})
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == 42 and all(p.grad is not None for p in trained)
+    model.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / MODEL_FILE).read_bytes() == (tmp_path / "nf4" / MODEL_FILE).read_bytes()
+    # The program's own loader takes the folder too, in any dtype: codes stay, what they stand for follows.
+    again = load_weights(tmp_path / "nf4", torch.float32)
+    weight = again.model.layers[1].mlp.down_proj.weight
+    assert weight.dtype == torch.float32 and torch.equal(weight.codes, model.model.layers[1].mlp.down_proj.weight.codes)
+    torch.testing.assert_close(logits(again), before.float(), rtol=0.05, atol=0.03)  # fp32 against bf16
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path, tiny_llama: MakeModel) -> None:
+    tiny_llama(torch.bfloat16).save_pretrained(tmp_path / "dense")  # type: ignore[operator]
+    with pytest.raises(ConfigError, match="did you mean 'double_quant'"):
+        qc.QLoRAQuantizationConfig(double_quants=True)
+    with pytest.raises(ConfigError, match="block_size must be one of"):
+        qc.QLoRAQuantizationConfig(block_size=48)
+    config_file = tmp_path / "dense" / "config.json"
+    config = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    with pytest.raises(ConfigError, match="already quantized by gptq"):
+        load(tmp_path / "dense", qc.QLoRAQuantizationConfig())
+    config_file.write_text(json.dumps(config))
+    load(tmp_path / "dense", qc.QLoRAQuantizationConfig()).save_pretrained(tmp_path / "nf4")
+    tensors = load_file(tmp_path / "nf4" / MODEL_FILE)
+    key = "model.layers.0.mlp.up_proj.weight"
+    state = f"{key}.quant_state.bitsandbytes__nf4"
+    bad = bytes(tensors[state].tolist()).replace(b'"nf4"', b'"nf9"')
+    tensors[state] = torch.tensor(list(bad), dtype=torch.uint8)
+    save_file(tensors, tmp_path / "nf4" / MODEL_FILE, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{key} is quantized with quant_type='nf9'"):
+        load_weights(tmp_path / "nf4")
+
+
+MEASURE = """
+import sys, threading, time, torch
+from transformers import AutoModelForCausalLM
+import qlora_compile as qc
+from qlora_compile.runtime import kernels
+config = qc.QLoRAQuantizationConfig()
+qc.quantize_4bit(torch.randn(64, 64))  # builds the kernel
+def anonymous():
+    return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) * 1024
+start, peak, done = anonymous(), 0, False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
+thread = threading.Thread(target=watch); thread.start()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=config, dtype="auto")
+done = True; thread.join()
+stored = sum(p.stored_bytes if isinstance(p, qc.QuantizedTensor) else p.nbytes for p in model.parameters())
+print(peak - start, stored)
+"""
+
+
+def random_llama(path: Path, dtype: torch.dtype, **settings: Any) -> tuple[int, int]:
+    """Random weights written tensor by tensor -> (bytes of all, bytes of the largest)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(tie_word_embeddings=True, **settings)
+    config.architectures, config.dtype = ["LlamaForCausalLM"], dtype
+    with torch.device("meta"):
+        meta = LlamaForCausalLM(config).state_dict()
+    specs = {key: TensorSpec(dtype, tuple(t.shape)) for key, t in meta.items() if key != "lm_head.weight"}
+    path.mkdir()
+    config.save_pretrained(path)
+    write_checkpoint(path, specs, lambda key: torch.randn(specs[key].shape, dtype=dtype) * 0.02, 300_000_000)
+    return sum(spec.nbytes for spec in specs.values()), max(spec.nbytes for spec in specs.values())
+
+
+def peak_and_stored(folder: Path) -> tuple[int, int]:
+    run = [sys.executable, "-c", MEASURE, str(folder)]
+    out = subprocess.run(run, capture_output=True, text=True, check=True, timeout=500, cwd=folder)
+    peak, stored = map(int, out.stdout.split()[-2:])
+    return peak, stored
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_nothing_dense_outlives_its_tensor(tmp_path: Path) -> None:
+    settings = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "vocab_size": 1000}
+    total, largest = random_llama(tmp_path / "m", torch.float32, num_attention_heads=8, **settings)
+    peak, stored = peak_and_stored(tmp_path / "m")
+    # 60 MB for the allocator, threads and modules; all dense weights together are five times the bound.
+    assert peak < stored + 2 * largest + 60_000_000 < total / 2, (peak, stored, largest, total)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_of_a_gigabyte(tmp_path: Path) -> None:
+    settings = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 9, "vocab_size": 32000}
+    total, largest = random_llama(tmp_path / "m", torch.bfloat16, num_attention_heads=16, **settings)
+    assert total > 1_000_000_000
+    peak, stored = peak_and_stored(tmp_path / "m")
+    print(
+        f"dense {total / 1e6:.0f} MB, 4-bit {stored / 1e6:.0f} MB, largest {largest / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB"
+    )
+    assert peak < stored + 2 * largest + 300_000_000 < total
