@@ -85,16 +85,20 @@ def cache_dir() -> Path:
     return folder
 
 
-def render(op: str, build: str) -> str:
-    """The C++ source of an op. `build` (compiler, version, flags) stands in its header."""
-    environment = jinja2.Environment(
+def template_environment() -> jinja2.Environment:
+    """Reads the templates beside this file; a name that the template uses and nobody gave is an error."""
+    return jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # C++, not HTML
+        autoescape=False,  # source code, not HTML
     )
+
+
+def render(op: str, build: str) -> str:
+    """The C++ source of an op. `build` (compiler, version, flags) stands in its header."""
     bounds = {}
     for name in CODE_BOOKS:
         midpoints, order = code_bounds(name)
@@ -102,15 +106,19 @@ def render(op: str, build: str) -> str:
         literals = [_literal(v) for v in midpoints.tolist()]
         bounds[name] = {"bounds": literals, "order": ascending, "sorted": ascending == list(range(16))}
     template = f"{op}.cpp.jinja"
-    return environment.get_template(template).render(
-        op=op,
-        purpose=PURPOSES[op],
-        template=f"runtime/kernels/{template}",
-        isas=instruction_sets(),
-        code_books={name: [_literal(v) for v in values] for name, values in CODE_BOOKS.items()},
-        code_books_bf16={name: _bf16_bits(name) for name in CODE_BOOKS},
-        bounds=bounds,
-        build=build,
+    return (
+        template_environment()
+        .get_template(template)
+        .render(
+            op=op,
+            purpose=PURPOSES[op],
+            template=f"runtime/kernels/{template}",
+            isas=instruction_sets(),
+            code_books={name: [_literal(v) for v in values] for name, values in CODE_BOOKS.items()},
+            code_books_bf16={name: _bf16_bits(name) for name in CODE_BOOKS},
+            bounds=bounds,
+            build=build,
+        )
     )
 
 

@@ -1,0 +1,69 @@
+"""What the Triton kernels' Python sides share: checks of their arguments, tables on the device, launch guards."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import KernelError
+from ...nf4 import SCALE_BLOCK_SIZE, dynamic_map
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], numel: int, device: torch.device) -> None:
+    """Raises KernelError unless `tensor` is contiguous, of one of these dtypes, on this device, and large enough."""
+    if tensor.device != device or tensor.dtype not in dtypes or not tensor.is_contiguous():
+        wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        form = "contiguous" if tensor.is_contiguous() else "strided"
+        raise KernelError(
+            f"{name} must be a contiguous {wanted} tensor on {device}, got a {form} {tensor.dtype} on {tensor.device}."
+        )
+    if tensor.numel() < numel:
+        raise KernelError(f"{name} holds {tensor.numel()} elements, {numel} are needed.")
+
+
+def check_scales(
+    absmax: Tensor, absmax_scale: Tensor | None, absmax_offset: Tensor | None, blocks: int, device: torch.device
+) -> None:
+    """The same for the scales of a weight of so many blocks, double-quantized or not."""
+    if (absmax_scale is None) != (absmax_offset is None):
+        raise KernelError("absmax_scale and absmax_offset belong together: give both or none.")
+    if absmax_scale is None or absmax_offset is None:
+        check("absmax", absmax, (torch.float32,), blocks, device)
+        return
+    check("absmax", absmax, (torch.uint8,), blocks, device)
+    check("absmax_scale", absmax_scale, (torch.float32,), -(-blocks // SCALE_BLOCK_SIZE), device)
+    check("absmax_offset", absmax_offset, (torch.float32,), 1, device)
+
+
+@functools.cache
+def device_map(device: torch.device) -> Tensor:
+    """The dynamic map of the scales' codes on a device, fp32 [256]; made once, before any graph is captured."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise KernelError("Run the model once before capturing a CUDA graph: its tables are not on the device yet.")
+    with torch.inference_mode(False):
+        return dynamic_map().to(device)
+
+
+def scale_arguments(absmax: Tensor, absmax_scale: Tensor | None, absmax_offset: Tensor | None) -> list[Tensor]:
+    """The scales' tensors as kernels take them: absmax, or absmax, absmax_scale, absmax_offset and the dynamic map."""
+    if absmax_scale is None or absmax_offset is None:
+        return [absmax]
+    return [absmax, absmax_scale, absmax_offset, device_map(absmax.device)]
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device: make it the tensor's. (The interpreter runs on CPU tensors.)"""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at once at least; 4 under the interpreter, so that small tests split their sums too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -1,0 +1,165 @@
+"""The numbers of the Triton kernels, under Triton's interpreter: run by test_triton_interpreted.py in a process of its own.
+
+Outputs are compared in fp32, where a sum's order is all that may differ; bf16 outputs within one unit in the last place,
+since the interpreter truncates where hardware rounds.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from qlora_compile import nf4
+from qlora_compile.runtime.kernels import triton_codec, triton_linear, triton_low_rank
+from qlora_compile.runtime.kernels.triton_linear import Adapter, Weight
+
+GENERATOR = torch.Generator().manual_seed(23)
+
+
+def _randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=GENERATOR)
+
+
+def _weight(n: int, k: int, quant_type: str = "nf4", block_size: int = 32, double_quant: bool = True) -> Weight:
+    data = nf4.quantize_reference(_randn(n, k), quant_type, block_size, double_quant)
+    return Weight(data, n, k, quant_type, block_size)
+
+
+def _dense(weight: Weight) -> Tensor:
+    shape = (weight.rows, weight.columns)
+    return nf4.dequantize_reference(*weight.data, shape, weight.quant_type, weight.block_size, torch.float32)
+
+
+def _adapter(m: int, n: int, rank: int) -> Adapter:
+    return Adapter(_randn(m, rank), _randn(n, rank), 1.5, torch.tensor(0.5))
+
+
+def _low_rank(adapters: list[Adapter]) -> Tensor:
+    return sum((0.75 * a.low.double() @ a.factor.double().t() for a in adapters), torch.zeros(()).double())
+
+
+def _close(got: Tensor, expected: Tensor, terms: int) -> None:
+    """fp32 sums of `terms` products of size about 1, in another order than fp64's."""
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=2e-7 * terms)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("quant_type", "block_size", "double_quant", "shape"),
+    [
+        ("nf4", 64, True, (7, 33)),
+        ("fp4", 32, False, (5, 13)),
+        ("nf4", 128, True, (1, 1)),
+        ("fp4", 4096, True, (3, 1501)),
+    ],
+)
+def test_dequantize(
+    quant_type: str, block_size: int, double_quant: bool, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    data = nf4.quantize_reference(_randn(*shape), quant_type, block_size, double_quant)
+    expected = nf4.dequantize_reference(*data, shape, quant_type, block_size, torch.float32)
+    out = torch.full(shape, torch.nan, dtype=dtype)
+    triton_codec.dequantize_4bit(*data, out.numel(), quant_type, block_size, out)
+    if dtype == torch.float32:
+        assert torch.equal(out, expected)
+    else:
+        torch.testing.assert_close(out.float(), expected, rtol=torch.finfo(dtype).eps, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("quant_type", "block_size", "shape"),
+    [("nf4", 64, (7, 33)), ("fp4", 32, (5, 13)), ("nf4", 256, (9, 57)), ("fp4", 64, (1, 1))],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantize_has_the_bytes_of_the_reference(
+    quant_type: str, block_size: int, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    dense = _randn(*shape)
+    dense[0, : shape[1] // 2] = 0  # a block of zeros, or part of one
+    dense = dense.to(dtype)
+    got = triton_codec.quantize_4bit(dense, quant_type, block_size, False)
+    expected = nf4.quantize_reference(dense, quant_type, block_size, False)
+    assert torch.equal(got.codes, expected.codes) and torch.equal(got.absmax, expected.absmax)
+
+
+@pytest.mark.parametrize("m", [1, 3])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_few_rows_of_a_group(m: int, double_quant: bool) -> None:
+    weights = [_weight(n, 96, double_quant=double_quant) for n in (21, 10, 7)]
+    x, h = _randn(m, 96), _randn(m, 12)
+    factors = [_randn(21, 5), _randn(10, 3), _randn(7, 4)]
+    lows = h.split([5, 3, 4], dim=1)
+    adapters = [[Adapter(low, factor, 1.5, torch.tensor(0.5))] for low, factor in zip(lows, factors)]
+    bias = [_randn(w.rows) for w in weights]
+    outs = [torch.full((m, w.rows), torch.nan) for w in weights]
+    triton_linear.lora_linear_vector(x, weights, outs, h, adapters, bias)
+    for weight, out, mine, b in zip(weights, outs, adapters, bias):
+        _close(out, x.double() @ _dense(weight).double().t() + _low_rank(mine) + b.double(), 110)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(5, 37, 96), (17, 70, 160), (70, 33, 64)])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_gemm_with_adapters_and_bias(m: int, n: int, k: int, quant_type: str) -> None:
+    weight, x, bias = _weight(n, k, quant_type), _randn(m, k + 3)[:, :k], _randn(n)
+    adapters = [_adapter(m, n, 5), _adapter(m, n, 18)]
+    out = torch.full((m, n), torch.nan)
+    triton_linear.lora_linear_gemm(x, weight, out, adapters, bias)
+    _close(out, x.double() @ _dense(weight).double().t() + _low_rank(adapters) + bias.double(), k + 23)
+
+
+@pytest.mark.parametrize("m", [5, 70])
+def test_dx_of_a_group_is_one_sum(m: int) -> None:
+    weights, dys = [_weight(33, 96), _weight(20, 96)], [_randn(m, 33), _randn(m, 20)]
+    adapters = [Adapter(_randn(m, 5), _randn(5, 96)), Adapter(_randn(m, 3), _randn(3, 96))]
+    dx = torch.full((m, 96), torch.nan)
+    triton_linear.lora_linear_dx(dx, dys, weights, adapters)
+    expected = sum(dy.double() @ _dense(w).double() for dy, w in zip(dys, weights))
+    expected = expected + sum(a.low.double() @ a.factor.double() for a in adapters)
+    _close(dx, expected, 61)
+
+
+def test_low_rank_products_and_their_gradients() -> None:
+    m, k, n = 37, 70, 45
+    x, factors = _randn(m, k), [_randn(5, k), _randn(18, k)]
+    h = torch.full((m, 23), torch.nan)
+    triton_low_rank.lora_down(x, factors, h)
+    _close(h, x.double() @ torch.cat(factors).double().t(), k)
+    y, ups, bias = _randn(m, n), [_randn(n, 5), _randn(n, 18)], _randn(n)
+    parts = list(h.split([5, 18], dim=1))
+    scale = triton_low_rank.Scale([2.0, 0.5], [torch.tensor(0.25), torch.tensor(3.0)])
+    expected = y.double() + bias.double() + 0.5 * parts[0].double() @ ups[0].double().t()
+    expected = expected + 1.5 * parts[1].double() @ ups[1].double().t()
+    triton_low_rank.lora_up(y, parts, ups, scale, bias=bias)
+    # h itself has values up to about 30
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-3)
+    outs = [torch.full((5, k), torch.nan), torch.full((18, k), torch.nan)]
+    triton_low_rank.lora_over_tokens(parts, x, outs)
+    for part, out in zip(parts, outs):
+        torch.testing.assert_close(out.double(), part.double().t() @ x.double(), rtol=1e-5, atol=1e-3)
+
+
+def test_dropout_is_drawn_again_from_its_seed() -> None:
+    """Forward and backward see one mask: the gradient of sum(h) with respect to x is the mask times A's column sums."""
+    m, k, r = 33, 64, 4
+    x, a = torch.ones(m, k), torch.ones(r, k)
+    dropout = triton_low_rank.Dropout([torch.tensor(99)], 0.75)
+    h, again, other = (torch.full((m, r), torch.nan) for _ in range(3))
+    triton_low_rank.lora_down(x, [a], h, dropout=dropout)
+    triton_low_rank.lora_down(x, [a], again, dropout=dropout)
+    triton_low_rank.lora_down(x, [a], other, dropout=triton_low_rank.Dropout([torch.tensor(100)], 0.75))
+    assert torch.equal(h, again) and not torch.equal(h, other)
+    kept = h[:, 0] * 0.75  # how many of a row's 64 elements stayed
+    torch.testing.assert_close(kept, kept.round(), rtol=0, atol=1e-4)
+    assert 0.65 < kept.sum().item() / (m * k) < 0.85  # 0.75 of 2112 draws: four standard deviations are 0.04
+    da = [torch.full((r, k), torch.nan)]
+    triton_low_rank.lora_over_tokens([torch.ones(m, r)], x, da, dropout=dropout)
+    torch.testing.assert_close(da[0].sum(1), h.sum(0), rtol=1e-5, atol=1e-3)  # both count what stayed, over 0.75
+
+
+def test_nothing_to_do() -> None:
+    weight = _weight(21, 96)
+    triton_linear.lora_linear_gemm(_randn(0, 96), weight, torch.empty(0, 21))
+    out = torch.full((3, 5), torch.nan)
+    triton_low_rank.lora_over_tokens([_randn(0, 3)], _randn(0, 5), [out])
+    assert torch.equal(out, torch.zeros(3, 5))

@@ -1,0 +1,223 @@
+"""Every Triton kernel, compiled ahead of time for four GPUs that are not here: what came out is what was meant.
+
+Launches are recorded, not run: each call below is what the ops launch for a Llama-3-8B-shaped layer, so sizes, strides,
+alignment and options are those of real work. Numbers are tested in `interpreted_triton.py`.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is not installed: `pip install triton` (Linux)")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from qlora_compile import nf4  # noqa: E402
+from qlora_compile.runtime.kernels import triton_codec, triton_common, triton_linear, triton_low_rank  # noqa: E402
+from qlora_compile.runtime.kernels.triton_linear import Adapter, Weight  # noqa: E402
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Shared memory that one program can have, in bytes: CUDA programming guide, table of compute capabilities; CDNA 3 ISA.
+MOST_SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+TENSOR_CORE = {"sm_80": r"\bmma\.sync", "sm_90": r"\b(wgmma\.|mma\.sync)", "sm_100": r"\b(tcgen05\.mma|mma\.sync)"}
+TENSOR_CORE["gfx942"] = r"\bv_mfma_"
+# The codec's tiles give each of 4 warps' 128 threads 16 bytes of codes; a wave of AMD's has 64 threads: 8 bytes each.
+WIDE_LOAD = {"gfx942": r"\b(global|buffer)_load_dwordx[24]"}
+WIDE_LOAD |= dict.fromkeys(
+    ("sm_80", "sm_90", "sm_100"), r"\bld\.global(\.\w+)*\.v4\.b32|\bcp\.async\.\w+\.shared\.global[^;]*0x10"
+)
+
+M_TRAIN, K, N, R = 2048, 4096, 1024, 16
+
+
+@dataclass
+class Launch:
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+
+def _weight(n: int, k: int, double_quant: bool = True) -> Weight:
+    blocks = n * k // 64
+    codes = torch.empty(n * k // 2, dtype=torch.uint8)
+    if not double_quant:
+        return Weight(nf4.QuantizedData(codes, torch.empty(blocks), None, None), n, k, "nf4", 64)
+    data = nf4.QuantizedData(codes, torch.empty(blocks, dtype=torch.uint8), torch.empty(blocks // 256), torch.empty(()))
+    return Weight(data, n, k, "nf4", 64)
+
+
+def _bf16(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16)
+
+
+def _dequantize(dtype: torch.dtype) -> None:
+    weight = _weight(N, K)
+    triton_codec.dequantize_4bit(*weight.data, N * K, "nf4", 64, torch.empty(N, K, dtype=dtype))
+
+
+def _adapters(m: int, n: int, count: int = 1) -> tuple[torch.Tensor, list[Adapter]]:
+    h = _bf16(m, count * R)
+    return h, [Adapter(part, torch.empty(n, R), 2.0, torch.empty(())) for part in h.split(R, dim=1)]
+
+
+def _vector(m: int) -> None:
+    """q, k and v of one token, or of a few."""
+    weights = [_weight(n, K) for n in (4096, 1024, 1024)]
+    h = _bf16(m, 3 * R)
+    adapters = [[Adapter(h[:, :R], torch.empty(w.rows, R), 2.0, torch.empty(()))] for w in weights]
+    bias = [torch.empty(w.rows) for w in weights]
+    triton_linear.lora_linear_vector(_bf16(m, K), weights, [_bf16(m, w.rows) for w in weights], h, adapters, bias)
+
+
+def _gemm(m: int) -> None:
+    adapters = _adapters(m, N)[1]
+    triton_linear.lora_linear_gemm(_bf16(m, K), _weight(N, K), _bf16(m, N), adapters, torch.empty(N))
+
+
+def _dx(m: int) -> None:
+    low = _bf16(m, 2 * R)
+    adapters = [Adapter(part, torch.empty(R, K)) for part in low.split(R, dim=1)]
+    triton_linear.lora_linear_dx(_bf16(m, K), [_bf16(m, N)] * 2, [_weight(N, K), _weight(N, K)], adapters)
+
+
+def _dropout(count: int) -> triton_low_rank.Dropout:
+    return triton_low_rank.Dropout([torch.zeros((), dtype=torch.int64)] * count, 0.9)
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "dequantize_bf16": lambda: _dequantize(torch.bfloat16),
+    "dequantize_fp32": lambda: _dequantize(torch.float32),
+    "quantize": lambda: void(triton_codec.quantize_4bit(_bf16(N * K), "nf4", 64, False)),
+    "down": lambda: triton_low_rank.lora_down(_bf16(M_TRAIN, K), [torch.empty(R, K)] * 3, _bf16(M_TRAIN, 3 * R)),
+    "down_dropout": lambda: triton_low_rank.lora_down(
+        _bf16(M_TRAIN, K), [torch.empty(R, K)] * 2, _bf16(M_TRAIN, 2 * R), dropout=_dropout(2)
+    ),
+    "up": lambda: triton_low_rank.lora_up(
+        _bf16(M_TRAIN, N), [_bf16(M_TRAIN, R)], [torch.empty(N, R)], bias=torch.empty(N), accumulate=False
+    ),
+    "over_tokens": lambda: triton_low_rank.lora_over_tokens(
+        [_bf16(M_TRAIN, R)] * 3, _bf16(M_TRAIN, K), [torch.empty(R, K)] * 3
+    ),
+    "vector_1": lambda: _vector(1),
+    "vector_4": lambda: _vector(4),
+    "gemm_16": lambda: _gemm(16),
+    "gemm_64": lambda: _gemm(64),
+    "gemm_training": lambda: _gemm(M_TRAIN),
+    "dx_64": lambda: _dx(64),
+    "dx_training": lambda: _dx(M_TRAIN),
+}
+READS_CODES = {name for name in CASES if name.startswith(("dequantize", "vector", "gemm", "dx"))}
+ON_TENSOR_CORES = {name for name in CASES if name.startswith(("down", "up", "over", "gemm", "dx"))}
+
+
+def void(_: object) -> None:
+    pass
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
+    """Kernels are not run, their launches are kept; the device is said to have an H100's 132 multiprocessors."""
+    kept: list[Launch] = []
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in ("num_warps", "enable_fp_fusion") if name in kwargs}
+        kept.append(Launch(self, dict(zip(self.arg_names, args)) | kwargs, options))
+
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
+    monkeypatch.setattr(triton_low_rank, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(triton_linear, "multiprocessors", lambda device: 132)
+    yield kept
+
+
+def _compile(launch: Launch, target: str) -> Any:
+    """Machine code of a launch, specialized as Triton does: values of 1 and multiples of 16 are known to the compiler."""
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = triton.runtime.jit.mangle_type(value)
+            if value.data_ptr() % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = triton.runtime.jit.mangle_type(value)
+            if isinstance(value, int) and value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=TARGETS[target], options=launch.options)
+
+
+def _spills(compiled: Any, target: str, folder: Path) -> list[str]:
+    """The assembler's own words about registers that went to memory; empty if none did."""
+    if target == "gfx942":
+        found = re.findall(r"\.[sv]gpr_spill_count:\s+[1-9]\d*|^; ScratchSize: [1-9]\d*", compiled.asm["amdgcn"], re.M)
+        return list(found)
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    source = folder / "kernel.ptx"
+    source.write_text(compiled.asm["ptx"])
+    arch = re.search(r"^\.target\s+(\w+)", compiled.asm["ptx"], re.M)
+    assert arch is not None
+    assembler = get_ptxas(TARGETS[target].arch).path
+    command = [assembler, "-v", f"--gpu-name={arch[1]}", str(source), "-o", str(folder / "kernel.cubin")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "spill stores" in done.stderr, done.stderr
+    return re.findall(r"[1-9]\d* bytes (?:spill stores|spill loads|stack frame)", done.stderr)
+
+
+def _check(case: str, target: str, launches: list[Launch], folder: Path) -> None:
+    CASES[case]()
+    wide, tensor_cores = False, False
+    for launch in launches:
+        compiled = _compile(launch, target)
+        assert compiled.metadata.shared <= MOST_SHARED_BYTES[target]
+        assert _spills(compiled, target, folder) == []
+        text = compiled.asm["amdgcn" if target == "gfx942" else "ptx"]
+        wide |= re.search(WIDE_LOAD[target], text) is not None
+        tensor_cores |= re.search(TENSOR_CORE[target], text) is not None
+    assert launches
+    assert wide or case not in READS_CODES
+    assert tensor_cores == (case in ON_TENSOR_CORES)
+
+
+ALL = [(case, target) for case in CASES for target in TARGETS]
+QUICK = [
+    ("dequantize_bf16", "gfx942"),
+    ("vector_1", "sm_90"),
+    ("gemm_64", "sm_80"),
+    ("dx_training", "sm_100"),
+    ("down_dropout", "sm_90"),
+]
+
+
+@pytest.mark.parametrize(
+    "case, target", [pytest.param(*both, marks=[] if both in QUICK else pytest.mark.slow) for both in ALL]
+)
+def test_machine_code(
+    case: str, target: str, launches: list[Launch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    _check(case, target, launches, tmp_path)
+
+
+def test_the_device_map_is_shared() -> None:
+    cpu = torch.device("cpu")
+    assert triton_common.device_map(cpu) is triton_common.device_map(cpu)
