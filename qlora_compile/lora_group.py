@@ -155,6 +155,9 @@ class LoRAGroup:
 
     def mask(self, j: int, x: Tensor) -> Tensor:
         """Adapter j's dropout mask, already divided by the keep probability, drawn again from its seed: like x."""
+        kernel = kernel_for("dropout_mask", x.device)
+        if kernel is not None:
+            return kernel(self.seed[j], x, 1 - self.dropout)  # type: ignore[no-any-return]
         generator = torch.Generator(device=x.device)
         generator.manual_seed(int(self.seed[j].item()))
         keep = torch.empty_like(x).bernoulli_(1 - self.dropout, generator=generator)

@@ -10,7 +10,12 @@ from typing import Any
 
 import torch
 
-from . import autotune, cpp_build, cpu, dispatch, lora_kernels  # the last registers its candidates
+from . import autotune, cpp_build, cpu, dispatch, gpu, lora_kernels  # the last registers its candidates
+
+if torch.cuda.is_available() and gpu.is_available():
+    from . import triton_lora
+
+    triton_lora.register()
 
 __all__ = ["choose_kernel", "dispatch", "find", "kernel_source", "lora_kernel", "lora_kernels"]
 
@@ -21,6 +26,8 @@ def find(op: str, device_type: str) -> Callable[..., Any] | None:
 
     Raises KernelError if the compiler fails on the generated source.
     """
+    if device_type == "cuda" and op in gpu.OPS:
+        return gpu.make(op, torch.device("cuda", torch.cuda.current_device()))
     if device_type != "cpu" or op not in cpu.KERNELS:
         return None
     if cpp_build.find_compiler() is None:
@@ -41,6 +48,10 @@ def _warn_no_compiler() -> None:
 
 def kernel_source(op: str, device_type: str) -> Path | None:
     """The generated source file of a kernel, for the report; None where `find` has no kernel."""
+    if device_type == "cuda" and gpu.is_available():
+        from . import triton_build
+
+        return triton_build.latest_source(op)
     if device_type != "cpu" or op not in cpu.KERNELS or cpp_build.find_compiler() is None:
         return None
     return cpp_build.write_source(cpu.TEMPLATES[op])

@@ -25,6 +25,7 @@ PURPOSES = {
     "lora_down": ("h = dropout(x) A^T for all adapters of a group in one read of x", "x @ A.t() in qlora::lora_linear"),
     "lora_up": ("y (+)= bias + sum_j scale_j (h_j B_j^T), one pass over y", "y.addmm_(h, B.t()) in qlora::lora_linear"),
     "lora_over_tokens": ("scale left^T right, summed over the tokens: dA and dB", "g.t() @ x, dy.t() @ h"),
+    "dropout_mask": ("the mask of a seed, as a tensor", "LoRAGroup.mask"),
     "lora_linear_small": (
         "y_i = x W_i^T + b_i + sum_j scale_j h_j B_j^T for a few rows of x, straight from the codes",
         "qlora::lora_linear with M <= 64",
@@ -86,6 +87,12 @@ def write_source(op: str, **spec: Any) -> Path:
     if not path.exists():
         cpp_build.write_atomically(path, source.encode())
     return path
+
+
+def latest_source(op: str) -> Path | None:
+    """The newest generated file of an op, for the report: a file is written when its spec is first launched."""
+    found = [path for path in cpp_build.cache_dir().glob(f"{op}-*.py") if op in PURPOSES]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 @functools.cache

@@ -49,6 +49,19 @@ NO_SCALE = Scale([], [])
 NO_DROPOUT = Dropout([], 1.0)
 
 
+def dropout_mask(seed: Tensor, like: Tensor, keep: float) -> Tensor:
+    """1 / keep or 0 for each element of `like` [M, K], in its dtype: what the kernels draw from this seed themselves."""
+    m, k = like.shape
+    out = torch.empty((m, k), dtype=like.dtype, device=like.device)
+    if out.numel():
+        module = triton_build.load("dropout_mask", dropout=True, uses_codes=False)
+        with on_device(out):
+            module.dropout_mask[(triton.cdiv(m, 32), triton.cdiv(k, 128))](
+                seed.to(like.device, non_blocking=True), out, m, k, keep, BLOCK_M=32, BLOCK_K=128, num_warps=4
+            )
+    return out
+
+
 def covers(*factors: Tensor) -> bool:
     """Whether these A or B of one launch suit the kernels."""
     ranks = sum(padded(min(f.shape)) for f in factors)

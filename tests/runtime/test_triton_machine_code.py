@@ -117,6 +117,7 @@ CASES: dict[str, Callable[[], None]] = {
     "gemm_16": lambda: _gemm(16),
     "gemm_64": lambda: _gemm(64),
     "gemm_training": lambda: _gemm(M_TRAIN),
+    "mask": lambda: void(triton_low_rank.dropout_mask(torch.zeros((), dtype=torch.int64), _bf16(M_TRAIN, K), 0.9)),
     "dx_64": lambda: _dx(64),
     "dx_training": lambda: _dx(M_TRAIN),
 }

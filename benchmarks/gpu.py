@@ -1,0 +1,130 @@
+"""One script for a machine with a GPU: are all kernels right, how fast are they, and the model that is made of them.
+
+    python benchmarks/gpu.py --out DIR [--seconds 480] [--layers N] [--batch 2 --seq-len 2048]
+
+Needs torch >= 2.11 with CUDA (or ROCm), triton and transformers; peft and bitsandbytes are measured beside us where they
+are installed. In this order, until the time is up: every kernel against fp64; dequantize beside a copy; every linear
+kernel beside cuBLAS (dense bf16) for the shapes of Llama-3-8B; training steps and decoding of a Llama of that shape
+with as many layers as fit. DIR/gpu.json is written after each part, so that what was measured is never lost, and
+DIR/table-<kind>.json is the dispatch table to ship as qlora_compile/runtime/kernels/tables/<kind>.json.
+
+`--small` takes tiny sizes, and `--device cpu` runs the same script without a GPU: that it works is tested so.
+Exit code 1: a kernel is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gpu_kernels
+import gpu_models
+from common import machine
+from qlora_compile.runtime.kernels import devices, tuning
+
+GROUPS = (((4096, 1024, 1024), 4096), ((4096,), 4096), ((14336, 14336), 4096), ((4096,), 14336))
+ROWS = (1, 4, 16, 64, 512, 2048, 8192)
+
+
+class Run:
+    """What was found so far, the clock, and the file that is written after each part."""
+
+    def __init__(self, out: Path, device: str, seconds: float) -> None:
+        self.out, self.device, self.end = out, device, time.monotonic() + seconds
+        self.found: dict[str, Any] = {"machine": machine() | tuning.about(device)}
+        out.mkdir(parents=True, exist_ok=True)
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def keep(self, part: str, value: Any) -> None:
+        self.found[part] = value
+        (self.out / "gpu.json").write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
+
+
+def kernel_parts(run: Run, small: bool) -> list[str]:
+    """Checks and times of single kernels. Returns what is wrong."""
+    print("kernels against fp64", flush=True)
+    wrong = gpu_kernels.check(run.device, print)
+    run.keep("wrong", wrong)
+    shapes = ((96, 160), (33, 96)) if small else ((4096, 4096), (14336, 4096), (4096, 14336))
+    rows = gpu_kernels.dequantize_rows(run.device, shapes)
+    run.keep("dequantize", rows)
+    print("dequantize: " + ", ".join(f"{r['n']}x{r['k']} {r['of_copy_bandwidth']:.2f} of a copy" for r in rows))
+    groups = (((64, 32), 96),) if small else GROUPS
+    begin = run.left()
+    rows = gpu_kernels.linear_rows(
+        run.device, ROWS[:4] if small else ROWS, groups, lambda: run.left() < begin * 0.6 and not small
+    )
+    run.keep("linear", rows)
+    for r in rows:
+        times = ", ".join(f"{name} {us:,.0f}" for name, us in r["us"].items())
+        print(f"{r['op']} M={r['m']} N={r['n']} K={r['k']}: dense bf16 {r['dense_bf16_us']:,.0f} us; {times}")
+    entries = {"about": tuning.about(run.device), "entries": gpu_kernels.table_entries(rows, run.device)}
+    path = run.out / f"table-{devices.kind(run.device)}.json"
+    path.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    return wrong
+
+
+def model_parts(run: Run, arguments: argparse.Namespace) -> None:
+    """Training and decoding, each contender after the other, as long as there is time."""
+    shape = gpu_models.SMALL if arguments.small else gpu_models.LLAMA_3_8B
+    layers = arguments.layers or (2 if arguments.small else layers_that_fit(run.device))
+    tokens = (2, 16) if arguments.small else (arguments.batch, arguments.seq_len)
+    found: dict[str, Any] = {"layers": layers, "tokens": tokens, "skipped": {}}
+    for part in ("training", "decoding"):
+        found[part] = {}
+        for name in gpu_models.CONTENDERS:
+            package = gpu_models.missing(name)
+            if package is not None or run.left() < 30:
+                found["skipped"][f"{part} {name}"] = f"{package} is not installed" if package else "no time left"
+                continue
+            if part == "training":
+                result = gpu_models.training(name, shape, layers, tokens, run.device, 2 if arguments.small else 8)
+            else:
+                result = gpu_models.decoding(name, shape, layers, run.device, 4 if arguments.small else 64)
+            found[part][name] = result
+            run.keep("model", found)
+            print(f"{part} {name}: " + ", ".join(f"{key} {value:.4g}" for key, value in result.items()), flush=True)
+    for reason, why in found["skipped"].items():
+        print(f"not measured: {reason}: {why}")
+    run.keep("model", found)
+
+
+def layers_that_fit(device: str) -> int:
+    """Llama-3-8B has 32; a dense bf16 layer takes 0.44 GB, embedding, head and activations about 12."""
+    if device != "cuda":
+        return 1
+    free = torch.cuda.mem_get_info()[0]
+    return max(1, min(8, int((free - 12e9) / 1.5e9)))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=480, help="stop starting parts after this")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--small", action="store_true", help="tiny sizes: does the script work?")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("error: torch sees no GPU here; --device cpu --small runs the script without one.", file=sys.stderr)
+        return 2
+    run = Run(arguments.out, arguments.device, arguments.seconds)
+    wrong = kernel_parts(run, arguments.small)
+    model_parts(run, arguments)
+    for line in wrong:
+        print("WRONG", line, file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""Every kernel of this device: its numbers against fp64, its time beside the library's bf16 product and bitsandbytes.
+
+Used by gpu.py. M rows of x, N output features, K input features.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import qlora_compile as qc
+from qlora_compile.lora_group import LoRAGroup
+from qlora_compile.runtime import kernels
+from qlora_compile.runtime.kernels import dispatch
+from qlora_compile.runtime.kernels.dispatch import Problem
+
+RANK = 16
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(call: Callable[[], object], device: str, *, rounds: int = 20, budget_s: float = 0.4) -> float:
+    """Median of at most `rounds` calls after two that warm up; on CUDA by events, without the launch from Python."""
+    for _ in range(2):
+        call()
+    synchronize(device)
+    times: list[float] = []
+    begin = time.perf_counter()
+    while len(times) < rounds and (not times or time.perf_counter() - begin < budget_s):
+        if device == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
+        else:
+            before = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - before)
+    return statistics.median(times)
+
+
+def group_of(sizes: Sequence[int], k: int, device: str, dropout: float = 0.0) -> tuple[LoRAGroup, list[Tensor]]:
+    """A random group of quantized linears with an adapter each, bf16, and its dense bf16 weights."""
+    data, dense = [], []
+    for n in sizes:
+        weight = torch.randn(n, k, device=device, dtype=torch.bfloat16) / math.sqrt(k)
+        q = qc.quantize_4bit(weight)
+        data.append(q)
+        dense.append(qc.dequantize_4bit(q))
+    on: dict[str, Any] = {"device": device}
+    group = LoRAGroup(
+        [q.codes for q in data], [q.absmax for q in data], [q.absmax_scale for q in data],
+        [q.absmax_offset for q in data],
+        [torch.randn(RANK, k, **on) / math.sqrt(k) for _ in sizes], [torch.randn(n, RANK, **on) / 4 for n in sizes],
+        [torch.ones((), **on) for _ in sizes], [2.0] * len(sizes), [1] * len(sizes),
+        [torch.tensor(7 + i) for i in range(len(sizes))] if dropout else [], dropout, list(sizes), "nf4", 64,
+        torch.bfloat16,
+    )  # fmt: skip
+    return group, dense
+
+
+def able(op: str, group: LoRAGroup, m: int, k: int, device: str) -> Iterator[dispatch.Candidate]:
+    problem = problem_of(op, group, m, k, device)
+    for candidate in dispatch.candidates(op, device):
+        if candidate.run is not None and candidate.declines(problem) is None:
+            yield candidate
+
+
+def problem_of(op: str, group: LoRAGroup, m: int, k: int, device: str) -> Problem:
+    sizes = tuple(group.out_features)
+    rank = sum(group.ranks())
+    return Problem(op, dispatch.bucket(m), sizes, k, rank, torch.bfloat16, "nf4", 64, device, bool(group.dropout))
+
+
+def check(device: str, report: Callable[[str], None]) -> list[str]:
+    """Every candidate at odd sizes against fp64. Returns what is wrong."""
+    wrong = []
+    for op in ("dequantize_4bit", "quantize_4bit"):
+        if kernels.find(op, device) is None:
+            wrong.append(f"{op}: no kernel that gives the reference's bits")
+    for m, sizes, k, dropout in ((1, (70, 33), 96, 0.0), (5, (33,), 160, 0.0), (67, (48, 21, 9), 224, 0.25)):
+        group, dense = group_of(sizes, k, device, dropout)
+        x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
+        dys = [torch.randn(m, n, device=device, dtype=torch.bfloat16) for n in sizes]
+        ys, dx, h = exact(group, dense, x, dys)
+        for candidate in able("lora_linear", group, m, k, device):
+            got = candidate.run(group, x, [])[0]  # type: ignore[misc]
+            wrong += compare(f"lora_linear {candidate.name} M={m}", got, ys, report)
+        for candidate in able("lora_linear_backward", group, m, k, device):
+            got = candidate.run(group, dys, x, h, True, True)[0]  # type: ignore[misc]
+            wrong += compare(f"lora_linear_backward {candidate.name} M={m}", [got], [dx], report)
+    return wrong
+
+
+def exact(group: LoRAGroup, dense: list[Tensor], x: Tensor, dys: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
+    """(y_i, dx, h) in fp64 from the same weights and masks; h in bf16, as kernels get it."""
+    wide, low = x.double().requires_grad_(), []
+    ys = []
+    for i, weight in enumerate(dense):
+        dropped = wide * group.mask(i, x).double() if group.dropout else wide
+        h = dropped @ group.lora_a[i].double().t()
+        low.append(h)
+        ys.append(wide @ weight.double().t() + 2.0 * h @ group.lora_b[i].double().t())
+    torch.autograd.backward(ys, [dy.double() for dy in dys])
+    assert wide.grad is not None
+    return [y.detach() for y in ys], wide.grad, torch.cat(low, 1).detach().to(x.dtype)
+
+
+def compare(name: str, got: list[Tensor], expected: list[Tensor], report: Callable[[str], None]) -> list[str]:
+    """Relative to the largest value: bf16 keeps 8 bits, and a result passes through three roundings (h or g, x, y)."""
+    error = max(((g.double() - e).abs().max() / e.abs().max()).item() for g, e in zip(got, expected, strict=True))
+    report(f"  {name}: largest error {error:.1e} of the largest value")
+    return [] if error < 3 * 2**-8 else [f"{name}: error {error:.1e} of the largest value"]
+
+
+def dequantize_rows(device: str, shapes: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+    """Dequantize (double-quantized scales) into a reused buffer, beside a copy that moves as many bytes."""
+    rows = []
+    for n, k in shapes:
+        q = qc.quantize_4bit(torch.randn(n, k, device=device, dtype=torch.bfloat16))
+        out = torch.empty(n, k, device=device, dtype=torch.bfloat16)
+        moved = n * k * 2 + sum(t.numel() * t.element_size() for t in (q.codes, q.absmax, q.absmax_scale))
+        source = torch.empty(moved // 2, device=device, dtype=torch.uint8)
+        target = torch.empty_like(source)
+        row = {"op": "dequantize_4bit", "n": n, "k": k, "bytes": moved}
+        row["ours_us"] = 1e6 * seconds(lambda: qc.dequantize_4bit(q, out=out), device)
+        row["copy_us"] = 1e6 * seconds(lambda: target.copy_(source), device)
+        peer = bitsandbytes_dequantize(out)
+        if peer is not None:
+            row["bitsandbytes_us"] = 1e6 * seconds(peer, device)
+        row["of_copy_bandwidth"] = row["copy_us"] / row["ours_us"]
+        rows.append(row)
+    return rows
+
+
+def bitsandbytes_dequantize(weight: Tensor) -> Callable[[], object] | None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return None
+    from bitsandbytes import functional
+
+    codes, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    return lambda: functional.dequantize_4bit(codes, state)
+
+
+def linear_rows(
+    device: str, rows_of_x: Sequence[int], groups: Sequence[tuple[tuple[int, ...], int]], out_of_time: Callable[[], bool]
+) -> list[dict[str, Any]]:
+    """Every candidate, forward and backward, beside the library's bf16 product with a dense weight (no adapter)."""
+    found = []
+    for sizes, k in groups:
+        group, dense = group_of(sizes, k, device)
+        joined = torch.cat(dense)
+        for m in rows_of_x:
+            if out_of_time():
+                return found
+            x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
+            dys = [torch.randn(m, n, device=device, dtype=torch.bfloat16) for n in sizes]
+            h = torch.randn(m, RANK * len(sizes), device=device, dtype=torch.bfloat16)
+            joined_dy = torch.cat(dys, 1)
+            for op in ("lora_linear", "lora_linear_backward"):
+                forward = op == "lora_linear"
+                row: dict[str, Any] = {"op": op, "m": m, "n": list(sizes), "k": k}
+                dense_call = (lambda: x @ joined.t()) if forward else (lambda: joined_dy @ joined)
+                row["dense_bf16_us"] = 1e6 * seconds(dense_call, device)
+                row["us"] = {}
+                for c in able(op, group, m, k, device):
+                    args = (group, x, []) if forward else (group, dys, x, h, True, True)
+                    row["us"][c.name] = round(1e6 * seconds(lambda c=c, args=args: c.run(*args), device), 1)
+                row["best"] = min(row["us"], key=row["us"].__getitem__)
+                row["dense_over_best"] = row["dense_bf16_us"] / row["us"][row["best"]]
+                found.append(row)
+    return found
+
+
+def table_entries(rows: list[dict[str, Any]], device: str) -> list[dict[str, Any]]:
+    """The rows as lines of a dispatch table (`runtime/kernels/tables/<kind>.json`)."""
+    out = []
+    for row in rows:
+        ranks = RANK * len(row["n"])
+        problem = Problem(
+            row["op"], dispatch.bucket(row["m"]), tuple(row["n"]), row["k"], ranks, torch.bfloat16, "nf4", 64, device
+        )
+        out.append(dispatch.entry_of(problem, row["us"])._asdict())
+    return out

@@ -1,0 +1,143 @@
+"""Whole training steps and decoding of a Llama of random weights: ours, dense bf16 LoRA and bitsandbytes, one by one.
+
+Used by gpu.py. All are compiled by Inductor (ours through the backend "qlora"), with the same tokens and rank on all
+linears but the head.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import qlora_compile as qc
+from gpu_kernels import RANK, synchronize
+
+LLAMA_3_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+SMALL = {  # bitsandbytes' own CPU path wants whole blocks of 64 in a row
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,
+}
+CONTENDERS = ("ours", "dense_lora", "bitsandbytes")
+
+
+def llama(shape: dict[str, int], layers: int, device: str) -> nn.Module:
+    """A bf16 Llama made on the device; weights of variance 1 / hidden size."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**shape, num_hidden_layers=layers, use_cache=False, max_position_embeddings=8192)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            return LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def contender(name: str, model: nn.Module, device: str) -> nn.Module:
+    """The model as this contender trains it, not yet compiled."""
+    if name == "ours":
+        return qc.prepare(model, qc.QLoRAConfig(r=RANK, lora_alpha=2 * RANK))
+    from peft import LoraConfig, get_peft_model
+
+    if name == "bitsandbytes":
+        into_bitsandbytes(model, device)
+        model.is_loaded_in_4bit = True  # what PEFT asks for
+    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, lora)
+
+
+def into_bitsandbytes(model: nn.Module, device: str) -> None:
+    """Every linear but the head becomes bitsandbytes' NF4 one, in place, a layer at a time."""
+    import bitsandbytes as bnb
+
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear and name != "lm_head":
+                new = bnb.nn.Linear4bit(
+                    child.in_features, child.out_features, False, torch.bfloat16, quant_type="nf4", device="meta"
+                )
+                new.weight = bnb.nn.Params4bit(child.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+                setattr(module, name, new.to(device))
+                del child
+
+
+def missing(name: str) -> str | None:
+    """The package that a contender needs and this machine lacks."""
+    wanted = {"ours": (), "dense_lora": ("peft",), "bitsandbytes": ("peft", "bitsandbytes")}[name]
+    return next((package for package in wanted if importlib.util.find_spec(package) is None), None)
+
+
+def clean(device: str) -> None:
+    torch._dynamo.reset()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def training(
+    name: str, shape: dict[str, int], layers: int, tokens: tuple[int, int], device: str, steps: int
+) -> dict[str, Any]:
+    """Median step, cold compile and, on CUDA, peak memory of one contender."""
+    clean(device)
+    torch.manual_seed(0)
+    model = contender(name, llama(shape, layers, device), device).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    compiled = torch.compile(model, backend="qlora" if name == "ours" else "inductor")
+    ids = torch.randint(0, shape["vocab_size"], tokens, device=device)
+    times, losses = [], []
+    for _ in range(steps + 2):
+        begin = time.perf_counter()
+        loss = compiled(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())  # waits for the device
+        times.append(time.perf_counter() - begin)
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+    result = {
+        "step_s": statistics.median(times[2:]),
+        "first_step_s": times[0],
+        "peak_mb": peak / 1e6,
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
+    }
+    return result | {"tokens_per_s": tokens[0] * tokens[1] / result["step_s"]}
+
+
+def decoding(name: str, shape: dict[str, int], layers: int, device: str, new_tokens: int) -> dict[str, Any]:
+    """Seconds a token, batch 1, dynamic cache, not compiled: what `model.generate` does without more."""
+    clean(device)
+    torch.manual_seed(0)
+    model = contender(name, llama(shape, layers, device), device).eval()
+    model.config.use_cache = True
+    prompt = torch.randint(0, shape["vocab_size"], (1, 16), device=device)
+
+    def generate(count: int) -> Tensor:
+        return model.generate(
+            input_ids=prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0
+        )
+
+    with torch.no_grad():
+        generate(4)
+        synchronize(device)
+        begin = time.perf_counter()
+        generate(new_tokens)
+        synchronize(device)
+    return {"token_s": (time.perf_counter() - begin) / new_tokens}

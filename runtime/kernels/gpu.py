@@ -1,0 +1,78 @@
+"""The Triton kernels that the ops call by name on a GPU, each compared with its reference on that GPU at first use.
+
+No GPU runs the tests of every change, so a kernel has to prove itself where it is used: on a small random weight it must
+give the reference's bits (milliseconds, once a process). One that does not is left out with a warning that asks for a report.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ...nf4 import dequantize_reference, quantize_reference
+
+OPS = ("dequantize_4bit", "quantize_4bit", "dropout_mask")
+_SHAPE = (37, 97)  # odd, and the last block is ragged
+
+
+def is_available() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def make(op: str, device: torch.device) -> Callable[..., Any] | None:
+    """The kernel of one of OPS, proved on this device; None, with a warning, where it cannot run or is wrong."""
+    if not is_available():
+        warnings.warn(
+            "Triton is not installed, so 4-bit work on this GPU runs in plain torch, many times slower. Install the "
+            "triton package that belongs to your build of torch.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return None
+    from . import triton_codec, triton_low_rank
+
+    kernels: dict[str, Callable[..., Any]] = {
+        "dequantize_4bit": triton_codec.dequantize_4bit,
+        "quantize_4bit": triton_codec.quantize_4bit,
+        "dropout_mask": triton_low_rank.dropout_mask,
+    }
+    kernel = kernels[op]
+    proof = {"dequantize_4bit": proves_dequantize, "quantize_4bit": proves_quantize}.get(op)
+    with torch.inference_mode(False), torch.no_grad():
+        proved = proof is None or proof(kernel, device)
+    if not proved:
+        warnings.warn(
+            f"The Triton kernel {op} does not give the reference's bits on {torch.cuda.get_device_name(device)}: plain "
+            "torch runs instead, many times slower. Please report this with the versions that `qlora-compile doctor` prints.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return None
+    return kernel
+
+
+def proves_dequantize(kernel: Callable[..., Any], device: torch.device) -> bool:
+    """Every output dtype, scales double-quantized and not, against the reference on the CPU."""
+    weight = torch.randn(_SHAPE, generator=torch.Generator().manual_seed(7))
+    for double_quant in (True, False):
+        data = quantize_reference(weight, "nf4", 64, double_quant)
+        there = [None if part is None else part.to(device) for part in data]
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            out = torch.empty(_SHAPE, dtype=dtype, device=device)
+            kernel(*there, out.numel(), "nf4", 64, out)
+            if not torch.equal(out.cpu(), dequantize_reference(*data, _SHAPE, "nf4", 64, dtype)):
+                return False
+    return True
+
+
+def proves_quantize(kernel: Callable[..., Any], device: torch.device) -> bool:
+    """The codes and fp32 scales of the reference on the CPU."""
+    weight = torch.randn(_SHAPE, generator=torch.Generator().manual_seed(8))
+    got = kernel(weight.to(device).view(-1), "nf4", 64, False)
+    expected = quantize_reference(weight, "nf4", 64, False)
+    return torch.equal(got.codes.cpu(), expected.codes) and torch.equal(got.absmax.cpu(), expected.absmax)

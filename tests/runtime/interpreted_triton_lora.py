@@ -1,0 +1,152 @@
+"""The GPU's candidates for `lora_linear` and its backward, under Triton's interpreter (see test_triton_interpreted.py).
+
+Expected values are fp64 with the masks that `dropout_mask` draws; fp32 sums in another order are all that may differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qlora_compile import lora_group, nf4
+from qlora_compile.lora_group import LoRAGroup
+from qlora_compile.runtime.kernels import dispatch, gpu, triton_codec, triton_lora, triton_low_rank, tuning
+from qlora_compile.runtime.kernels.dispatch import Problem
+
+GENERATOR = torch.Generator().manual_seed(29)
+M, K = 19, 96
+OUT = (21, 10, 7)
+FORWARD = {"gemm": triton_lora.forward_gemm, "low_rank": triton_lora.forward_low_rank}
+BACKWARD = {"dx": triton_lora.backward_dx, "low_rank": triton_lora.backward_low_rank}
+
+
+def _randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=GENERATOR)
+
+
+def _group(dropout: float, *, quant_type: str = "nf4", double_quant: bool = True) -> LoRAGroup:
+    """Three linears with two, none and one adapter."""
+    data = [nf4.quantize_reference(_randn(n, K), quant_type, 32, double_quant) for n in OUT]
+    ranks, owners = (5, 3, 4), (0, 0, 2)
+    scale = [d.absmax_scale for d in data] if double_quant else []
+    offset = [d.absmax_offset for d in data] if double_quant else []
+    return LoRAGroup(
+        [d.codes for d in data], [d.absmax for d in data], scale, offset,
+        [_randn(r, K) for r in ranks], [_randn(OUT[i], r) for r, i in zip(ranks, owners)],
+        [torch.tensor(s) for s in (0.5, -1.25, 2.0)], [1.5, 2.0, 0.75], [2, 0, 1],
+        [torch.tensor(11 + j) for j in range(3)] if dropout else [], dropout, list(OUT), quant_type, 32, torch.float32,
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def the_gpus_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPU tensors too, masks that torch needs come from the kernel, as on a GPU."""
+    original: Callable[..., Any] = lora_group.kernel_for
+    mine = triton_low_rank.dropout_mask
+    monkeypatch.setattr(lora_group, "kernel_for", lambda op, d: mine if op == "dropout_mask" else original(op, d))
+
+
+def _expected(group: LoRAGroup, x: Tensor, bias: list[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """(y_i, [A_j ..., B_j ...], x) in fp64 with gradients."""
+    x = x.double().requires_grad_()
+    factors = [t.double().requires_grad_() for t in (*group.lora_a, *group.lora_b)]
+    count = len(group.lora_a)
+    ys = []
+    for i, mine in enumerate(group.adapters_of()):
+        y = x @ group.dense_weight(i, K).double().t()
+        for j in mine:
+            dropped = x * group.mask(j, x.float()).double() if group.dropout else x
+            y = y + group.alpha[j] * group.scaling[j].double() * dropped @ factors[j].t() @ factors[count + j].t()
+        ys.append(y + bias[i].double() if bias else y)
+    return ys, factors, x
+
+
+def _close(got: Tensor, expected: Tensor) -> None:
+    """Sums of about 100 fp32 products, through two products: values up to 1e3."""
+    torch.testing.assert_close(got.double(), expected.detach(), rtol=2e-5, atol=2e-3)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("name", FORWARD)
+def test_forward(name: str, dropout: float, with_bias: bool) -> None:
+    group, x = _group(dropout, double_quant=with_bias), _randn(M, K + 5)[:, :K]
+    bias = [_randn(n) for n in OUT] if with_bias else []
+    ys, h = FORWARD[name](group, x, bias)
+    expected = _expected(group, x, bias)[0]
+    for y, e in zip(ys, expected, strict=True):
+        _close(y, e)
+    parts = [x * group.mask(j, x) if dropout else x for j in range(3)]
+    _close(h, torch.cat([p.double() @ a.double().t() for p, a in zip(parts, group.lora_a)], dim=1))
+
+
+@pytest.mark.parametrize("m", [1, 4])
+def test_a_few_rows(m: int) -> None:
+    group, x = _group(0.0, quant_type="fp4"), _randn(m, K)
+    for y, e in zip(triton_lora.forward_vector(group, x, [])[0], _expected(group, x, [])[0], strict=True):
+        _close(y, e)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("name", BACKWARD)
+def test_backward(name: str, dropout: float) -> None:
+    group, x = _group(dropout), _randn(M, K)
+    dys = [_randn(M, n) for n in OUT]
+    h = triton_lora.low_rank(group, x)
+    ys, factors, wide = _expected(group, x, [])
+    torch.autograd.backward(ys, [dy.double() for dy in dys])
+    dx, da, db = BACKWARD[name](group, dys, x, h, True, True)
+    assert dx is not None and wide.grad is not None
+    _close(dx, wide.grad)
+    for got, factor in zip((*da, *db), factors, strict=True):
+        assert factor.grad is not None
+        _close(got, factor.grad)
+    assert BACKWARD[name](group, dys, x, h, False, False) == (None, [], [])
+
+
+def test_more_ranks_than_one_launch_holds() -> None:
+    """3 x 100 ranks are padded to 3 x 128: two launches."""
+    group, x = _group(0.0), _randn(5, K)
+    group.lora_a = [_randn(100, K) / 10 for _ in range(3)]
+    group.lora_b = [_randn(n, 100) / 10 for n in (21, 21, 7)]
+    for y, e in zip(triton_lora.forward_low_rank(group, x, [])[0], _expected(group, x, [])[0], strict=True):
+        _close(y, e)
+
+
+def test_kernels_prove_themselves() -> None:
+    cpu = torch.device("cpu")
+    assert gpu.proves_quantize(triton_codec.quantize_4bit, cpu)
+
+    def wrong(*args: Any) -> None:
+        triton_codec.dequantize_4bit(*args)
+        args[-1].view(-1)[-1] += 1
+
+    assert not gpu.proves_dequantize(wrong, cpu)
+
+
+def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "measured", lambda device: ())
+    problem = Problem("lora_linear", 4, (64,), 96, 8, torch.bfloat16, "nf4", 64, "cuda")
+    kept = list(dispatch._candidates)
+    try:
+        triton_lora.register()
+        names = {c.name: c.declines(problem) for c in dispatch.candidates("lora_linear", "cuda")}
+        assert names == {"library_gemm": None, "triton_vector": None, "triton_gemm": None, "triton_low_rank": None}
+        choice = dispatch.choose(problem)
+        assert choice.name == "library_gemm"  # nothing was measured
+        for changed, name, reason in (
+            ({"m": 8}, "triton_vector", "at most 4 rows"),
+            ({"k": 72}, "triton_gemm", "multiple of 32"),
+            ({"quant_type": "none"}, "triton_gemm", "dense"),
+            ({"rank": 0}, "triton_low_rank", "no adapter"),
+            ({"rank": 300}, "triton_gemm", "at most 256 ranks"),
+        ):
+            other = dispatch.choose(problem._replace(**changed), name)
+            assert other.name == "library_gemm" and reason in other.why
+    finally:
+        dispatch._candidates[:] = kept
+        dispatch.forget_choices()
