@@ -16,6 +16,7 @@ from .cli_estimate import estimate
 from .cli_export import export
 from .cli_finetune import finetune
 from .cli_inspect import inspect
+from .cli_runs import runs_app
 from .errors import QLoRACompileError
 
 EXIT_FAILED = 1
@@ -24,6 +25,7 @@ TYPER_INTERRUPTED = 130  # what typer returns for Ctrl-C
 app = typer.Typer(name="qlora-compile", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in (finetune, export, combine, inspect, estimate, doctor):
     app.command()(command)
+app.add_typer(runs_app)
 
 
 def _print_version(value: bool) -> None:

@@ -96,6 +96,10 @@ def finetune(
     keep_last: Annotated[int, _run("Checkpoints to keep.")] = 2,
     resume: Annotated[bool, _run("Go on from the newest checkpoint in --out.")] = False,
     resume_from: Annotated[Path | None, _run("Go on from this checkpoint folder.")] = None,
+    tensorboard: Annotated[Path | None, _run("Write TensorBoard's files into a folder of this one.")] = None,
+    posthog: Annotated[
+        str | None, _run("Address of a PostHog server to tell of start, evaluations, end (key: POSTHOG_API_KEY).")
+    ] = None,
     dtype: Annotated[str | None, _quantization("Of the dense parts (as --compute-dtype if not given).")] = None,
     device: Annotated[str | None, _quantization("cpu or cuda (CUDA where there is one if not given).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,

@@ -68,6 +68,10 @@ class OutputError(QLoRACompileError):
     exit_code = 2
 
 
+class RunStoreError(QLoRACompileError):
+    """The store of training runs is corrupt, of a newer version, or cannot be read or written."""
+
+
 class MemoryBudgetError(QLoRACompileError):
     """A memory budget cannot be met: it is too small or no size at all, or host memory or disk for pages ran out."""
 

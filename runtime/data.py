@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from .data_files import read_records
 from .templates import Tokens, tokenize
 
@@ -34,11 +34,17 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedData:
-    """`input_ids` and `labels` (-100: not learned) of all blocks, both int32 [N, S]."""
+    """`input_ids` and `labels` (-100: not learned) of all blocks, both int32 [N, S].
+
+    In the text before it was cut, block n started at token `block_starts[n]` and document d ended before `ends[d]`, both
+    int64; without them all is one document.
+    """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     documents: int
+    block_starts: torch.Tensor | None = None
+    ends: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -56,6 +62,10 @@ class PackedData:
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
+    def summary(self) -> dict[str, Any]:
+        """What `run.json` says of it: `sha256`, `blocks`, `documents`."""
+        return {"sha256": self.fingerprint, "blocks": len(self), "documents": self.documents}
+
     def batch(self, blocks: Sequence[int] | torch.Tensor) -> Batch:
         """The blocks of these indices as one micro-batch."""
         index = torch.as_tensor(blocks)
@@ -65,6 +75,14 @@ class PackedData:
     def in_order(self, batch: int, limit: int | None = None) -> list[torch.Tensor]:
         """Block indices of up to `limit` micro-batches in file order; the last one may be smaller."""
         return list(torch.arange(len(self)).split(batch))[:limit]
+
+    def document_of(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Block indices [B] -> the document that each of their tokens belongs to, int64 [B, S]."""
+        if self.block_starts is None or self.ends is None:
+            return torch.zeros(len(blocks), self.input_ids.shape[1], dtype=torch.int64)
+        position = self.block_starts[blocks, None] + torch.arange(self.input_ids.shape[1])
+        # The padding of the last block lies behind all documents; it counts in no loss.
+        return torch.searchsorted(self.ends, position, right=True).clamp_(max=len(self.ends) - 1)
 
     def check_vocabulary(self, embeddings: int) -> None:
         """Raises DataError where a token has no embedding in a model that has so many."""
@@ -94,13 +112,25 @@ def pack(documents: Iterable[Tokens], seq_len: int, pad: int) -> PackedData:
     """Documents laid end to end -> blocks of `seq_len` tokens, those without a token to learn left out."""
     # Tensors at once: a list of Python integers takes nine times the memory.
     pairs = [(torch.tensor(d.ids, dtype=torch.int32), torch.tensor(d.learn, dtype=torch.bool)) for d in documents]
+    ends = torch.tensor([len(ids) for ids, _ in pairs]).cumsum(0)
     ids = torch.cat([ids for ids, _ in pairs])
     labels = torch.where(torch.cat([learn for _, learn in pairs]), ids, IGNORE)
     missing = -len(ids) % seq_len
     ids = torch.nn.functional.pad(ids, (0, missing), value=pad).view(-1, seq_len)
     labels = torch.nn.functional.pad(labels, (0, missing), value=IGNORE).view(-1, seq_len)
     useful = (labels[:, 1:] != IGNORE).any(dim=1)
-    return PackedData(ids[useful], labels[useful], len(pairs))
+    return PackedData(ids[useful], labels[useful], len(pairs), useful.nonzero()[:, 0] * seq_len, ends)
+
+
+def check_model_reads(model: Any, seq_len: int, *data: PackedData | None) -> None:
+    """Raises ConfigError where `seq_len` is beyond the model's positions, DataError for a token without an embedding."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and seq_len > limit:
+        raise ConfigError(f"seq_len is {seq_len}, but the model reads at most {limit} tokens.")
+    embeddings = model.get_input_embeddings().num_embeddings
+    for part in data:
+        if part is not None:
+            part.check_vocabulary(embeddings)
 
 
 class BlockOrder:

@@ -10,19 +10,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import CheckpointError, ConfigError, QLoRACompileError
+from ..errors import CheckpointError, QLoRACompileError
 from ..preparation import prepare
 from .adapters import save_adapter
 from .checkpoint import Checkpoint, prune, save_checkpoint
-from .data import Batch, BlockOrder, PackedData, load_data
+from .data import Batch, BlockOrder, PackedData, check_model_reads, load_data
 from .evaluate import evaluate
 from .finetune_config import FinetuneConfig
 from .interrupts import InterruptedRunError, SignalWatch
-from .metrics import Clock, MetricsLog, finite_or_none, memory_bytes, read_metrics, versions, write_run
+from .metrics import Clock, MetricsLog, PagingMeter, finite_or_none, memory_bytes, read_metrics, versions, write_run
 from .models import load_tokenizer, load_weights, model_fingerprint
 from .optimizer import make_optimizer, trainable_parameters
 from .reporters import EvalRecord, Reporter, StepRecord, make_reporter
 from .run_folder import RunFolder
+from .runs import open_sinks
 from .schedule import learning_rate, warmup_steps
 from .train_step import StepResult, TrainStep
 from .training_state import capture, restore
@@ -64,12 +65,14 @@ def finetune(config: FinetuneConfig, reporter: Reporter | None = None) -> Finetu
     try:
         run.load()
         with MetricsLog(run.folder.metrics, run.step) as run.log:
+            run.sinks.started(run.state("running"), read_metrics(run.folder.metrics))
             run.prepare()
             run.train()
             return run.finish()
     except QLoRACompileError as error:
         if run.step == 0:
             run.folder.remove_unstarted()
+            run.sinks.forget()
         else:
             run.record_end("interrupted" if isinstance(error, InterruptedRunError) else "failed", error=str(error))
         raise
@@ -85,6 +88,7 @@ class _Run:
     eval_data: PackedData | None
     log: MetricsLog
     take_step: TrainStep
+    paging: PagingMeter
     order: BlockOrder
 
     def __init__(self, config: FinetuneConfig, reporter: Reporter) -> None:
@@ -93,6 +97,7 @@ class _Run:
         self.started = time.perf_counter()
         self.device = config.pick_device()
         self.folder = RunFolder(config.out)
+        self.sinks = open_sinks(config, reporter.notice)
         self.checkpoint: Checkpoint | None = self.folder.open(config, reporter)
         self.step = self.checkpoint.step if self.checkpoint else 0
         self.perplexity: dict[str, float] = self.checkpoint.state["perplexity"] if self.checkpoint else {}
@@ -110,16 +115,18 @@ class _Run:
         self._check_same("data", self.data.fingerprint, config.data)
         self.reporter.notice(f"loading {config.model}")
         self.model = load_weights(config.model, config.base_dtype).to(self.device)
-        self._check_model_fits()
+        check_model_reads(self.model, config.seq_len, self.data, self.eval_data)
         self.model_fingerprint = model_fingerprint(self.model)
         self._check_same("model", self.model_fingerprint, config.model)
         self.run_record = {
+            "id": self.folder.run_id(),
             "config": config.to_dict(),
             "versions": versions(),
             "seed": config.data_seed,
-            "data": {"sha256": self.data.fingerprint, "blocks": len(self.data), "documents": self.data.documents},
+            "data": self.data.summary(),
+            "eval_data": None if self.eval_data is None else self.eval_data.summary(),
         }
-        self.record_end("running")
+        write_run(self.folder.run, self.state("running"))
 
     def prepare(self) -> None:
         """Quantize, add the adapters, and only then make the optimizer; then take up the checkpoint's state."""
@@ -141,6 +148,7 @@ class _Run:
         half = torch.float16 in (config.qlora.compute_dtype, config.base_dtype)
         scaler = torch.amp.GradScaler(self.device.type) if half else None
         self.take_step = TrainStep(self.model, optimizer, max_grad_norm=config.max_grad_norm, scaler=scaler)
+        self.paging = PagingMeter(optimizer)
         self.order = BlockOrder(len(self.data), config.data_seed)
         torch.manual_seed(config.data_seed)
         if self.checkpoint is not None:
@@ -179,9 +187,18 @@ class _Run:
         return result
 
     def record_end(self, status: str, **more: Any) -> None:
-        """Write `run.json`, once the run has got as far as having something to say there."""
+        """Write `run.json` and tell the sinks, once the run has got as far as having something to say there."""
         if self.run_record:
-            write_run(self.folder.run, {"status": status, "step": self.step, **self.run_record, **more})
+            write_run(self.folder.run, self.state(status) | more)
+            self.sinks.ended(self.state(status) | more)
+
+    def state(self, status: str) -> dict[str, Any]:
+        """The content of `run.json`."""
+        return {"status": status, "step": self.step, **self.run_record}
+
+    def _tell(self, line: dict[str, Any]) -> None:
+        self.log.write(line)
+        self.sinks.line(line)
 
     @property
     def _step_tokens(self) -> int:
@@ -199,7 +216,7 @@ class _Run:
         seconds = time.perf_counter() - started
         self.step += 1
         record = self._record(result, lr, seconds, clock.seconds_left(self.step))
-        self.log.write(record.to_dict())
+        self._tell(record.to_dict())
         self.reporter.step(record)
 
     def _next_batch(self) -> Batch:
@@ -221,6 +238,7 @@ class _Run:
             seconds_left=seconds_left,
             skipped=result.skipped,
             loss_scale=None if scaler is None else scaler.get_scale(),
+            paging=self.paging(),
         )
 
     def _evaluate(self, stage: str) -> None:
@@ -229,7 +247,7 @@ class _Run:
         found = evaluate(self.model, self.eval_data, self.config.batch, self.config.eval_batches)
         self.perplexity[stage] = found.perplexity
         record = EvalRecord(self.step, stage, *found)
-        self.log.write(record.to_dict())
+        self._tell(record.to_dict())
         self.reporter.evaluated(record)
 
     def _save(self) -> Path:
@@ -260,15 +278,6 @@ class _Run:
     def _check_same(self, what: str, fingerprint: str, path: Path) -> None:
         if self.checkpoint and self.checkpoint.state.get(what) != fingerprint:
             raise CheckpointError(f"{self.checkpoint.path} was trained with another {what} than {path} holds now.")
-
-    def _check_model_fits(self) -> None:
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None and self.config.seq_len > limit:
-            raise ConfigError(f"seq_len is {self.config.seq_len}, but the model reads at most {limit} tokens.")
-        embeddings = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator, union-attr]
-        for data in (self.data, self.eval_data):
-            if data is not None:
-                data.check_vocabulary(embeddings)
 
     def _result(self) -> FinetuneResult:
         lines = [line for line in read_metrics(self.folder.metrics) if line["event"] == "step"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,9 @@ class FinetuneConfig:
     a checkpoint folder. `eval_every` (0: only before and after) and `eval_batches` (None: all) bound evaluation.
     `dtype` is the base model's (None: `qlora.compute_dtype`), `device` None means CUDA where there is one.
 
+    `tensorboard` is a folder for TensorBoard's files, in it one by the name of `out`; `posthog` the address of a PostHog
+    server that is told of start, evaluations and end (its key: environment variable POSTHOG_API_KEY).
+
     Raises ConfigError where a value is out of range, MemoryBudgetError for a budget that cannot work,
     UnknownOptionError from `from_options`.
     """
@@ -70,6 +74,8 @@ class FinetuneConfig:
     compile: bool = True
     dtype: torch.dtype | None = None
     device: str | None = None
+    tensorboard: Path | None = None
+    posthog: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("model", "data", "out", "eval_data"):
@@ -82,6 +88,10 @@ class FinetuneConfig:
         if not isinstance(self.resume, bool):
             _require(isinstance(self.resume, (str, Path)), "resume", self.resume, "True, False or a checkpoint folder")
             object.__setattr__(self, "resume", Path(self.resume).expanduser())
+        if self.tensorboard is not None:
+            object.__setattr__(self, "tensorboard", Path(self.tensorboard).expanduser())
+        ok = self.posthog is None or re.match(r"https?://[^/\s]+", self.posthog) is not None
+        _require(ok, "posthog", self.posthog, "the address of a server (https://...)")
         if self.dtype is not None:
             object.__setattr__(self, "dtype", parse_dtype(self.dtype))
         self._check_counts()

@@ -7,6 +7,7 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -83,6 +84,24 @@ def memory_bytes(device: torch.device) -> int:
         return int(statm.read_text().split()[1]) * resource.getpagesize()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+class PagingMeter:
+    """What a paged optimizer moved since the last look; nothing for any other."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._statistics: Callable[[], Any] | None = getattr(optimizer, "statistics", None)
+        self._last = (0, 0, 0.0)
+
+    def __call__(self) -> dict[str, float]:
+        """`paged_in_bytes`, `paged_out_bytes` and `stall_ms`."""
+        if self._statistics is None:
+            return {}
+        found = self._statistics()
+        total = (found.moved_in_bytes, found.moved_out_bytes, found.stall_ms)
+        moved_in, moved_out, stall = (now - before for now, before in zip(total, self._last))
+        self._last = total
+        return {"paged_in_bytes": moved_in, "paged_out_bytes": moved_out, "stall_ms": round(stall, 3)}
 
 
 class Clock:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, TextIO
@@ -15,7 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step. `tokens` counts loss tokens, `tokens_per_s` all tokens that went through the model."""
+    """One optimizer step. `tokens` counts loss tokens, `tokens_per_s` all tokens that went through the model.
+
+    `paging` is what a paged optimizer moved in this step: `paged_in_bytes`, `paged_out_bytes`, `stall_ms`.
+    """
 
     step: int
     total_steps: int
@@ -29,18 +32,22 @@ class StepRecord:
     seconds_left: float | None = None
     skipped: bool = False
     loss_scale: float | None = None
+    paging: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """One line of `metrics.jsonl`: without what can be read elsewhere."""
-        out = {"event": "step", **asdict(self)}
-        for name in ("total_steps", "seconds_left"):
+        out = {"event": "step", **asdict(self), **self.paging}
+        for name in ("total_steps", "seconds_left", "paging"):
             del out[name]
         return {name: value for name, value in out.items() if name != "loss_scale" or value is not None}
 
 
 @dataclass(frozen=True)
 class EvalRecord:
-    """One evaluation. `stage` is "dense" (before quantization), "quantized" (before training), "training", "final"."""
+    """One evaluation. `stage` is "dense" (before quantization), "quantized" (before training), "training", "final".
+
+    `documents` has (index, summed loss, tokens) of each document.
+    """
 
     step: int
     stage: str
@@ -48,6 +55,7 @@ class EvalRecord:
     perplexity: float
     tokens: int
     seconds: float
+    documents: tuple[tuple[int, float, int], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return {"event": "eval", **asdict(self)}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from .reporters import Reporter
 
 # Fields that a resumed run may change: they choose where, how long and how, not what is computed in a step.
 FREE = {"model", "data", "out", "eval_data", "steps", "epochs", "save_every", "keep_last", "resume"}
-FREE |= {"eval_every", "eval_batches", "compile", "device"}
+FREE |= {"eval_every", "eval_batches", "compile", "device", "tensorboard", "posthog"}
 FREE_QLORA = {"lowering", "outline_layers", "dump_dir", "activation_budget", "keep_logits", "kernels", "autotune"}
 
 
@@ -49,6 +52,14 @@ class RunFolder:
         elif config.resume is not False:
             reporter.notice(f"there is no checkpoint in {self.path} yet: starting at step 0")
         return checkpoint
+
+    def run_id(self) -> str:
+        """The id that `run.json` holds of an earlier part of this run, or a new one."""
+        with contextlib.suppress(OSError, ValueError):
+            content = json.loads(self.run.read_text(encoding="utf-8"))
+            if isinstance(content, dict) and isinstance(content.get("id"), str):
+                return content["id"]
+        return uuid.uuid4().hex[:12]
 
     def remove_unstarted(self) -> None:
         """Leave nothing behind of a run that failed before its first step, so that the next try finds no run here."""

@@ -121,6 +121,8 @@ def test_make_targets_and_commands_in_documents_exist() -> None:
     from qlora_compile.cli import app
 
     commands = {command.callback.__name__ for command in app.registered_commands if command.callback}
+    groups = [group.typer_instance for group in app.registered_groups]
+    commands |= {str(group.info.name) for group in groups if group}
     for path in DOCUMENTS:
         text = path.read_text(encoding="utf-8")
         assert set(re.findall(r"`make ([a-z-]+)", text)) <= targets, path
