@@ -133,13 +133,18 @@ def quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
     return codes.view(-1)[:count].clone(), block_scale
 
 
-def dequantize_scales(absmax: Tensor, absmax_scale: Tensor | None, absmax_offset: Tensor | None) -> Tensor:
-    """Scales as they are stored -> fp32 [nb]: `map[code] * scale + offset`, rounded after each step."""
+def dequantize_scales(
+    absmax: Tensor, absmax_scale: Tensor | None, absmax_offset: Tensor | None, first: int = 0
+) -> Tensor:
+    """Scales as they are stored -> fp32 [nb]: `map[code] * scale + offset`, rounded after each step.
+
+    `first` is the number of the first of these blocks in the weight, whose `absmax_scale` begins with block 0.
+    """
     if absmax_scale is None or absmax_offset is None:
         return absmax
-    count = absmax.numel()
+    start, skip = divmod(first, SCALE_BLOCK_SIZE)
     values = dynamic_map().to(absmax.device)[absmax.to(torch.int32)]
-    values *= absmax_scale.repeat_interleave(SCALE_BLOCK_SIZE)[:count]
+    values *= absmax_scale[start:].repeat_interleave(SCALE_BLOCK_SIZE)[skip : skip + absmax.numel()]
     return values.add_(absmax_offset)
 
 

@@ -227,7 +227,20 @@ class ModelEdits:
         for entry in self._params.values():
             for _, module, _ in entry.owners if entry.site is not None else ():
                 module.__dict__.setdefault("_qlora_state", state)
+        self._keep_from_ddp()
         return state
+
+    def _keep_from_ddp(self) -> None:
+        """DDP sends every parameter from rank 0 when it is made, 4-bit ones as dense values, and would quantize what
+        arrives again; every rank quantizes the same checkpoint to the same bytes, so they need not be sent at all."""
+        names = {
+            f"{module_name}.{key}".lstrip(".")
+            for entry in self._params.values()
+            if isinstance(entry.param, QuantizedTensor)
+            for module_name, _, key in entry.owners
+        }
+        before = self.root.__dict__.get("_ddp_params_and_buffers_to_ignore", ())
+        self.root.__dict__["_ddp_params_and_buffers_to_ignore"] = sorted({*before, *names})
 
 
 def _site_name(module_name: str, module: nn.Module, key: str) -> str:

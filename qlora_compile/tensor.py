@@ -140,7 +140,7 @@ class QuantizedTensor(torch.Tensor):
         return memo[id(self)]
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        _refuse_write("indexed assignment", self)  # it would write into a dense copy, and be lost
+        _refuse_write("indexed assignment", self, QuantizedTensor)  # it would write into a dense copy, and be lost
 
     def __repr__(self) -> str:  # type: ignore[override]
         double = ", double_quant" if self.double_quant else ""
@@ -152,31 +152,33 @@ class QuantizedTensor(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        handler = _HANDLERS.get(func)
+        handler = HANDLERS.get(func)
         if handler is not None:
             result = handler(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        if func._schema.is_mutable:
-            given = dict(zip((argument.name for argument in func._schema.arguments), args)) | kwargs
-            for argument in func._schema.arguments:
-                if argument.is_write:
-                    _refuse_write(func, given.get(argument.name))
-        return func(*tree_map(_dense, args), **tree_map(_dense, kwargs))
+        return run_dense(QuantizedTensor, func, args, kwargs)
 
 
-def _refuse_write(func: Any, target: Any) -> None:
+def run_dense(kind: Any, func: Any, args: Any, kwargs: Any) -> Any:
+    """`func` with every tensor of class `kind` dequantized; refuses to write into one."""
+    if func._schema.is_mutable:
+        given = dict(zip((argument.name for argument in func._schema.arguments), args)) | kwargs
+        for argument in func._schema.arguments:
+            if argument.is_write:
+                _refuse_write(func, given.get(argument.name), kind)
+    args, kwargs = tree_map(lambda value: value.dequantize() if isinstance(value, kind) else value, (args, kwargs))
+    return func(*args, **kwargs)
+
+
+def _refuse_write(func: Any, target: Any, kind: Any) -> None:
     """Raises ModelStateError if the tensor (or one of the list) that `func` would write into is a 4-bit one."""
     for value in target if isinstance(target, (list, tuple)) else [target]:
-        if isinstance(value, QuantizedTensor):
+        if isinstance(value, kind):
             raise ModelStateError(
                 f"{func} would write into a 4-bit weight of shape {tuple(value.shape)}: "
                 "dequantize() it first, or copy_() a dense tensor into it to quantize again."
             )
-
-
-def _dense(value: Any) -> Any:
-    return value.dequantize() if isinstance(value, QuantizedTensor) else value
 
 
 def _rebuild(data: tuple[Tensor | None, ...], layout: tuple[Any, ...], is_param: bool) -> QuantizedTensor:
@@ -209,20 +211,20 @@ def _to_copy(q: QuantizedTensor, *, dtype: Any = None, device: Any = None, **opt
     return moved._with(dtype=dtype) if dtype is not None else moved
 
 
+def _format(q: QuantizedTensor) -> tuple[Any, ...]:
+    return q.quant_type, q.block_size, q.double_quant, q.transposed
+
+
 def _copy_(dest: Any, source: Any, non_blocking: bool = False) -> Any:
     if not isinstance(dest, QuantizedTensor):
-        return dest.copy_(_dense(source), non_blocking)
+        return dest.copy_(source.dequantize(), non_blocking)
     if tuple(dest.shape) != tuple(source.shape):
         raise ModelStateError(f"A weight of shape {tuple(source.shape)} cannot be copied into {dest!r}.")
     if not isinstance(source, QuantizedTensor):
+        if torch.equal(source, dest.dequantize()):
+            return dest  # quantizing its own dense form once more would change a scale here and there
         source = quantize_like(source, dest)
-    same = (source.quant_type, source.block_size, source.double_quant, source.transposed) == (
-        dest.quant_type,
-        dest.block_size,
-        dest.double_quant,
-        dest.transposed,
-    )
-    if not same:
+    if _format(source) != _format(dest):
         source = quantize_like(source.dequantize(), dest)
     for mine, theirs in zip(dest.data_4bit, source.data_4bit, strict=True):
         if mine is not None:
@@ -238,20 +240,8 @@ def _linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> A
         return NotImplemented
     double = q.double_quant
     scales = [q.absmax_scale] if double else [], [q.absmax_offset] if double else []
-    rest: Any = (
-        [] if bias is None else [bias],
-        [],
-        [],
-        [],
-        [],
-        [0],
-        [],
-        0.0,
-        [q.shape[0]],
-        q.quant_type,
-        q.block_size,
-        x.dtype,
-    )
+    biases: list[Tensor] = [] if bias is None else [bias]
+    rest: Any = (biases, [], [], [], [], [0], [], 0.0, [q.shape[0]], q.quant_type, q.block_size, x.dtype)
     return torch.ops.qlora.lora_linear(x, [q.codes], [q.absmax], *scales, *rest)[0]
 
 
@@ -264,7 +254,7 @@ def _addmm(bias: Tensor, x: Tensor, weight: Any, *, beta: float = 1, alpha: floa
     return _linear(x, _transpose(weight), bias) if plain else NotImplemented
 
 
-_HANDLERS: dict[Any, Callable[..., Any]] = {
+HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.detach.default: lambda q: q._with(),
     aten.alias.default: lambda q: q._with(),
     aten.lift_fresh.default: lambda q: q._with(),
@@ -302,10 +292,7 @@ def quantize_4bit(
     Raises ConfigError for an unknown type or block size, InvalidWeightError for other dtypes, NaN or infinity.
     Source: Dettmers et al., arXiv 2305.14314, section 3; bytes as bitsandbytes 0.50.2 writes them on CPU.
     """
-    if quant_type not in nf4.CODE_BOOKS:
-        raise ConfigError(f"quant_type must be one of {', '.join(nf4.CODE_BOOKS)}, got {quant_type!r}.")
-    if block_size not in nf4.BLOCK_SIZES:
-        raise ConfigError(f"block_size must be one of {', '.join(map(str, nf4.BLOCK_SIZES))}, got {block_size!r}.")
+    nf4.check_format(quant_type, block_size)
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise InvalidWeightError(f"Only fp32, bf16 and fp16 weights can be quantized, this one is {weight.dtype}.")
     if transposed and weight.dim() != 2:
@@ -351,3 +338,6 @@ def dequantize_4bit(q: QuantizedTensor, *, out: Tensor | None = None) -> Tensor:
     if q.transposed or not out.is_contiguous():
         return out.copy_(q.dequantize())
     return dequantize_into(out, *q.data_4bit, q.quant_type, q.block_size)
+
+
+from . import sharding  # noqa: E402, F401  adds the handlers by which FSDP2 splits a weight
