@@ -2,6 +2,7 @@
 #   make finetune    fine-tune SmolLM2-135M on State of the Union speeches, export, verify, sample
 #   make test        the tests            make test-slow   those that take minutes
 #   make test-zoo    all architectures    make models-doc  docs/models.md from them
+#   make test-distributed   2 and 4 processes
 #   make lint        ruff and mypy        make bench       the numbers of benchmarks/
 # Variables: PYTHON (3.11 or newer), VENV, OUT (where `make finetune` writes), TORCH_PIP_FLAGS (for another build of
 # torch, such as an index with CUDA wheels), PYTEST_FLAGS.
@@ -24,7 +25,7 @@ QUIETER := | grep -v '^Requirement already satisfied'
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup finetune test test-slow test-zoo models-doc lint typecheck format bench clean
+.PHONY: help setup finetune test test-slow test-zoo test-distributed models-doc lint typecheck format bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -74,6 +75,10 @@ test-slow: $(VENV)/.stamp-dev
 
 test-zoo: $(VENV)/.stamp-dev
 	$(PYTEST) tests/zoo --dist load --durations=15 $(PYTEST_FLAGS)
+
+# Each test starts processes of its own: one test at a time.
+test-distributed: $(VENV)/.stamp-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed --durations=15 $(PYTEST_FLAGS)
 
 # A model that fails is a row of the table too.
 models-doc: $(VENV)/.stamp-dev

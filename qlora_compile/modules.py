@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .config import QLoRAConfig
 from .errors import ModelStateError, NoAdapterError
-from .tensor import QuantizedTensor
+from .sharding import stored_form
 
 
 @dataclass
@@ -337,4 +337,5 @@ def prepared_config(model: nn.Module) -> QLoRAConfig | None:
 
 
 def is_quantized(weight: object) -> bool:
-    return isinstance(weight, QuantizedTensor)
+    """Whether it is stored in 4 bits, whole or (FSDP2) the rows of this rank."""
+    return stored_form(weight) is not None

@@ -19,7 +19,7 @@ from .memory_plan import MemoryPlan
 from .modules import AdapterSite, adapter_sites, prepared_state
 from .pass_manager import NodeRecord, PassResult, PipelineResult
 from .repetition import Repeat
-from .tensor import QuantizedTensor
+from .sharding import stored_form
 
 _OP = "lora_linear"
 
@@ -190,7 +190,8 @@ def _groups(stages: dict[str, tuple[NodeRecord, ...]]) -> dict[str, tuple[str, .
 def _linear_report(site: AdapterSite, groups: dict[str, tuple[str, ...]]) -> LinearReport:
     weight = site.weight
     before = weight.numel() * weight.element_size()
-    after = weight.stored_bytes if isinstance(weight, QuantizedTensor) else before
+    stored = stored_form(weight)
+    after = before if stored is None else stored.stored_bytes
     group = groups.get(site.name, ())
     lowering = "not compiled yet" if not groups else "eager" if not group else _lowering(weight)
     return LinearReport(
@@ -221,7 +222,7 @@ def _foreign_report(found: ForeignLinear, groups: dict[str, tuple[str, ...]]) ->
 
 
 def _lowering(weight: torch.Tensor) -> str:
-    return "dequantize + GEMM" if isinstance(weight, QuantizedTensor) else "GEMM"
+    return "GEMM" if stored_form(weight) is None else "dequantize + GEMM"
 
 
 def _memory(model: nn.Module, linears: list[LinearReport]) -> dict[str, float]:

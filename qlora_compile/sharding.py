@@ -14,20 +14,17 @@ multiple of B; the last shards may be shorter, or empty.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from types import FrameType
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from . import nf4
-from .errors import ModelStateError
-from .tensor import HANDLERS, Layout, QuantizedTensor, run_dense
+from .tensor import Layout, QuantizedTensor, run_dense
 
-aten = torch.ops.aten
 Part = Callable[[Tensor], Tensor]
+HANDLERS: dict[Any, Callable[..., Any]] = {}  # of ops on shards; filled by sharding_ops
 
 
 class QuantizedShard(torch.Tensor):
@@ -49,9 +46,7 @@ class QuantizedShard(torch.Tensor):
     def __new__(cls, data: nf4.QuantizedData, first_block: Tensor, whole: Layout, shape: tuple[int, ...]) -> Any:
         return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=whole.dtype, device=data.codes.device)
 
-    def __init__(
-        self, data: nf4.QuantizedData, first_block: Tensor, whole: Layout, shape: tuple[int, ...]
-    ) -> None:
+    def __init__(self, data: nf4.QuantizedData, first_block: Tensor, whole: Layout, shape: tuple[int, ...]) -> None:
         self.codes, self.absmax, self.absmax_scale, self.absmax_offset = data
         self.first_block, self.whole = first_block, whole
 
@@ -59,7 +54,7 @@ class QuantizedShard(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        handler = _SHARD_HANDLERS.get(func)
+        handler = HANDLERS.get(func)
         result = NotImplemented if handler is None else handler(*args, **(kwargs or {}))
         return run_dense(QuantizedShard, func, args, kwargs or {}) if result is NotImplemented else result
 
@@ -68,15 +63,29 @@ class QuantizedShard(torch.Tensor):
         return nf4.QuantizedData(self.codes, self.absmax, self.absmax_scale, self.absmax_offset)
 
     @property
+    def quant_type(self) -> str:
+        return self.whole.quant_type
+
+    @property
+    def block_size(self) -> int:
+        return self.whole.block_size
+
+    @property
+    def double_quant(self) -> bool:
+        return self.absmax_scale is not None
+
+    @property
+    def transposed(self) -> bool:
+        return False
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes of codes and scales, the weight's second-level scales among them."""
         return sum(part.numel() * part.element_size() for part in self.data_4bit if part is not None)
 
     def dequantize(self) -> Tensor:  # type: ignore[override]
         """The dense rows, bit for bit those of the weight's `dequantize()`."""
-        scales = nf4.dequantize_scales(
-            self.absmax, self.absmax_scale, self.absmax_offset, first=int(self.first_block)
-        )
+        scales = nf4.dequantize_scales(self.absmax, self.absmax_scale, self.absmax_offset, first=int(self.first_block))
         layout = self.whole
         return torch.ops.qlora.dequantize_4bit(
             self.codes, scales, None, None, tuple(self.shape), layout.quant_type, layout.block_size, layout.dtype
@@ -116,10 +125,14 @@ class QuantizedShard(torch.Tensor):
             return None
         codes, absmax = outputs
         numel = self.whole.shape[0] * self.whole.shape[1]
-        data = nf4.QuantizedData(
-            codes[: (numel + 1) // 2], absmax[: -(-numel // self.whole.block_size)], *metadata
-        )
+        data = nf4.QuantizedData(codes[: (numel + 1) // 2], absmax[: -(-numel // self.whole.block_size)], *metadata)
         return QuantizedTensor(data, self.whole._replace(dtype=param_dtype)), ()
+
+
+def stored_form(weight: object) -> QuantizedTensor | QuantizedShard | None:
+    """The 4-bit tensor that a weight is, or that this rank's part of it is; None for a dense weight."""
+    local = getattr(weight, "_local_tensor", weight)  # of a DTensor
+    return local if isinstance(local, (QuantizedTensor, QuantizedShard)) else None
 
 
 def _padded(part: Tensor, length: int) -> Tensor:
@@ -132,160 +145,5 @@ def _rebuild(data: Any, first_block: Tensor, whole: tuple[Any, ...], shape: tupl
 
 torch.serialization.add_safe_globals([_rebuild])
 
-# --- ops ---
 
-
-def _rows(weight: Any, start: int, stop: int) -> QuantizedShard | None:
-    """Rows [start, stop) as a view, or None where a block does not begin with them."""
-    layout = _layout(weight)
-    if weight.dim() != 2 or layout.transposed or not weight.is_contiguous():
-        return None
-    columns, block = weight.shape[1], layout.block_size
-    whole_end = stop == weight.shape[0]
-    if start * columns % block or (stop * columns % block and not whole_end):
-        return None
-    codes = weight.codes[start * columns // 2 : (stop * columns + 1) // 2]
-    absmax = weight.absmax[start * columns // block : -(-stop * columns // block)]
-    first = weight.first_block if isinstance(weight, QuantizedShard) else torch.zeros((), dtype=torch.long)
-    if start:
-        first = first + start * columns // block
-    data = nf4.QuantizedData(codes, absmax, weight.absmax_scale, weight.absmax_offset)
-    return QuantizedShard(data, first, layout, (stop - start, columns))
-
-
-def _layout(weight: Any) -> Layout:
-    return weight.whole if isinstance(weight, QuantizedShard) else weight.layout_4bit
-
-
-def _slice(weight: Any, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Any:
-    if dim % weight.dim() or step != 1:
-        return NotImplemented
-    begin, stop, _ = slice(start, end).indices(weight.shape[0])
-    rows = _rows(weight, begin, max(begin, stop))
-    return NotImplemented if rows is None else rows
-
-
-def _split(weight: Any, size: int, dim: int = 0) -> Any:
-    """`torch.chunk` and `torch.split` of rows: views in 4 bits where blocks end with them, dense otherwise."""
-    if dim % weight.dim():
-        return NotImplemented
-    total = weight.shape[0]
-    parts = [_rows(weight, start, min(start + size, total)) for start in range(0, total, size)]
-    if any(part is None for part in parts):
-        if _called_by_fully_shard():
-            raise _not_on_blocks(weight, size)
-        return NotImplemented
-    return parts
-
-
-def _not_on_blocks(weight: Any, rows: int) -> ModelStateError:
-    layout = _layout(weight)
-    keep = "keep this weight whole on every rank with fully_shard(..., ignored_params={weight})"
-    if layout.transposed:
-        return ModelStateError(
-            f"A 4-bit weight of shape {tuple(weight.shape)} that is stored transposed (GPT-2's Conv1D) cannot be split "
-            f"by rows: {keep}."
-        )
-    return ModelStateError(
-        f"A 4-bit weight of shape {tuple(weight.shape)} cannot be split into {rows} rows a rank: {rows} x "
-        f"{weight.shape[1]} values do not end on a block of {layout.block_size}. Prepare with a smaller block_size, use "
-        f"another number of ranks, or {keep}."
-    )
-
-
-def _called_by_fully_shard() -> bool:
-    """Whether FSDP2 is making the sharded parameter: elsewhere `new_zeros` and odd splits of a weight stay dense."""
-    frame: FrameType | None = sys._getframe(1)
-    for _ in range(8):
-        if frame is None:
-            break
-        if frame.f_code.co_name == "_init_sharded_param":
-            return True
-        frame = frame.f_back
-    return False
-
-
-def _new_zeros(weight: Any, size: Any, **options: Any) -> Any:
-    """The buffer that FSDP2 fills with a rank's rows: codes and scales of zero, the weight's second-level scales."""
-    if isinstance(weight, QuantizedTensor) and not _called_by_fully_shard():
-        return NotImplemented
-    layout = _layout(weight)
-    if len(size) != 2 or layout.transposed or options.get("dtype", layout.dtype) != layout.dtype:
-        return NotImplemented
-    values = size[0] * size[1]
-    # a shard of all rows may end inside a block
-    codes, blocks = -(-values // 2), -(-values // layout.block_size)
-    data = nf4.QuantizedData(
-        weight.codes.new_zeros(codes),
-        weight.absmax.new_zeros(blocks),
-        *(None if part is None else part.clone() for part in (weight.absmax_scale, weight.absmax_offset)),
-    )
-    return QuantizedShard(data, torch.zeros((), dtype=torch.long), layout, tuple(size))
-
-
-def _copy_(dest: Any, source: Any, non_blocking: bool = False) -> Any:
-    """Rows into rows, byte for byte. Dense rows have no second-level scales of their own, so they are refused."""
-    if not isinstance(dest, QuantizedShard):
-        return dest.copy_(source.dequantize(), non_blocking)
-    if not isinstance(source, (QuantizedShard, QuantizedTensor)) or tuple(source.shape) != tuple(dest.shape):
-        raise ModelStateError(f"{dest!r} takes rows in 4 bits of its shape, not {type(source).__name__} {source.shape}.")
-    theirs, mine = _layout(source), dest.whole
-    if (theirs.quant_type, theirs.block_size) != (mine.quant_type, mine.block_size) or theirs.transposed:
-        raise ModelStateError(f"{source!r} is stored in another format than {dest!r}: prepare both with one config.")
-    for own, other in zip(dest.data_4bit, source.data_4bit, strict=True):
-        if own is not None:
-            own.copy_(cast(Tensor, other), non_blocking)
-    dest.first_block.copy_(source.first_block if isinstance(source, QuantizedShard) else torch.zeros(()))
-    return dest
-
-
-def _view(shard: Any, size: Any) -> Any:
-    shape = torch.empty(tuple(shard.shape), device="meta").view(size).shape
-    return shard._with(tuple(shape))
-
-
-def _as_strided(weight: Any, size: Any, stride: Any, storage_offset: int | None = None) -> Any:
-    same = tuple(size) == tuple(weight.shape) and tuple(stride) == weight.stride() and not storage_offset
-    return weight._with() if same else NotImplemented
-
-
-def _to_copy(shard: Any, *, dtype: Any = None, device: Any = None, **options: Any) -> Any:
-    if dtype not in (None, shard.dtype):
-        return NotImplemented
-    return shard._map(lambda part: part.to(device=device, copy=True) if device is not None else part.clone())
-
-
-def _into_weight(dest: Any, source: Any, non_blocking: bool = False) -> Any:
-    """A whole weight that is stored as one shard (one rank) goes into a QuantizedTensor byte for byte."""
-    if not isinstance(source, QuantizedShard) or not isinstance(dest, QuantizedTensor):
-        return _quantizing_copy(dest, source, non_blocking)
-    rows = _rows(dest, 0, dest.shape[0])
-    if rows is None:
-        return _quantizing_copy(dest, source.dequantize(), non_blocking)
-    _copy_(rows, source, non_blocking)
-    return dest
-
-
-_quantizing_copy = HANDLERS[aten.copy_.default]
-HANDLERS |= {
-    aten.split.Tensor: _split,
-    aten.slice.Tensor: _slice,
-    aten.new_zeros.default: _new_zeros,
-    aten.as_strided.default: _as_strided,
-    aten.copy_.default: _into_weight,
-}
-_SHARD_HANDLERS: dict[Any, Callable[..., Any]] = {
-    aten.split.Tensor: _split,
-    aten.slice.Tensor: _slice,
-    aten.new_zeros.default: _new_zeros,
-    aten.as_strided.default: _as_strided,
-    aten.copy_.default: _copy_,
-    aten.view.default: _view,
-    aten.detach.default: lambda shard: shard._with(),
-    aten.alias.default: lambda shard: shard._with(),
-    aten.lift_fresh.default: lambda shard: shard._with(),
-    aten.clone.default: lambda shard, memory_format=None: shard._map(torch.clone),
-    aten.pin_memory.default: lambda shard, device=None: shard._map(lambda part: part.pin_memory()),
-    aten.is_pinned.default: lambda shard, device=None: shard.codes.is_pinned(),
-    aten._to_copy.default: _to_copy,
-}
+from . import sharding_ops  # noqa: E402, F401  the ops that split, fill and show shards

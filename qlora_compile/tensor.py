@@ -211,7 +211,8 @@ def _to_copy(q: QuantizedTensor, *, dtype: Any = None, device: Any = None, **opt
     return moved._with(dtype=dtype) if dtype is not None else moved
 
 
-def _format(q: QuantizedTensor) -> tuple[Any, ...]:
+def format_of(q: Any) -> tuple[Any, ...]:
+    """What two weights must have in common for the bytes of one to mean the same in the other."""
     return q.quant_type, q.block_size, q.double_quant, q.transposed
 
 
@@ -224,7 +225,7 @@ def _copy_(dest: Any, source: Any, non_blocking: bool = False) -> Any:
         if torch.equal(source, dest.dequantize()):
             return dest  # quantizing its own dense form once more would change a scale here and there
         source = quantize_like(source, dest)
-    if _format(source) != _format(dest):
+    if format_of(source) != format_of(dest):
         source = quantize_like(source.dequantize(), dest)
     for mine, theirs in zip(dest.data_4bit, source.data_4bit, strict=True):
         if mine is not None:

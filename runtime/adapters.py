@@ -27,16 +27,20 @@ from .export_sources import unwrap
 from .fold_plan import first_few
 from .formats.peft_files import PREFIX, AdapterFiles, LoraLayer, read_adapter, write_adapter
 from .quantized_base import SIDE_FILE, QuantizedBase
+from .sharded import gathered, has_shards
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> Path:
     """Write adapter `name` as PEFT files: stock `PeftModel.from_pretrained(base, path)` gives the same logits.
 
     Beside them, `qlora_compile.json` notes how the base was quantized, for a later `export`. Same adapter, same bytes.
+    Of a model that FSDP2 split, every rank has to call it (its rows are gathered), and rank 0 writes.
     Raises NoAdapterError (not prepared, no adapter of that name), OutputError (cannot be written).
     """
     model = unwrap(model)
     files = adapter_files(model, name)
+    if has_shards(model) and torch.distributed.get_rank() != 0:
+        return Path(path)
     return write_adapter(path, files.config, files.tensors, {SIDE_FILE: QuantizedBase.of_model(model).to_json()})
 
 
@@ -157,12 +161,12 @@ def adapter_files(model: nn.Module, name: str) -> AdapterFiles:
         _check_name(name, known)
     tensors: dict[str, torch.Tensor] = {}
     for site_name, site in sites.items():
-        tensors[f"{PREFIX}{site_name}.lora_A.weight"] = site.a(name).detach()
-        tensors[f"{PREFIX}{site_name}.lora_B.weight"] = site.b(name).detach()
+        tensors[f"{PREFIX}{site_name}.lora_A.weight"] = gathered(site.a(name).detach())
+        tensors[f"{PREFIX}{site_name}.lora_B.weight"] = gathered(site.b(name).detach())
     saved = _modules_to_save(model)
     for module_name in saved:
         for key, tensor in model.get_submodule(module_name).state_dict().items():
-            tensors[f"{PREFIX}{module_name}.{key}"] = tensor.detach()
+            tensors[f"{PREFIX}{module_name}.{key}"] = gathered(tensor.detach())
     return AdapterFiles(_peft_config(model, name, sites, saved), tensors)
 
 

@@ -20,6 +20,7 @@ from .optimizer import NO_ADAPTERS
 from .paged_optimizer_layout import ParamState, layout_for
 from .paged_optimizer_state import from_dict, to_dict
 from .paged_optimizer_sweep import Numbers, Plan, Task, sweep
+from .sharded import local_part
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Closure = Callable[[], Any]
@@ -108,11 +109,11 @@ class PagedOptimizer(torch.optim.Optimizer):
                 key = (index, state.step + 1)
                 if key not in numbers:
                     numbers[key] = Numbers.of(group, state.step + 1, lion=self.lion)
-                values = parameter
-                if not parameter.is_contiguous():
-                    values = parameter.detach().contiguous()
-                    copies.append((parameter, values))
-                tasks.append(Task(values, self._plain(gradient), state, numbers[key]))
+                mine = values = local_part(parameter)
+                if not mine.is_contiguous():
+                    values = mine.detach().contiguous()
+                    copies.append((mine, values))
+                tasks.append(Task(values, self._plain(local_part(gradient)), state, numbers[key]))
         if not tasks:
             return
         if self._plan is None or not self._plan.fits(tasks):
@@ -120,8 +121,8 @@ class PagedOptimizer(torch.optim.Optimizer):
         sweep(self.pool, tasks, self._plan)
         for task in tasks:
             task.state.step += 1
-        for parameter, values in copies:
-            parameter.detach().copy_(values)
+        for mine, values in copies:
+            mine.detach().copy_(values)
 
     _generation = 0  # pages are shared only by parameters of one group that were first used in the same step
     _plan: Plan | None = None
@@ -132,15 +133,16 @@ class PagedOptimizer(torch.optim.Optimizer):
         return gradient if gradient.is_contiguous() else gradient.contiguous()
 
     def _new_state(self, parameter: nn.Parameter, share: object) -> ParamState:
-        layout = layout_for(parameter, lion=self.lion, state_bits=self.state_bits)
-        items = -(-parameter.numel() // layout.unit)
+        mine = local_part(parameter)  # of a parameter that FSDP2 split, each rank keeps the state of its rows
+        layout = layout_for(mine, lion=self.lion, state_bits=self.state_bits)
+        items = -(-mine.numel() // layout.unit)
         allocation = self.pool.allocate(parameter, items, layout.item_bytes, share)
         key, states = id(parameter), self._states
         owner = weakref.ref(parameter, lambda _: states.pop(key, None))
-        state = states[key] = ParamState(layout, parameter.numel(), allocation, owner)
+        state = states[key] = ParamState(layout, mine.numel(), allocation, owner)
         if layout.master:
             zeros = {name: torch.zeros_like(value) for name, value in state.read(self.pool).items()}
-            state.write(self.pool, zeros | {"master": parameter.detach().float().cpu().contiguous().view(-1)})
+            state.write(self.pool, zeros | {"master": mine.detach().float().cpu().contiguous().view(-1)})
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ import weakref
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..nf4 import dynamic_map
 from .memory import Allocation, PagePool, Span
@@ -123,7 +123,7 @@ class ParamState:
         return values[name][span.first * unit : (span.first + span.count) * unit]
 
 
-def layout_for(parameter: nn.Parameter, *, lion: bool, state_bits: int) -> StateLayout:
+def layout_for(parameter: Tensor, *, lion: bool, state_bits: int) -> StateLayout:
     """The layout of a parameter's state."""
     narrow = state_bits == 8 and parameter.numel() >= MIN_8BIT_NUMEL
     return StateLayout(lion=lion, narrow=narrow, master=parameter.dtype != torch.float32)

@@ -5,6 +5,9 @@
                                     absmax1, absmax2; its own state_dict wraps all but step into one more dictionary
 
 and "master" beside them for a bf16 or fp16 parameter. What is read may be either, whatever the optimizer keeps.
+
+The state of a parameter that FSDP2 split is written in torch's layout whatever the optimizer keeps, as DTensors of the
+parameter's own split: blocks of 256 of one rank's rows mean nothing to a run on another number of ranks.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from .paged_optimizer_layout import (
     quantize_blocks,
     signed_map,
 )
+from .sharded import as_shard, is_sharded, local_part, part_like
 
 if TYPE_CHECKING:
     from .paged_optimizer import PagedOptimizer
@@ -39,6 +43,8 @@ _REFUSED = ("amsgrad", "maximize")
 
 def to_dict(state: ParamState, values: Views, parameter: Tensor, state_bits: int) -> dict[str, Any]:
     """Flat tensors by field -> the dictionary of one parameter: bitsandbytes' for 8-bit optimizers, torch's for others."""
+    if is_sharded(parameter):
+        return _to_shards(state, values, parameter)
     shape, found = parameter.shape, {}
     moments = [field for field in state.layout.fields if field != "master"]
     if state_bits == 32:
@@ -53,6 +59,19 @@ def to_dict(state: ParamState, values: Views, parameter: Tensor, state_bits: int
         found["step"] = state.step
     if "master" in values:
         found["master"] = values["master"].view(shape)
+    return found
+
+
+def _to_shards(state: ParamState, values: Views, parameter: Tensor) -> dict[str, Any]:
+    """The same in torch's layout, each tensor split over the ranks as the parameter is."""
+    shape = local_part(parameter).shape
+    found: dict[str, Any] = {"step": torch.tensor(float(state.step), dtype=torch.float32)}
+    for field in state.layout.fields:
+        part = values[field]
+        if f"{field} scales" in values:
+            part = dequantize_blocks(part, values[f"{field} scales"], dynamic_map(signed_map(field)))
+        part = part.view(shape).to(parameter.device)
+        found[_TORCH_NAMES.get(field, field)] = as_shard(part, parameter)
     return found
 
 
@@ -78,7 +97,7 @@ def from_dict(optimizer: PagedOptimizer, state_dict: Mapping[str, Any]) -> dict[
     for index, parameter in zip(indices, parameters, strict=True):
         if saved.get(index):
             flat = {**saved[index], **saved[index].get(_WRAPPED, {})}
-            layout = layout_for(parameter, lion=optimizer.lion, state_bits=optimizer.state_bits)
+            layout = layout_for(local_part(parameter), lion=optimizer.lion, state_bits=optimizer.state_bits)
             loaded[parameter] = (int(flat.get("step", 0)), _values(flat, parameter, layout, f"parameter {index}"))
     return loaded
 
@@ -132,4 +151,4 @@ def _flat(tensor: Tensor, parameter: Tensor, what: str) -> Tensor:
             f"The optimizer's state does not fit: {what} is {tuple(tensor.shape)} there and "
             f"{tuple(parameter.shape)} here."
         )
-    return tensor.detach().cpu().contiguous().view(-1)
+    return part_like(tensor.detach(), parameter).cpu().contiguous().view(-1)

@@ -14,6 +14,7 @@ from torch import nn
 from ..config import parse_dtype
 from ..errors import CheckpointError, ConfigError, InvalidWeightError, UnknownOptionError
 from ..nf4 import BLOCK_SIZES, CODE_BOOKS
+from ..sharding import stored_form
 from ..tensor import QuantizedTensor, quantize_4bit
 from .formats.checkpoint_dir import read_json
 
@@ -39,7 +40,7 @@ class QuantizedBase:
     @classmethod
     def of_model(cls, model: nn.Module) -> QuantizedBase:
         """What the model's QuantizedTensors say; `weights=()` where it has none."""
-        found = {name: p for name, p in model.named_parameters() if isinstance(p, QuantizedTensor)}
+        found = {name: form for name, p in model.named_parameters() if (form := stored_form(p)) is not None}
         if not found:
             return cls(weights=())
         first = next(iter(found.values()))  # one configuration prepared them all; only their dtypes can differ

@@ -1,0 +1,109 @@
+"""DistributedDataParallel around a prepared model: each function is one check, run on every rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from harness import (
+    LR,
+    batches,
+    largest_difference,
+    main,
+    mine,
+    on_all_ranks,
+    prepared,
+    train,
+    train_alone,
+    train_together,
+    trainable,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from qlora_compile.modules import adapter_sites
+
+STEPS = 3
+
+
+def _compare(model: Any, call: Any, **options: Any) -> dict[str, Any]:
+    alone, expected = train_alone(STEPS, **options)
+    losses = train_together(call, torch.optim.SGD(trainable(model), LR), STEPS)
+    same = all(
+        torch.equal(one.weight.codes, two.weight.codes) and torch.equal(one.weight.absmax, two.weight.absmax)
+        for one, two in zip(adapter_sites(model).values(), adapter_sites(alone).values(), strict=True)
+    )
+    return {
+        "losses": losses,
+        "expected": expected,
+        "difference": largest_difference(model, alone),
+        "weights as they were": all(on_all_ranks(same)),
+    }
+
+
+def eager(mesh: DeviceMesh) -> dict[str, Any]:
+    model = prepared()
+    return _compare(model, DDP(model))
+
+
+def bf16(mesh: DeviceMesh) -> dict[str, Any]:
+    model = prepared(dtype=torch.bfloat16)
+    return _compare(model, DDP(model), dtype=torch.bfloat16)
+
+
+def compiled(mesh: DeviceMesh) -> dict[str, Any]:
+    model = prepared()
+    model.compile(backend="qlora")
+    return _compare(model, DDP(model))
+
+
+def compiled_outside(mesh: DeviceMesh) -> dict[str, Any]:
+    model = prepared()
+    return _compare(model, torch.compile(DDP(model), backend="qlora"))
+
+
+def split_by_dynamo(mesh: DeviceMesh) -> dict[str, Any]:
+    """Buckets smaller than the adapters: Dynamo cuts the graph where a bucket ends, and compiles each piece."""
+    model = prepared()
+    model.compile(backend="qlora")
+    before, dist._DEFAULT_FIRST_BUCKET_BYTES = dist._DEFAULT_FIRST_BUCKET_BYTES, 4000
+    found = _compare(model, DDP(model, bucket_cap_mb=0.004))
+    dist._DEFAULT_FIRST_BUCKET_BYTES = before
+    reports = model.__dict__["_qlora_state"].reports
+    fused = sum(stage.rewrites for report in reports for stage in report.passes if stage.name == "fuse_lora_linear")
+    return found | {"graphs": len(reports), "fused": fused, "linears": len(adapter_sites(model))}
+
+
+def checkpointing(mesh: DeviceMesh) -> dict[str, Any]:
+    model = prepared(checkpointing=True)
+    return _compare(model, DDP(model))
+
+
+def accumulation(mesh: DeviceMesh) -> dict[str, Any]:
+    """Two micro-batches, the first without synchronization, against their mean over all ranks in one process."""
+    data = batches(2)
+    alone = prepared()
+    train(lambda ids: (alone(data[0]) + alone(data[1])) / 2, torch.optim.SGD(trainable(alone), LR), data[:1])
+    model = prepared()
+    ddp = DDP(model)
+    optimizer = torch.optim.SGD(trainable(model), LR)
+    with ddp.no_sync():
+        (ddp(mine(data[0])) / 2).backward()
+    local = torch.cat([p.grad.flatten() for p in trainable(model)])
+    (ddp(mine(data[1])) / 2).backward()
+    optimizer.step()
+    equal = all(torch.equal(local, other) for other in on_all_ranks(local))
+    return {"difference": largest_difference(model, alone), "ranks agree before the last": equal}
+
+
+def wrapped_in_a_module(mesh: DeviceMesh) -> dict[str, Any]:
+    """DDP does not find the list of what to leave alone on a module around the prepared one: it sends dense values."""
+    model = prepared()
+    outer = torch.nn.Sequential(model)
+    return _compare(model, DDP(outer))
+
+
+if __name__ == "__main__":
+    names = (eager, bf16, compiled, compiled_outside, split_by_dynamo, checkpointing, accumulation, wrapped_in_a_module)
+    main({check.__name__: check for check in names})

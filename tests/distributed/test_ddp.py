@@ -1,0 +1,59 @@
+"""DistributedDataParallel around a prepared model: as one process with the summed batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+FAST = ("eager", "compiled", "split_by_dynamo", "accumulation")
+ALL = (*FAST, "bf16", "compiled_outside", "checkpointing", "wrapped_in_a_module")
+
+
+@pytest.fixture(params=[pytest.param((2, FAST), id="2"), pytest.param((4, ALL), id="4", marks=pytest.mark.slow)])
+def found(request: pytest.FixtureRequest, checks: Callable[..., Any]) -> dict[str, Any]:
+    world, names = request.param
+    return checks("ddp", world, names)
+
+
+def _same(found: dict[str, Any], tolerance: float) -> None:
+    # fp32: the mean of a batch's parts against that of the whole, through two blocks: some 1e-6 of a loss of 4
+    assert found["losses"] == pytest.approx(found["expected"], abs=tolerance)
+    assert found["expected"][0] != pytest.approx(found["expected"][-1], abs=100 * tolerance)  # it does train
+    assert found["difference"] < 10 * tolerance
+    assert found["weights as they were"]
+
+
+def test_eager(found: dict[str, Any]) -> None:
+    _same(found["eager"], 1e-5)
+
+
+def test_compiled(found: dict[str, Any]) -> None:
+    _same(found["compiled"], 1e-5)
+
+
+def test_graph_that_dynamo_splits_at_the_buckets(found: dict[str, Any]) -> None:
+    split = found["split_by_dynamo"]
+    _same(split, 1e-5)
+    assert split["graphs"] > 1
+    assert split["fused"] == split["linears"] == 12
+
+
+def test_accumulation_without_synchronization(found: dict[str, Any]) -> None:
+    assert found["accumulation"]["difference"] < 1e-5
+    assert not found["accumulation"]["ranks agree before the last"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["compiled_outside", "checkpointing", "wrapped_in_a_module"])
+def test_other_ways(name: str, checks: Callable[..., Any]) -> None:
+    _same(checks("ddp", 4, ALL)[name], 1e-5)
+
+
+@pytest.mark.slow
+def test_bf16(checks: Callable[..., Any]) -> None:
+    # products of 8 bits' precision: 2^-8 of a logit of about 1, averaged over some hundred tokens
+    found = checks("ddp", 4, ALL)["bf16"]
+    assert found["losses"] == pytest.approx(found["expected"], abs=4e-3)
+    assert found["weights as they were"]
