@@ -8,6 +8,7 @@ if __name__ != "qlora_compile.passes":
 from .chunk_cross_entropy import chunk_cross_entropy
 from .fuse_lora_linear import fuse_lora_linear
 from .group_linears import group_linears
+from .inline_checkpoints import inline_checkpoints
 from .insert_adapters import insert_adapters
 from .lower_kernels import lower_kernels
 from .match_lora import match_lora
@@ -17,6 +18,8 @@ from .quantize_weights import quantize_weights
 from .widen_matmuls import widen_matmuls
 
 PIPELINE = (
+    # one flat graph: what activation checkpointing hides in subgraphs
+    inline_checkpoints,
     # one spelling: every linear is F.linear(x, W), every adapter a branch beside it
     normalize_linear,
     match_lora,

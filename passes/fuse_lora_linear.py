@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from ..fx_utils import (
+    RECOMPUTE,
     dtype_of,
     emit,
     is_call,
@@ -155,5 +156,7 @@ def _uncast_input(given: fx.Node, last: fx.Node) -> fx.Node:
 def _seed(before: fx.Node, like: fx.Node) -> fx.Node:
     """A fresh 0-dim int64 seed per call: the backward draws the same mask from it, so no mask is stored."""
     node = emit(before, torch.randint, (0, 2**62, ()), like)
+    for key in RECOMPUTE:  # drawn again it would be another one
+        node.meta.pop(key, None)
     node.kwargs = {"dtype": torch.int64, "device": "cpu"}
     return node

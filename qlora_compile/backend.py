@@ -16,7 +16,7 @@ from torch import fx, nn
 from .config import QLoRAConfig
 from .dynamo import guard_replacements, guard_training, real_inputs, root_module, surfaced
 from .errors import ConfigError, ModelStateError, QLoRACompileError
-from .fx_utils import copy_graph, is_linear, peel_transposes, placeholders
+from .fx_utils import copy_graph, is_linear, peel_transposes, placeholders, recomputed
 from .modules import prepared_config, prepared_state
 from .pass_manager import Pass, PassContext, run_passes
 from .passes import PIPELINE
@@ -187,6 +187,7 @@ def _bind(
             getters.append(ctx.state[node.name].get)
         else:
             kept.append(position[node.name])
+    work.meta["qlora_recomputed"] = recomputed(work)  # AOTAutograd's cache looks at no node's meta, but at this
     work.recompile()
     inputs = [example_inputs[i] for i in kept] + [get() for get in getters]
     del example_inputs[:]  # the list must not keep the dense weights alive in this frame

@@ -16,6 +16,7 @@ from torch._dynamo.source import SyntheticLocalSource
 LINEAR = F.linear
 ADD = (operator.add, operator.iadd, torch.add)
 MUL = (operator.mul, operator.imul, torch.mul)
+RECOMPUTE = ("recompute", "ac_graph_id")  # in node.meta: AOTAutograd computes the node again in backward
 _CASTS = ("to", "float", "half", "bfloat16", "type_as")
 _WRITING_OPERATORS = ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul")
 _TRANSPOSE_METHODS = ("t", "transpose", "permute", "swapaxes", "swapdims")
@@ -183,6 +184,13 @@ def source_line(node: fx.Node) -> str:
     trace = node.meta.get("stack_trace") or ""
     lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
     return lines[-1] if lines else ""
+
+
+def recomputed(gm: fx.GraphModule) -> tuple[tuple[str, int], ...]:
+    """(name, region) of every node that backward computes again, in the graph and its subgraphs."""
+    graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
+    marked = (node for graph in graphs for node in graph.nodes if "recompute" in node.meta)
+    return tuple((node.name, node.meta["ac_graph_id"]) for node in marked)
 
 
 def placeholders(graph: fx.Graph) -> list[fx.Node]:

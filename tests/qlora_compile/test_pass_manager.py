@@ -56,6 +56,7 @@ def _nothing(gm: fx.GraphModule, ctx: PassContext) -> int:
 
 def test_the_pipeline_s_order() -> None:
     assert [p.__name__ for p in PIPELINE] == [
+        "inline_checkpoints",
         "normalize_linear",
         "match_lora",
         "quantize_weights",
@@ -70,10 +71,10 @@ def test_the_pipeline_s_order() -> None:
 
 
 def test_insert_a_pass_before_or_after_a_named_one() -> None:
-    before = insert_pass(PIPELINE, _nothing, before="normalize_linear")
+    before = insert_pass(PIPELINE, _nothing, before="inline_checkpoints")
     assert before == (_nothing, *PIPELINE)
     after = insert_pass(PIPELINE, _nothing, after="quantize_weights")
-    assert after == (*PIPELINE[:3], _nothing, *PIPELINE[3:])
+    assert after == (*PIPELINE[:4], _nothing, *PIPELINE[4:])
     assert insert_pass(PIPELINE, _nothing, after="outline_layers")[-1] is _nothing
 
 

@@ -46,6 +46,7 @@ def _compiled(**options: Any) -> nn.Module:
 def test_passes_with_counts_and_reasons() -> None:
     report = qc.explain(_compiled())
     assert [(p.name, p.rewrites) for p in report.passes] == [
+        ("inline_checkpoints", 0),
         ("normalize_linear", 0),
         ("match_lora", 0),
         ("quantize_weights", 4),
@@ -57,7 +58,7 @@ def test_passes_with_counts_and_reasons() -> None:
         ("lower_kernels", 2),
         ("outline_layers", 0),
     ]
-    assert report.passes[2].declined == (("lm_head", "it is the output head"),)
+    assert report.passes[3].declined == (("lm_head", "it is the output head"),)
     assert all(p.ms > 0 for p in report.passes)
     assert report.graphs == 1
     assert report.model == "Attention"
@@ -132,7 +133,7 @@ def test_dict_is_json() -> None:
     assert plain["model"] == "Attention"
     assert plain["config"] == report.config.to_dict()
     assert [p["name"] for p in plain["passes"]] == [p.__name__ for p in PIPELINE]
-    assert plain["passes"][2]["declined"] == [["lm_head", "it is the output head"]]
+    assert plain["passes"][3]["declined"] == [["lm_head", "it is the output head"]]
     assert plain["linears"][0]["group"] == ["q", "k", "v"]
     assert plain["linears"][0]["shape"] == [21, 37]
     assert plain["stages"] == ["input", *[p.__name__ for p in PIPELINE]]
@@ -253,6 +254,6 @@ def test_a_llama(tiny_llama: Callable[..., nn.Module]) -> None:
     attention = tuple(f"{layer}.self_attn.{name}_proj" for name in "qkv")
     assert {attention, (f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj"), ()} <= groups
     assert {p.name: p.rewrites for p in report.passes}["group_linears"] == 4
-    assert report.passes[2].declined == (
+    assert report.passes[3].declined == (
         ("model.embed_tokens", "its weight is tied to the embedding 'model.embed_tokens'"),
     )
