@@ -233,7 +233,7 @@ def test_dump_dir_through_the_backend(tmp_path: Path) -> None:
     for text in files.values():
         ast.parse(text)
     assert files["00_input.py"].count("torch._C._nn.linear(") == 5
-    assert files["06_group_linears.py"].count("torch.ops.qlora.lora_linear.default(") == 2
+    assert files["07_group_linears.py"].count("torch.ops.qlora.lora_linear.default(") == 2
 
 
 def test_kernels_are_source_text() -> None:
