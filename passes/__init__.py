@@ -11,6 +11,7 @@ from .group_linears import group_linears
 from .inline_checkpoints import inline_checkpoints
 from .insert_adapters import insert_adapters
 from .lower_kernels import lower_kernels
+from .match_experts import match_experts
 from .match_lora import match_lora
 from .normalize_linear import normalize_linear
 from .outline_layers import outline_layers
@@ -23,6 +24,7 @@ PIPELINE = (
     # one spelling: every linear is F.linear(x, W), every adapter a branch beside it
     normalize_linear,
     match_lora,
+    match_experts,
     # state: frozen dense weights -> 4 bits, adapters beside them
     quantize_weights,
     insert_adapters,

@@ -14,19 +14,20 @@ import torch
 from torch import fx, nn
 
 from .config import QLoRAConfig
-from .dynamo import guard_replacements, guard_training, real_inputs, root_module, surfaced
+from .dynamo import guard_replacements, guard_training, real_inputs, root_module, surfaced, traced_again
 from .errors import ConfigError, ModelStateError, QLoRACompileError
 from .fx_utils import copy_graph, is_linear, peel_transposes, placeholders, recomputed
 from .modules import prepared_config, prepared_state
 from .pass_manager import Pass, PassContext, run_passes
 from .passes import PIPELINE
-from .preparation import require_targets
+from .preparation import edit_modules, require_targets
 from .regions import CACHEABLE, call_region, return_operands_directly
 from .report import CompileReport
 from .state import (
     ModelEdits,
     check_one_device,
     check_same_config,
+    expert_targets,
     is_linear_module,
     linear_entries,
 )
@@ -82,12 +83,17 @@ def _compile(
     config = _configuration(root, options)
     check_one_device(root)
     edits = ModelEdits(root, config)
+    experts = expert_targets(edits)
+    if experts:  # their forward, however it was written, gives way to one that a graph can hold
+        edit_modules(edits, experts)
+        raise traced_again("the model's experts were quantized")
     original = real_inputs(gm)
     work = copy_graph(gm)
     nodes = placeholders(work.graph)
     before = prepared_state(root)
     ctx = PassContext(config, edits, graph_number=len(before.reports) if before is not None else 0)
     ctx.params = {node.name: entry for node, param in zip(nodes, original) if (entry := edits.find(param)) is not None}
+    ctx.codes = {node.name: entry for node, t in zip(nodes, original) if (entry := edits.find_codes(t)) is not None}
     ctx.chooser = _chooser(config)
     position = {node.name: index for index, node in enumerate(nodes)}
     with torch.inference_mode(False), torch.enable_grad():

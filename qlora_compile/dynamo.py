@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
-from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.exc import ShortenTraceback, UnspecializeRestartAnalysis
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import AttrSource
 from torch._guards import TracingContext
@@ -104,6 +104,20 @@ def guard_replacements(replaced: list[torch.Tensor]) -> None:
         value = create.keywords.get("value") if isinstance(create, functools.partial) else None
         if isinstance(value, TensorWeakRef) and id(value()) in ids:
             guard.create_fn = functools.partial(create.func, *create.args)  # type: ignore[attr-defined]
+
+
+class _TracedAgain(ShortenTraceback, UnspecializeRestartAnalysis):
+    """What a backend may raise to have Dynamo trace the frame from its start: it passes this on and does begin again."""
+
+    def __init__(self, reason: str) -> None:
+        ShortenTraceback.__init__(self, reason, first_useful_frame=None)
+        self.restart_reason = reason
+
+
+def traced_again(reason: str) -> Exception:
+    """To be raised by the backend after it changed the code that was traced (a module's class): nothing is compiled,
+    the same call goes on with a trace of the new code."""
+    return _TracedAgain(reason)
 
 
 _Error = TypeVar("_Error", bound=QLoRACompileError)

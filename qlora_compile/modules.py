@@ -12,7 +12,7 @@ import functools
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,7 +73,7 @@ class QLoRALinear(nn.Module):
         return y.to(x.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        return _moved(super()._apply(fn, recurse))
+        return moved(super()._apply(fn, recurse))
 
 
 def _by_row(weight: Tensor, x: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def _by_row(weight: Tensor, x: Tensor) -> Tensor:
     return weight.view(-1, *[1] * (x.dim() - 1))
 
 
-def _moved(module: nn.Module) -> nn.Module:
+def moved(module: nn.Module) -> nn.Module:
     """The module, its adapters' weights moved to the device that `Module.to` moved its parameters to; still fp32."""
     for param_name in module.__dict__["_qlora_info"]:
         weights, stored = getattr(module, f"{_prefix(param_name)}lora_weight"), module._parameters[param_name]
@@ -94,7 +94,8 @@ def _moved(module: nn.Module) -> nn.Module:
 
 
 @functools.cache
-def _qlora_class(cls: Any) -> type[nn.Module]:
+def linear_class(cls: Any, param_name: str) -> type[nn.Module]:
+    """The class of a module that is a linear by itself, with adapters."""
     return type("QLoRALinear", (QLoRALinear, cls), {"__module__": __name__, "__doc__": QLoRALinear.__doc__})
 
 
@@ -112,10 +113,11 @@ def _adapted_weight(module: nn.Module, param_name: str) -> Tensor:
 
 
 @functools.cache
-def _adapted_class(cls: Any, param_name: str) -> type[nn.Module]:
+def parameter_class(cls: Any, param_name: str) -> type[nn.Module]:
+    """The class of a module whose parameter other code than a linear's own uses: reading it gives W + adapters."""
     body = {
         param_name: property(lambda self: _adapted_weight(self, param_name)),
-        "_apply": lambda self, fn, recurse=True: _moved(cls._apply(self, fn, recurse)),
+        "_apply": lambda self, fn, recurse=True: moved(cls._apply(self, fn, recurse)),
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "_qlora_original": cls,
@@ -155,11 +157,16 @@ class AdapterSite:
 
     @property
     def out_features(self) -> int:
-        return int(self.weight.shape[1 if self.fan_in_fan_out else 0])
+        return int(self.weight.shape[-1 if self.fan_in_fan_out else -2])
 
     @property
     def in_features(self) -> int:
-        return int(self.weight.shape[0 if self.fan_in_fan_out else 1])
+        return int(self.weight.shape[-2 if self.fan_in_fan_out else -1])
+
+    @property
+    def experts(self) -> int | None:
+        """E of a weight [E, out, in] ([E, in, out] if fan_in_fan_out), whose A is [E, r, in] and B [E, out, r]."""
+        return int(self.weight.shape[0]) if self.weight.dim() == 3 else None
 
     def a(self, name: str = "default") -> nn.Parameter:
         return self._get("lora_A")[name]
@@ -219,7 +226,9 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> list[nn.Par
     return out
 
 
-def attach(owners: list[tuple[nn.Module, str]], info: AdapterInfo, *, as_module: bool) -> AdapterSite:
+def attach(
+    owners: list[tuple[nn.Module, str]], info: AdapterInfo, new_class: Callable[[type, str], type[nn.Module]]
+) -> AdapterSite:
     """Give the owners of one weight (several if it is shared) the containers for adapters, and their new class."""
     first, param_name = owners[0]
     prefix = _prefix(param_name)
@@ -235,10 +244,7 @@ def attach(owners: list[tuple[nn.Module, str]], info: AdapterInfo, *, as_module:
         for key, value in shared.items():
             setattr(module, prefix + key, value)
         module.__dict__.setdefault("_qlora_info", {})[name] = info
-        if as_module:
-            module.__class__ = _qlora_class(type(module))  # type: ignore[arg-type]
-        else:
-            module.__class__ = _adapted_class(type(module), name)  # type: ignore[arg-type]
+        module.__class__ = new_class(type(module), name)  # type: ignore[assignment]
     return AdapterSite(info.site, first, param_name)
 
 
@@ -252,16 +258,17 @@ def add_adapter_to_site(site: AdapterSite, name: str, rank: int, alpha: float, s
     generator = torch.Generator().manual_seed(_seed_of(config.seed, site.name, name))
     device, dtype = site.weight.device, config.adapter_dtype
     with torch.inference_mode(False):
-        a, b = _draw(rank, site.in_features, site.out_features, config.init_lora_weights, generator)
+        a, b = _draw(rank, site, config.init_lora_weights, generator)
         site._get("lora_A")[name] = nn.Parameter(a.to(device, dtype))
         site._get("lora_B")[name] = nn.Parameter(b.to(device, dtype))
         site._get("lora_weight")[name] = torch.ones((), device=device)
     site.info.rank[name], site.info.alpha[name], site.info.scaling[name] = rank, float(alpha), float(scaling)
 
 
-def _draw(rank: int, k: int, n: int, init: bool | str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A [rank, k] and B [n, rank] in fp32 on the CPU, so that every device starts from the same numbers."""
-    a, b = torch.empty(rank, k), torch.zeros(n, rank)
+def _draw(rank: int, site: AdapterSite, init: bool | str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A [rank, in] and B [out, rank], of each expert, in fp32 on the CPU: every device starts from the same numbers."""
+    k, experts = site.in_features, [] if site.experts is None else [site.experts]
+    a, b = torch.empty(*experts, rank, k), torch.zeros(*experts, site.out_features, rank)
     if init == "gaussian":
         a.normal_(std=1 / max(rank, 1), generator=generator)
     else:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .config import QLoRAConfig
 from .errors import ConfigError
 from .report import LayerError
-from .state import ModelEdits, linear_entries
+from .state import ModelEdits, expert_entries, linear_entries
 from .tensor import quantize_4bit
 
 DENSE_BITS = 16
@@ -35,7 +35,7 @@ def target_weights(model: nn.Module, config: QLoRAConfig) -> dict[str, Tensor]:
     from .preparation import require_targets
 
     edits = ModelEdits(model, config)
-    found = [entry for entry, _ in linear_entries(edits)]
+    found = [entry for entry, _ in [*linear_entries(edits), *expert_entries(edits)]]
     targets = [entry for entry in found if edits.decline_reason(entry) is None]
     require_targets(targets, found, edits)
     return {entry.name: entry.param.detach() for entry in targets}
@@ -43,7 +43,13 @@ def target_weights(model: nn.Module, config: QLoRAConfig) -> dict[str, Tensor]:
 
 def squared_error(weight: Tensor, quant_type: str, block_size: int, double_quant: bool) -> tuple[float, float, int]:
     """(sum of (w - its 4-bit value)^2, sum of w^2, stored bytes); sums in fp64."""
-    quantized = quantize_4bit(weight, quant_type=quant_type, block_size=block_size, double_quant=double_quant)
+    quantized = quantize_4bit(
+        weight,
+        quant_type=quant_type,
+        block_size=block_size,
+        double_quant=double_quant,
+        per_expert=weight.dim() == 3,
+    )
     exact = weight.double()
     difference = quantized.dequantize().double().sub_(exact)
     return float(difference.square_().sum()), float(exact.square_().sum()), quantized.stored_bytes

@@ -30,6 +30,7 @@ class PassContext:
     config: QLoRAConfig
     edits: ModelEdits
     params: dict[str, ParamInfo] = field(default_factory=dict)  # placeholder name -> the parameter that it stands for
+    codes: dict[str, ParamInfo] = field(default_factory=dict)  # ... -> the 4-bit parameter whose codes it stands for
     state: dict[str, StateRef] = field(default_factory=dict)  # placeholder name -> state that a pass added
     declined: list[tuple[str, str]] = field(default_factory=list)
     chooser: Callable[..., Any] | None = None  # (op, forced kernel or "", sizes...) -> the runtime's choice of a kernel

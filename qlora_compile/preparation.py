@@ -13,7 +13,16 @@ from torch import nn
 from .config import QLoRAConfig
 from .errors import ModelStateError, NoTargetError
 from .modules import prepared_config, prepared_state
-from .state import ModelEdits, ParamInfo, check_one_device, check_same_config, is_linear_module, linear_entries
+from .state import (
+    ModelEdits,
+    ParamInfo,
+    check_one_device,
+    check_same_config,
+    expert_entries,
+    expert_targets,
+    is_linear_module,
+    linear_entries,
+)
 from .weight_reads import weights_read_directly
 
 
@@ -22,9 +31,9 @@ def prepare(
 ) -> nn.Module:
     """Quantize the target linears of `model`, add adapters, freeze the rest. In place; returns the model.
 
-    Finds the linear modules (`nn.Linear`, transformers' `Conv1D`). With `example_inputs` (a tuple of positional or a
-    mapping of keyword arguments of `forward`) it traces the model once, without running it to the end on a compiler,
-    and so also finds linears that are not modules (`F.linear(x, self.w)`, `x @ self.w.T`, `torch.addmm`).
+    Finds the linear modules (`nn.Linear`, transformers' `Conv1D`) and fused experts. With `example_inputs` (a tuple of
+    positional or a mapping of keyword arguments of `forward`) it traces the model once, without running it to the end on
+    a compiler, and so also finds linears that are not modules (`F.linear(x, self.w)`, `x @ self.w.T`, `torch.addmm`).
 
     After it, `model.parameters()` holds the adapters: make the optimizer now. Calling it again with an equal
     configuration changes nothing. The dense weights are freed one by one.
@@ -40,20 +49,18 @@ def prepare(
         check_same_config(old, config)
         return model
     check_one_device(model)
+    edits = ModelEdits(model, config)
     if example_inputs is not None:
+        if experts := expert_targets(edits):
+            edit_modules(edits, experts)
         _trace_edits(model, config, example_inputs)
         _complete(model)
         return model
-    edits = ModelEdits(model, config)
-    found = linear_entries(edits)
+    found = [*linear_entries(edits), *expert_entries(edits)]
     read = _read_directly(model)
     targets = [(entry, fan) for entry, fan in found if edits.decline_reason(entry) is None and entry.name not in read]
     require_targets([entry for entry, _ in targets], [entry for entry, _ in found], edits)
-    with torch.inference_mode(False):  # or the new parameters could never train
-        for entry, fan_in_fan_out in targets:
-            edits.add_adapter(edits.quantize(entry, fan_in_fan_out=fan_in_fan_out, as_module=True))
-        edits.freeze()
-    edits.remember()
+    edit_modules(edits, targets)
     _complete(model)
     for name, reader in sorted(read.items()):
         warnings.warn(
@@ -62,6 +69,15 @@ def prepare(
             stacklevel=2,
         )
     return model
+
+
+def edit_modules(edits: ModelEdits, targets: list[tuple[ParamInfo, bool]]) -> None:
+    """Quantize and adapt these modules' weights (each with whether it is [in, out]), freeze the rest."""
+    with torch.inference_mode(False):  # or the new parameters could never train
+        for entry, fan_in_fan_out in targets:
+            edits.add_adapter(edits.quantize(entry, fan_in_fan_out=fan_in_fan_out, as_module=True))
+        edits.freeze()
+    edits.remember()
 
 
 def _complete(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,10 +27,11 @@ _OP = "lora_linear"
 
 @dataclass
 class LinearReport:
-    """One linear: its name, [out, in], stored bits per weight, ranks by adapter, group members, lowering, bytes."""
+    """One linear: its name, [out, in] (experts: [E, out, in]), stored bits per weight, ranks by adapter, group members,
+    lowering, bytes."""
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     bits: float
     rank: dict[str, int]
     group: tuple[str, ...]
@@ -196,7 +198,7 @@ def _linear_report(site: AdapterSite, groups: dict[str, tuple[str, ...]]) -> Lin
     lowering = "not compiled yet" if not groups else "eager" if not group else _lowering(weight)
     return LinearReport(
         site.name,
-        (site.out_features, site.in_features),
+        (*([] if site.experts is None else [site.experts]), site.out_features, site.in_features),
         after * 8 / max(weight.numel(), 1),
         {name: site.rank(name) for name in site.adapters},
         group if len(group) > 1 else (),
@@ -233,7 +235,7 @@ def _memory(model: nn.Module, linears: list[LinearReport]) -> dict[str, float]:
     adapters = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     before = sum(linear.bytes_before for linear in linears)
     after = sum(linear.bytes_after for linear in linears)
-    weights = sum(linear.shape[0] * linear.shape[1] for linear in linears)
+    weights = sum(math.prod(linear.shape) for linear in linears)
     return {
         "linears_before": before,
         "linears_after": after,

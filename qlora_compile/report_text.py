@@ -71,7 +71,7 @@ def _linear_row(linear: LinearReport, block: str, times: int) -> tuple[str, ...]
     group = " + ".join(name.rsplit(".", 1)[-1] for name in linear.group) or "-"
     name = f"  {_within(linear.name)}" if block else linear.name
     stored = human_bytes(linear.bytes_after * times)
-    shape = f"{linear.shape[0]} × {linear.shape[1]}"
+    shape = " × ".join(map(str, linear.shape))
     return name, shape, f"{linear.bits:.3f}", rank, group, linear.lowering, stored
 
 

@@ -79,6 +79,10 @@ class QuantizedShard(torch.Tensor):
         return False
 
     @property
+    def per_expert(self) -> bool:
+        return False
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes of codes and scales, the weight's second-level scales among them."""
         return sum(part.numel() * part.element_size() for part in self.data_4bit if part is not None)

@@ -68,10 +68,10 @@ def _split(weight: Any, size: int, dim: int = 0) -> Any:
 def _not_on_blocks(weight: Any, rows: int) -> ModelStateError:
     layout = _layout(weight)
     keep = "keep this weight whole on every rank with fully_shard(..., ignored_params={weight})"
-    if layout.transposed:
+    if layout.transposed or layout.per_expert:
+        kind = "holds the experts of a layer" if layout.per_expert else "is stored transposed (GPT-2's Conv1D)"
         return ModelStateError(
-            f"A 4-bit weight of shape {tuple(weight.shape)} that is stored transposed (GPT-2's Conv1D) cannot be split "
-            f"by rows: {keep}."
+            f"A 4-bit weight of shape {tuple(weight.shape)} that {kind} cannot be split by rows: {keep}."
         )
     return ModelStateError(
         f"A 4-bit weight of shape {tuple(weight.shape)} cannot be split into {rows} rows a rank: {rows} x "

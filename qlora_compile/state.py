@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .config import QLoRAConfig, names_module
 from .errors import ConfigError, InvalidWeightError, ModelStateError
+from .experts import expert_parameters, experts_class
 from .foreign import is_bnb_weight, peft_layers
 from .modules import (
     AdapterInfo,
@@ -22,6 +23,8 @@ from .modules import (
     PreparedState,
     add_adapter_to_site,
     attach,
+    linear_class,
+    parameter_class,
     prepared_state,
 )
 from .tensor import QuantizedTensor, quantize_4bit
@@ -64,6 +67,11 @@ class ParamInfo:
         _, module, key = self.owners[0]
         return AdapterSite(self.name, module, key) if self.info else None
 
+    @property
+    def is_experts(self) -> bool:
+        """A parameter [E, ., .] of a module of fused experts that can become (or is) a QLoRAExperts."""
+        return all(key in expert_parameters(module) for _, module, key in self.owners)
+
 
 def is_conv1d(module: nn.Module) -> bool:
     """transformers' Conv1D (GPT-2): a linear whose weight is [in, out]."""
@@ -86,6 +94,8 @@ class ModelEdits:
         self.root, self.config = root, config
         self.is_peft = any(type(m).__module__.startswith("peft.tuners") for m in root.modules())
         self._params = self._index()
+        quantized = [(entry, entry.param) for entry in self._params.values()]
+        self._codes = {id(q.codes): entry for entry, q in quantized if isinstance(q, QuantizedTensor)}
         before = prepared_state(root)
         self._complete = before is not None and before.complete
         # a model that PEFT adapted or bitsandbytes quantized keeps the state that they gave it
@@ -115,6 +125,10 @@ class ModelEdits:
         entry = self._params.get(id(param))
         return None if entry is None or _is_adapter(entry) else entry
 
+    def find_codes(self, tensor: object) -> ParamInfo | None:
+        """The 4-bit parameter whose codes this tensor is, by identity: what a QLoRAExperts reads; or None."""
+        return self._codes.get(id(tensor))
+
     def all(self) -> list[ParamInfo]:
         """Every parameter of the root, in module order."""
         return list(self._params.values())
@@ -129,7 +143,7 @@ class ModelEdits:
             return f"a {kind} model's dense weights stay as they are (quantize={config.quantize!r})"
         if self.is_foreign and name not in self._peft_layers:
             return "PEFT gave it no adapter"
-        if param.dim() != 2:
+        if param.dim() != (3 if entry.is_experts else 2):
             return f"its weight has {param.dim()} dimensions"
         if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"its weight is {param.dtype}"
@@ -160,7 +174,10 @@ class ModelEdits:
         return bool(self.config.quantize) if self.config.quantize != "auto" else not self.is_foreign
 
     def quantize(self, entry: ParamInfo, *, fan_in_fan_out: bool, as_module: bool) -> AdapterSite:
-        """Dense parameter -> QuantizedTensor in every owner, which get their new class; idempotent."""
+        """Dense parameter -> QuantizedTensor in every owner, which get their new class; idempotent.
+
+        `as_module`: every use of the parameter is its owner's own forward, which the new class replaces.
+        """
         if entry.site is not None:
             return entry.site
         param = entry.param
@@ -171,14 +188,17 @@ class ModelEdits:
                     quant_type=self.config.quant_type,
                     block_size=self.config.block_size,
                     double_quant=self.config.double_quant,
-                    transposed=fan_in_fan_out,
+                    transposed=fan_in_fan_out and not entry.is_experts,
+                    per_expert=entry.is_experts,
                 )
             except InvalidWeightError as error:
                 raise InvalidWeightError(f"{entry.name}: {error}") from None
             self._replace(entry, nn.Parameter(quantized, requires_grad=False))
         dtype = self.config.compute_dtype if isinstance(entry.param, QuantizedTensor) else param.dtype
-        info = AdapterInfo(entry.name, dtype, fan_in_fan_out, self.config.lora_dropout)
-        return attach([(module, key) for _, module, key in entry.owners], info, as_module=as_module)
+        dropout = 0.0 if entry.is_experts else self.config.lora_dropout
+        info = AdapterInfo(entry.name, dtype, fan_in_fan_out, dropout)
+        new_class = experts_class if entry.is_experts else linear_class if as_module else parameter_class
+        return attach([(module, key) for _, module, key in entry.owners], info, new_class)
 
     def _replace(self, entry: ParamInfo, new: nn.Parameter) -> None:
         for _, module, key in entry.owners:
@@ -277,6 +297,17 @@ def check_one_device(root: nn.Module) -> None:
     if len(devices) > 1:
         where = ", ".join(f"{name!r} on {device}" for device, name in sorted(devices.items()))
         raise ModelStateError(f"The model is on several devices ({where}): move it to one device first.")
+
+
+def expert_entries(edits: ModelEdits) -> list[tuple[ParamInfo, bool]]:
+    """(entry, is stored [E, in, out]) of every matrix of fused experts, in module order."""
+    return [(entry, bool(entry.owners[0][1].is_transposed)) for entry in edits.all() if entry.is_experts]
+
+
+def expert_targets(edits: ModelEdits) -> list[tuple[ParamInfo, bool]]:
+    """Those of `expert_entries` that are still to be quantized."""
+    found = [(entry, fan) for entry, fan in expert_entries(edits) if entry.site is None]
+    return [(entry, fan) for entry, fan in found if edits.decline_reason(entry) is None]
 
 
 def linear_entries(edits: ModelEdits) -> list[tuple[ParamInfo, bool]]:

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from . import (
+    expert_ops,  # noqa: F401  defines torch.ops.qlora
     nf4,
-    ops,  # noqa: F401  defines torch.ops.qlora
+    ops,  # noqa: F401
 )
 from .errors import ConfigError, InvalidWeightError, ModelStateError
 from .lora_group import dequantize_into
@@ -27,7 +28,10 @@ _INNER = ("codes", "absmax", "absmax_scale", "absmax_offset")
 
 
 class Layout(NamedTuple):
-    """What the inner tensors mean. `transposed`: they hold `W.t()` row-major, as bitsandbytes stores GPT-2's Conv1D."""
+    """What the inner tensors mean. `transposed`: they hold `W.t()` row-major, as bitsandbytes stores GPT-2's Conv1D.
+
+    `per_expert`: the weight is [E, a, b] and every inner tensor has a row for each of the E matrices.
+    """
 
     quant_type: str
     block_size: int
@@ -35,6 +39,7 @@ class Layout(NamedTuple):
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
+    per_expert: bool = False
 
     @property
     def inner_shape(self) -> tuple[int, ...]:
@@ -85,8 +90,17 @@ class QuantizedTensor(torch.Tensor):
         return self.layout_4bit.transposed
 
     @property
+    def per_expert(self) -> bool:
+        return self.layout_4bit.per_expert
+
+    @property
     def data_4bit(self) -> nf4.QuantizedData:
         return nf4.QuantizedData(self.codes, self.absmax, self.absmax_scale, self.absmax_offset)
+
+    @property
+    def scales(self) -> list[Tensor]:
+        """[absmax], or double-quantized [absmax, absmax_scale, absmax_offset]: as the ops on experts take them."""
+        return [part for part in self.data_4bit[1:] if part is not None]
 
     @property
     def stored_bytes(self) -> int:
@@ -96,9 +110,11 @@ class QuantizedTensor(torch.Tensor):
     def dequantize(self) -> Tensor:  # type: ignore[override]
         """The dense weight: outer shape, strides and dtype; one rounding from fp32."""
         layout = self.layout_4bit
-        dense = torch.ops.qlora.dequantize_4bit(
-            *self.data_4bit, layout.inner_shape, layout.quant_type, layout.block_size, layout.dtype
-        )
+        rest = layout.inner_shape, layout.quant_type, layout.block_size, layout.dtype
+        if layout.per_expert:
+            dense = torch.ops.qlora.dequantize_experts(self.codes, self.scales, *rest)
+        else:
+            dense = torch.ops.qlora.dequantize_4bit(*self.data_4bit, *rest)
         if layout.transposed:
             dense = dense.t()
         if dense.stride() == layout.stride or dense.numel() <= 1:
@@ -204,6 +220,15 @@ def _permute(q: QuantizedTensor, dims: list[int]) -> Any:
     return _transpose(q, 0, 1 if [d % 2 for d in dims] == [1, 0] else 0) if q.dim() == 2 else NotImplemented
 
 
+def _select(q: QuantizedTensor, dim: int, index: int) -> Any:
+    """One expert's matrix, still in 4 bits: what a loop over the experts reads."""
+    if not q.per_expert or dim % q.dim():
+        return NotImplemented
+    layout = q.layout_4bit
+    one = layout._replace(shape=layout.shape[1:], stride=layout.stride[1:], per_expert=False)
+    return QuantizedTensor(nf4.QuantizedData(*(None if part is None else part[index] for part in q.data_4bit)), one)
+
+
 def _to_copy(q: QuantizedTensor, *, dtype: Any = None, device: Any = None, **options: Any) -> Any:
     if dtype is not None and not dtype.is_floating_point:
         return NotImplemented
@@ -213,7 +238,7 @@ def _to_copy(q: QuantizedTensor, *, dtype: Any = None, device: Any = None, **opt
 
 def format_of(q: Any) -> tuple[Any, ...]:
     """What two weights must have in common for the bytes of one to mean the same in the other."""
-    return q.quant_type, q.block_size, q.double_quant, q.transposed
+    return q.quant_type, q.block_size, q.double_quant, q.transposed, q.per_expert
 
 
 def _copy_(dest: Any, source: Any, non_blocking: bool = False) -> Any:
@@ -263,6 +288,7 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.contiguous.default: lambda q, memory_format=None: q._with() if q.is_contiguous() else NotImplemented,
     aten.pin_memory.default: lambda q, device=None: q._map(lambda part: part.pin_memory()),
     aten.is_pinned.default: lambda q, device=None: q.codes.is_pinned(),
+    aten.select.int: _select,
     aten.t.default: _transpose,
     aten.transpose.int: _transpose,
     aten.permute.default: _permute,
@@ -286,10 +312,12 @@ def quantize_4bit(
     block_size: int = 64,
     double_quant: bool = True,
     transposed: bool = False,
+    per_expert: bool = False,
 ) -> QuantizedTensor:
     """Dense weight (fp32, bf16 or fp16, any shape) -> QuantizedTensor of the same shape and dtype.
 
     `transposed=True` stores the codes of `weight.t()`, as bitsandbytes does for weights of shape [in, out].
+    `per_expert=True` quantizes each matrix of a weight [E, a, b] alone: the bytes that it would have by itself.
     Raises ConfigError for an unknown type or block size, InvalidWeightError for other dtypes, NaN or infinity.
     Source: Dettmers et al., arXiv 2305.14314, section 3; bytes as bitsandbytes 0.50.2 writes them on CPU.
     """
@@ -298,14 +326,16 @@ def quantize_4bit(
         raise InvalidWeightError(f"Only fp32, bf16 and fp16 weights can be quantized, this one is {weight.dtype}.")
     if transposed and weight.dim() != 2:
         raise InvalidWeightError(f"Only a 2-D weight can be stored transposed, this one is {tuple(weight.shape)}.")
+    if per_expert and (weight.dim() != 3 or transposed):
+        raise InvalidWeightError(f"Only a 3-D weight has a matrix per expert, this one is {tuple(weight.shape)}.")
     with torch.inference_mode(False), torch.no_grad():
         weight = weight.detach()
         _check_finite(weight)
-        parts = torch.ops.qlora.quantize_4bit(
-            weight.t() if transposed else weight, quant_type, block_size, double_quant
-        )
+        quantize = torch.ops.qlora.quantize_experts if per_expert else torch.ops.qlora.quantize_4bit
+        parts = quantize(weight.t() if transposed else weight, quant_type, block_size, double_quant)
         data = nf4.QuantizedData(*parts, *[None] * (4 - len(parts)))
-        layout = Layout(quant_type, block_size, transposed, tuple(weight.shape), weight.stride(), weight.dtype)
+        shape, stride = tuple(weight.shape), weight.stride()
+        layout = Layout(quant_type, block_size, transposed, shape, stride, weight.dtype, per_expert)
         return QuantizedTensor(data, layout)
 
 
@@ -327,6 +357,7 @@ def quantize_like(weight: Tensor, like: QuantizedTensor) -> QuantizedTensor:
         block_size=like.block_size,
         double_quant=like.double_quant,
         transposed=like.transposed,
+        per_expert=like.per_expert,
     )
 
 
@@ -336,7 +367,7 @@ def dequantize_4bit(q: QuantizedTensor, *, out: Tensor | None = None) -> Tensor:
         return q.dequantize()
     if tuple(out.shape) != tuple(q.shape):
         raise ConfigError(f"out must have the weight's shape {tuple(q.shape)}, got {tuple(out.shape)}.")
-    if q.transposed or not out.is_contiguous():
+    if q.transposed or q.per_expert or not out.is_contiguous():
         return out.copy_(q.dequantize())
     return dequantize_into(out, *q.data_4bit, q.quant_type, q.block_size)
 

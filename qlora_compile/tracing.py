@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -172,7 +173,7 @@ def _unfolded(traced: _Traced, repeats: list[Repeat]) -> CompileReport:
     resident = resident_bytes(traced.model, repeats)
     before = sum(linear.bytes_before for linear in report.linears)
     after = sum(linear.bytes_after for linear in report.linears)
-    count = sum(linear.shape[0] * linear.shape[1] for linear in report.linears)
+    count = sum(math.prod(linear.shape) for linear in report.linears)
     frozen = sum(amount for kind, amount in resident.items() if kind != "adapters")
     buffers = _bytes_of(traced.model.named_buffers(), repeats)
     report.memory = {

@@ -380,3 +380,33 @@ def test_dropout_is_traced_again_when_the_mode_changes():
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)  # fp32 products in another order
     model.train()
     assert not torch.equal(compiled(x), compiled(x))
+
+
+def test_a_backend_that_swaps_a_class_may_have_the_frame_traced_again():
+    """One call, two traces, one compile; the guards hold afterwards, also where the old code broke the graph."""
+
+    class Old(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.sum() > 1e9:  # depends on data: a graph break
+                return x
+            return super().forward(x)
+
+    class New(Old):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight * 2, self.bias)
+
+    model = nn.Sequential(Old(3, 4), nn.Linear(4, 2))
+    graphs: list[int] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        if type(model[0]) is Old:
+            model[0].__class__ = New
+            raise dynamo.traced_again("the class changed")
+        graphs.append(len(gm.graph.nodes))
+        return gm.forward
+
+    x = torch.randn(5, 3)
+    compiled = torch.compile(model, backend=backend)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), model[1](F.linear(x, model[0].weight * 2, model[0].bias)))
+    assert len(graphs) == 1

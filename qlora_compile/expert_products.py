@@ -1,0 +1,111 @@
+"""The arithmetic of `qlora::grouped_lora_linear` and its backward: one expert after the other, those with tokens only.
+
+Shapes: S rows (token-expert pairs) sorted by expert, E experts, N output and K input features, R the rank of one
+adapter. An expert's matrix is [N, K], or [K, N] if `transposed`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .lora_group import dequantize_into, scratch
+
+
+class ExpertGroup:
+    """One call's weights and adapters, by expert. No tensor is copied here but the adapters' cast."""
+
+    def __init__(
+        self,
+        offsets: Tensor,
+        weight: Tensor,
+        scales: Sequence[Tensor],
+        lora_a: Sequence[Tensor],
+        lora_b: Sequence[Tensor],
+        scaling: Sequence[Tensor],
+        alpha: Sequence[float],
+        shape: tuple[int, int],
+        transposed: bool,
+        quant_type: str,
+        block_size: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.offsets, self.weight, self.scales, self.shape = offsets, weight, scales, shape
+        self.lora_a, self.lora_b = lora_a, lora_b
+        self.a, self.b = [t.to(dtype) for t in lora_a], [t.to(dtype) for t in lora_b]
+        self.factors = [alpha_j * float(weight_j) for alpha_j, weight_j in zip(alpha, scaling, strict=True)]
+        self.transposed, self.quant_type, self.block_size, self.dtype = transposed, quant_type, block_size, dtype
+
+    def runs(self) -> Iterator[tuple[int, slice]]:
+        """(expert, its rows) for each expert that has rows. Reads the offsets: on a GPU the one wait of the op."""
+        start = 0
+        for expert, end in enumerate(self.offsets.tolist()):
+            if end > start:
+                yield expert, slice(start, int(end))
+                start = int(end)
+
+    def dense(self, expert: int) -> Tensor:
+        """The expert's matrix as [N, K] in the compute dtype: a view of a reused buffer, valid until the next call."""
+        n, k = self.shape
+        stored = (k, n) if self.transposed else (n, k)
+        if self.quant_type == "none":
+            matrix = self.weight[expert].to(self.dtype)
+        else:
+            absmax, *double = (part[expert] for part in self.scales)
+            scale, offset = double or (None, None)
+            out = scratch("weight", stored, self.weight, self.dtype)
+            matrix = dequantize_into(out, self.weight[expert], absmax, scale, offset, self.quant_type, self.block_size)
+        return matrix.t() if self.transposed else matrix
+
+    def columns(self) -> list[slice]:
+        """The columns of h [S, sum R] that belong to each adapter."""
+        ends = [0, *itertools.accumulate(a.shape[1] for a in self.lora_a)]
+        return [slice(first, last) for first, last in itertools.pairwise(ends)]
+
+
+def grouped_forward(group: ExpertGroup, x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [S, K] -> (y [S, N], h [S, sum R]) in the compute dtype; rows of no expert are zero."""
+    columns = group.columns()
+    y = x.new_empty((x.shape[0], group.shape[0]))
+    h = x.new_empty((x.shape[0], sum(a.shape[1] for a in group.a)))
+    end = 0
+    for expert, rows in group.runs():
+        torch.mm(x[rows], group.dense(expert).t(), out=y[rows])
+        for a, b, factor, own in zip(group.a, group.b, group.factors, columns):
+            h[rows, own] = low = x[rows] @ a[expert].t()
+            y[rows].addmm_(low, b[expert].t(), alpha=factor)
+        end = rows.stop
+    y[end:].zero_()
+    h[end:].zero_()
+    return y, h
+
+
+def grouped_backward(
+    group: ExpertGroup, dy: Tensor, x: Tensor, h: Tensor, need_dx: bool, need_adapters: bool
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+    """dy [S, N] -> (dx [S, K] if it is needed, [dA_j], [dB_j]); an expert without rows has gradient zero.
+
+    With g = factor dy_e B_e:  dx_e = dy_e W_e + g A_e,  dA_e = gᵀ x_e,  dB_e = factor dy_eᵀ h_e.
+    """
+    columns = group.columns()
+    dx = torch.empty_like(x) if need_dx else None
+    da = [torch.zeros_like(a) for a in group.lora_a] if need_adapters else []
+    db = [torch.zeros_like(b) for b in group.lora_b] if need_adapters else []
+    end = 0
+    for expert, rows in group.runs():
+        if dx is not None:
+            torch.mm(dy[rows], group.dense(expert), out=dx[rows])
+        for j, (a, b, factor, own) in enumerate(zip(group.a, group.b, group.factors, columns)):
+            low = (dy[rows] @ b[expert]).mul_(factor)
+            if dx is not None:
+                dx[rows].addmm_(low, a[expert])
+            if need_adapters:
+                da[j][expert] = low.t() @ x[rows]
+                db[j][expert] = (dy[rows].t() @ h[rows, own]).mul_(factor)
+        end = rows.stop
+    if dx is not None:
+        dx[end:].zero_()
+    return dx, da, db
