@@ -13,10 +13,12 @@ from .cli_common import adapter_weights, print_json
 def export(
     base: Annotated[Path, typer.Option(help="Hugging Face folder of the base model.")],
     adapter: Annotated[list[str], typer.Option(help="PEFT folder, or DIR=WEIGHT; repeatable.")],
-    out: Annotated[Path, typer.Option(help="Folder for the checkpoint; new or empty.")],
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint, new or empty; or a .gguf file.")],
     base_precision: Annotated[str, typer.Option(help="Fold into 'original' or 'dequantized' weights.")] = "original",
-    format: Annotated[str, typer.Option(help="'safetensors', or 'nf4' as bitsandbytes stores it.")] = "safetensors",
-    dtype: Annotated[str | None, typer.Option(help="Of the result (the base model's if not given).")] = None,
+    format: Annotated[str, typer.Option(help="safetensors, nf4 (bitsandbytes'), or gguf.")] = "safetensors",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the result (as the base if not given); gguf: bf16, f16, q8_0.")
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file, such as 5GB.")] = "5GB",
     verify: Annotated[bool, typer.Option(help="Load with transformers and compare with base + adapter.")] = False,
     report: Annotated[bool, typer.Option(help="Print each layer's rounding error.")] = False,

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..config import parse_dtype
 from ..errors import ConfigError
+from .export_gguf import check_gguf_output, gguf_type, write_gguf_export
 from .export_inputs import Adapters, PathLike, check_not_an_input, dense_folder, lora_only, read_adapters
 from .export_report import ExportReport
 from .export_sources import FolderSource, ModelSource, WeightSource, unwrap
@@ -51,6 +52,7 @@ def export(
     `base_precision="original"` folds into the base's own values, "dequantized" into the 4-bit values that the adapter
     was trained on (`quant` overrides what the adapter's folder notes about them). A prepared model holds no original
     values: name its folder as `base` for those. Each tensor keeps its dtype unless `dtype` is given.
+    With `format="gguf"`, `out` is a .gguf file or a folder for one, and `dtype` its type: F32, F16, BF16 or Q8_0.
 
     `verify` compares logits with base + adapters before the result appears, `report` measures each layer's error,
     `progress(done_bytes, total_bytes)` is called after each tensor. One tensor is in memory at a time, and `out`
@@ -58,26 +60,28 @@ def export(
     """
     _check_choices(format, base_precision, verify)
     out = Path(out)
-    out_dtype = None if dtype is None else parse_dtype(dtype)
+    kind = gguf_type(dtype) if format == "gguf" else None
+    out_dtype = None if dtype is None or kind is not None else parse_dtype(dtype)
     size = parse_size(max_shard_size)
     start = time.perf_counter()
     model = unwrap(model_or_dir) if isinstance(model_or_dir, nn.Module) else None
     folder = Path(base) if base is not None else (None if model else Path(model_or_dir))  # type: ignore[arg-type]
     weighted = read_adapters(model, adapters, allow_pickle)
     check_not_an_input(out, [p for p in (folder, *(adapter.folder for adapter in weighted)) if p is not None])
-    check_output_folder(out, overwrite=overwrite)
+    (check_gguf_output if format == "gguf" else check_output_folder)(out, overwrite=overwrite)
     with dense_folder(folder) as dense:
         job = ExportJob(
             *_plan(model, dense, weighted, base_precision, quant),
             format=format,
             output=_quantization_of(weighted, model, quant) if format == "nf4" else None,
+            gguf_type=kind,
             dtype=out_dtype,
             max_shard_size_bytes=size,
             report=report,
             progress=progress,
             verify=_verifier(model, dense, weighted) if verify else None,
         )
-        result = write_export(job, out, overwrite)
+        result = (write_gguf_export if format == "gguf" else write_export)(job, out, overwrite)
     return replace(result, seconds=time.perf_counter() - start)
 
 
@@ -123,17 +127,13 @@ def _quantization_of(
 def _verifier(model: nn.Module | None, folder: Path | None, adapters: list[WeightedAdapter]) -> Callable[..., Any]:
     if folder is None:
         assert model is not None
-        return lambda out, dtype, plan, quantized: verify_model(out, model, dtype)
-    return lambda out, dtype, plan, quantized: verify_folder(
-        out, folder, adapters, dtype, plan=plan, quantized=quantized
-    )
+        return lambda out, eps, plan, quantized: verify_model(out, model, eps)
+    return lambda out, eps, plan, quantized: verify_folder(out, folder, adapters, eps, plan=plan, quantized=quantized)
 
 
 def _check_choices(format: str, base_precision: str, verify: bool) -> None:
     if format not in FORMATS:
         raise ConfigError(f"format must be one of {', '.join(FORMATS)}, got {format!r}.")
-    if format == "gguf":
-        raise ConfigError("Writing format='gguf' is not available yet; use format='safetensors' or 'nf4'.")
     if format == "nf4" and verify:
         raise ConfigError(
             "verify compares up to rounding, not up to 4 bits: with format='nf4' use report=True instead."

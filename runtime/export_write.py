@@ -31,7 +31,8 @@ class ExportJob:
     """Everything that is fixed before the first tensor is written.
 
     `quantized` says how targets marked `requantize` are made 4-bit and back before folding, `output` how the result is
-    quantized (format "nf4"). `verify` gets the written folder, the coarsest dtype, the plan and `quantized`.
+    quantized (format "nf4"), `gguf_type` the type of a GGUF file's matrices (None: as the base has them). `verify` gets
+    what was written, the epsilon of its coarsest rounding, the plan and `quantized`.
     """
 
     source: WeightSource
@@ -41,16 +42,17 @@ class ExportJob:
     quantized: QuantizedBase | None
     format: str
     output: QuantizedBase | None
+    gguf_type: str | None
     dtype: torch.dtype | None
     max_shard_size_bytes: int
     report: bool
     progress: Progress | None
-    verify: Callable[[Path, torch.dtype, FoldPlan, QuantizedBase | None], Any] | None
+    verify: Callable[[Path, float, FoldPlan, QuantizedBase | None], Any] | None
 
 
 def write_export(job: ExportJob, out: Path, overwrite: bool) -> ExportReport:
     """Write `out`, whole or not at all. Raises CheckpointError, InvalidWeightError, OutputError."""
-    specs = _written_specs(job)
+    specs = written_specs(job)
     result = ExportReport(out, job.format, job.base_precision, {a.label: a.weight for a in job.adapters})
     result.folded, result.copied = len(job.plan.targets), len(specs) - len(job.plan.targets)
 
@@ -79,8 +81,8 @@ def write_export(job: ExportJob, out: Path, overwrite: bool) -> ExportReport:
         write_checkpoint(folder, specs_out, _counted(produce, specs_out, job.progress), job.max_shard_size_bytes)
         if job.verify is not None:
             rounded = [specs[key].dtype for key in job.plan.targets] or [torch.float32]
-            coarsest = max(rounded, key=lambda d: torch.finfo(d).eps)
-            result.verification = job.verify(folder, coarsest, job.plan, job.quantized)
+            coarsest_eps = max(torch.finfo(dtype).eps for dtype in rounded)
+            result.verification = job.verify(folder, coarsest_eps, job.plan, job.quantized)
         result.files = sorted(file.name for file in folder.iterdir())
     result.layers.sort(key=lambda layer: (-layer.relative, layer.name))
     return result
@@ -101,7 +103,7 @@ def _counted(produce: Produce, specs: Mapping[str, TensorSpec], progress: Progre
     return counted
 
 
-def _start_of(job: ExportJob, key: str, target: Target) -> torch.Tensor:
+def start_of(job: ExportJob, key: str, target: Target) -> torch.Tensor:
     """What the terms are added to: the base's tensor, made 4-bit and back if asked, or what was trained in full."""
     weight = job.source.tensor(target.source)
     if target.requantize and job.quantized is not None:
@@ -119,7 +121,7 @@ def _start_of(job: ExportJob, key: str, target: Target) -> torch.Tensor:
 
 def _fold_one(job: ExportJob, key: str, target: Target, dtype: torch.dtype, result: ExportReport) -> torch.Tensor:
     """One dense tensor of the output: folded, checked and measured."""
-    weight = _start_of(job, key, target)
+    weight = start_of(job, key, target)
     if not target.terms:
         return weight.to(dtype)
     folded = fold(weight, target.terms, transposed=target.transposed, dtype=dtype)
@@ -136,7 +138,7 @@ def _quantize_one(
     """One 4-bit tensor of the output, quantized from the fp32 sum (without an adapter: from what is stored)."""
     assert job.output is not None
     target = job.plan.targets.get(key)
-    weight = job.source.tensor(key).to(dtype) if target is None else _start_of(job, key, target)
+    weight = job.source.tensor(key).to(dtype) if target is None else start_of(job, key, target)
     terms = target.terms if target else []
     flipped = target.transposed if target else is_conv1d
     dense = fold(weight, terms, transposed=flipped, dtype=torch.float32) if terms else weight.to(dtype)
@@ -149,7 +151,7 @@ def _quantize_one(
     return quantized
 
 
-def _written_specs(job: ExportJob) -> dict[str, TensorSpec]:
+def written_specs(job: ExportJob) -> dict[str, TensorSpec]:
     """The base's tensors (and a head that is no longer tied), floating ones in `dtype`."""
     specs = dict(job.source.specs)
     for key, target in job.plan.targets.items():

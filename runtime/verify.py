@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from ..errors import CheckpointError, MissingDependencyError
 from .fold_plan import FoldPlan, WeightedAdapter
 from .formats.peft_files import LoraLayer
+from .models import load_weights
 from .quantized_base import QuantizedBase
 
 # Tokens that are compared: (batch, length). Neither is a size that kernels like.
@@ -53,7 +55,7 @@ def verify_folder(
     folder: str | os.PathLike[str],
     base: str | os.PathLike[str],
     adapters: Sequence[WeightedAdapter],
-    dtype: torch.dtype,
+    eps: float,
     *,
     plan: FoldPlan | None = None,
     quantized: QuantizedBase | None = None,
@@ -61,8 +63,8 @@ def verify_folder(
 ) -> VerifyResult:
     """Compare `folder` with the folder `base` + adapters (stock peft applies a single one of weight 1, if installed).
 
-    `plan` and `quantized` say which of the base's weights are replaced by their 4-bit values first; `dtype` is what the
-    export was rounded to. Raises CheckpointError where the logits differ by more than that rounding explains.
+    `plan` and `quantized` say which of the base's weights are replaced by their 4-bit values first; `eps` is that of
+    the type which the export was rounded to. Raises CheckpointError where the logits differ by more than that explains.
     """
     model = load_plain(base)
     ids = _random_ids(model, seed)
@@ -73,25 +75,28 @@ def verify_folder(
     model, applied_by = _apply(model, adapters)
     reference = _logits(model, ids)
     del model
-    return _compare(folder, ids, reference, alone, _tolerance(dtype, layers), f"base + adapters by {applied_by}")
+    return _compare(folder, ids, reference, alone, _tolerance(eps, layers), f"base + adapters by {applied_by}")
 
 
-def verify_model(
-    folder: str | os.PathLike[str], model: nn.Module, dtype: torch.dtype, *, seed: int = 0
-) -> VerifyResult:
+def verify_model(folder: str | os.PathLike[str], model: nn.Module, eps: float, *, seed: int = 0) -> VerifyResult:
     """Compare `folder` with a model in memory, called as it is (its own compute dtype). Raises CheckpointError."""
     ids = _random_ids(model, seed).to(next(model.parameters()).device)
     was_training = model.training
     reference = _logits(model.eval(), ids)
     model.train(was_training)
     layers = sum(1 for module in model.modules() if isinstance(module, nn.Linear))
-    coarsest = max((dtype, next(model.parameters()).dtype, torch.bfloat16), key=lambda d: torch.finfo(d).eps)
+    coarsest = max(eps, *(torch.finfo(d).eps for d in (next(model.parameters()).dtype, torch.bfloat16)))
     # Twice: here the activations are rounded as well.
     return _compare(folder, ids, reference, None, 2 * _tolerance(coarsest, layers), "the model in memory")
 
 
 def load_plain(folder: str | os.PathLike[str]) -> nn.Module:
-    """The folder's model in fp32 by the class that its config names. Raises CheckpointError, MissingDependencyError."""
+    """The model of a folder or .gguf file in fp32, by the class that its config names.
+
+    Raises CheckpointError, MissingDependencyError.
+    """
+    if Path(folder).suffix.lower() == ".gguf":
+        return load_weights(Path(folder), torch.float32)
     try:
         import transformers
         from huggingface_hub.errors import StrictDataclassError
@@ -140,13 +145,13 @@ def _compare(
     return result
 
 
-def _tolerance(dtype: torch.dtype, layers: int) -> float:
-    """What rounding to `dtype` may do to the logits, relative, in 2-norms.
+def _tolerance(eps: float, layers: int) -> float:
+    """What rounding with this epsilon may do to the logits, relative, in 2-norms.
 
     Measured on SmolLM2-135M (210 linear layers, all folded): 0.9 eps for bfloat16, 1.1 eps for float16, and 3e-6 of
     fp32's own noise. 4 eps leaves room for other models; independent roundings grow with the root of their number.
     """
-    return (1e-5 + 4 * torch.finfo(dtype).eps) * max(1.0, layers / 210) ** 0.5
+    return (1e-5 + 4 * eps) * max(1.0, layers / 210) ** 0.5
 
 
 def _random_ids(model: nn.Module, seed: int) -> torch.Tensor:

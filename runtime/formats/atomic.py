@@ -71,6 +71,36 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
         raise
 
 
+@contextmanager
+def new_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a path of the same name, in a temporary folder beside `path`, that becomes `path` when the block ends well.
+
+    As `new_folder`, for one large file that is written as a stream. Raises OutputError.
+    """
+    path = Path(os.path.abspath(path))
+    check_output_file(path, overwrite=overwrite)
+    with output_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        with output_errors(path):
+            yield temporary / path.name
+            _sync_path(temporary / path.name)
+            os.replace(temporary / path.name, path)
+            _sync_folder(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_output_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Raise OutputError unless a file may be written at `path`: nothing there, or a file and `overwrite`."""
+    path = Path(path)
+    if path.is_dir():
+        raise OutputError(f"The output {path} is a folder, not a file; choose another one.")
+    if path.exists() and not overwrite:
+        raise OutputError(f"The output {path} exists; choose another one or ask to overwrite it.")
+
+
 def check_output_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Raise OutputError unless a folder may be written at `path`: nothing there, an empty folder, or `overwrite`."""
     path = Path(path)

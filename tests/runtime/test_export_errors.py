@@ -123,7 +123,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"format": "gguf"}, "not available yet"),
+            ({"format": "gguf", "dtype": "int8"}, "dtype must be one of F32, F16, BF16, Q8_0"),
             ({"format": "safetensor"}, "format must be one of"),
             ({"base_precision": "4bit"}, "base_precision must be one of original, dequantized"),
             ({"dtype": "int8"}, "dtype must be one of"),

@@ -1,0 +1,126 @@
+"""The GGUF output of an export: each tensor folded, rounded once to the file's type, measured and written."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError, ConfigError
+from .export_report import ExportReport
+from .export_write import ExportJob, start_of, written_specs
+from .fold import fold, measure
+from .formats.atomic import check_output_file, check_output_folder, new_file, new_folder
+from .formats.checkpoint_dir import TensorSpec
+from .formats.gguf_files import DTYPES, TYPES, GgufTensor, plan_tensors, write_gguf
+
+FILE_NAME = "model.gguf"
+# What rounding to Q8_0 does to logits, as a unit of `verify`'s tolerance: half a step of a block of 32 normal values
+# (their largest / 127 / 2) is three times bfloat16's half unit, both in 2-norms.
+Q8_0_EPS = 3 * torch.finfo(torch.bfloat16).eps
+
+
+def gguf_type(dtype: str | torch.dtype | None) -> str | None:
+    """The `dtype` of an export to GGUF -> the type of its matrices; None: as the base has them. Raises ConfigError."""
+    if dtype is None:
+        return None
+    short = {"BFLOAT16": "BF16", "FLOAT16": "F16", "HALF": "F16", "FP16": "F16", "FLOAT32": "F32", "FP32": "F32"}
+    text = str(dtype).removeprefix("torch.").upper()
+    found = short.get(text, text)
+    if found not in TYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(TYPES)} for format='gguf', got {dtype!r}.")
+    return found
+
+
+def check_gguf_output(out: Path, *, overwrite: bool) -> None:
+    """Raise OutputError unless `out`, a .gguf file or a folder for one, may be written."""
+    check = check_output_file if _is_file(out) else check_output_folder
+    check(out, overwrite=overwrite)
+
+
+def write_gguf_export(job: ExportJob, out: Path, overwrite: bool) -> ExportReport:
+    """Write `out`, a .gguf file or a folder with model.gguf, whole or not at all.
+
+    Raises ConfigError (an architecture that is not written), CheckpointError, MissingDependencyError, OutputError.
+    """
+    specs = {key: spec for key, spec in written_specs(job).items() if not _is_tied_copy(job, key)}
+    kind = job.gguf_type or _type_of_base(specs)
+    if job.verify is not None:
+        _check_verifiable(job.source.config)
+    tensors = plan_tensors(job.source.config, specs, kind)
+    result = ExportReport(out, job.format, job.base_precision, {a.label: a.weight for a in job.adapters})
+    result.folded = len(job.plan.targets)
+    result.copied = len(tensors) - result.folded
+    result.total_bytes = sum(tensor.nbytes for tensor in tensors)
+    done_bytes = 0
+
+    def produce(tensor: GgufTensor) -> Any:
+        nonlocal done_bytes
+        stored = _stored(job, tensor, result)
+        done_bytes += tensor.nbytes
+        if job.progress is not None:
+            job.progress(done_bytes, result.total_bytes)
+        return stored
+
+    with _new_gguf(out, overwrite) as file, tempfile.TemporaryDirectory(prefix="qlora-compile-") as side_files:
+        job.source.write_side_files(Path(side_files))
+        write_gguf(file, Path(side_files), tensors, kind, produce)
+        if job.verify is not None:
+            eps = Q8_0_EPS if kind == "Q8_0" else torch.finfo(DTYPES[kind]).eps
+            result.verification = job.verify(file, eps, job.plan, job.quantized)
+        result.files = [file.name]
+    result.layers.sort(key=lambda layer: (-layer.relative, layer.name))
+    return result
+
+
+@contextlib.contextmanager
+def _new_gguf(out: Path, overwrite: bool) -> Iterator[Path]:
+    """Where to write the file, which becomes `out` (or `out`/model.gguf) when the block ends without an error."""
+    if _is_file(out):
+        with new_file(out, overwrite=overwrite) as file:
+            yield file
+    else:
+        with new_folder(out, overwrite=overwrite) as folder:
+            yield folder / FILE_NAME
+
+
+def _is_file(out: Path) -> bool:
+    return out.suffix.lower() == ".gguf"
+
+
+def _stored(job: ExportJob, tensor: GgufTensor, result: ExportReport) -> Any:
+    """The array to store for one tensor: the exact sum, rounded once to 16 bits, or to fp32 and then to Q8_0."""
+    target = job.plan.targets.get(tensor.key)
+    weight = job.source.tensor(tensor.key) if target is None else start_of(job, tensor.key, target)
+    terms, transposed = (target.terms, target.transposed) if target else ([], False)
+    values = fold(weight, terms, transposed=transposed, dtype=tensor.dtype) if terms else weight.to(tensor.dtype)
+    if not bool(torch.isfinite(values).all()):
+        raise CheckpointError(f"{tensor.key} would hold NaN or infinity as {tensor.kind}; another dtype may hold it.")
+    stored = tensor.encode(values)
+    if job.report and len(tensor.shape) > 1:
+        result.layers.append(measure(tensor.key, tensor.decode(stored), weight, terms, transposed=transposed))
+    return stored
+
+
+def _type_of_base(specs: Mapping[str, TensorSpec]) -> str:
+    """The type that holds every matrix of the base."""
+    found = {spec.dtype for spec in specs.values() if len(spec.shape) > 1}
+    return next((kind for kind, dtype in DTYPES.items() if found == {dtype}), "F32")
+
+
+def _is_tied_copy(job: ExportJob, key: str) -> bool:
+    """A stored head that transformers does not read, because the config ties it to the embedding."""
+    return key == "lm_head.weight" and bool(job.source.config.get("tie_word_embeddings")) and not job.plan.untie
+
+
+def _check_verifiable(config: Mapping[str, Any]) -> None:
+    """transformers' GGUF reader, which `verify` loads the file with, does not read everything that llama.cpp does."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise ConfigError(
+            "transformers' GGUF reader ignores this model's rotary scaling: leave verify out for format='gguf'."
+        )

@@ -1,0 +1,138 @@
+"""A folder's `tokenizer.json` -> the `tokenizer.ggml.*` keys of a GGUF file.
+
+llama.cpp rebuilds the tokenizer from a vocabulary, merges or scores, and the *name* of a pre-tokenizer ("qwen2",
+"llama-bpe", ...): what has no such name is refused, since a file with a wrong one computes with wrong tokens and says
+nothing. Sources: llama.cpp `convert_hf_to_gguf.py` (`get_vocab_base_pre`, `LlamaHfVocab`) and `src/llama-vocab.cpp`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import CheckpointError
+from .checkpoint_dir import read_json
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # gguf.TokenType
+
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# The regular expression that cuts text into words -> llama.cpp's name for it.
+_SPLITS = {
+    rf"{_WORDS}|\p{{N}}{_REST}": "qwen2",
+    rf"{_WORDS}|\p{{N}}{{1,3}}{_REST}": "llama-bpe",
+    _TEKKEN: "tekken",
+}
+_BYTE_TOKENS = {f"<0x{byte:02X}>" for byte in range(256)}
+
+
+@dataclass(frozen=True)
+class GgufTokenizer:
+    """What goes into the file: `model` "gpt2" (byte-level BPE, by merges) or "llama" (sentencepiece, by scores)."""
+
+    model: str
+    pre: str
+    tokens: list[str]
+    types: list[int]
+    scores: list[float] | None
+    add_space_prefix: bool | None
+
+
+def read_tokenizer(folder: Path, vocab_size: int) -> GgufTokenizer:
+    """`tokenizer.json` of `folder`, padded to the embedding's `vocab_size` rows.
+
+    Raises CheckpointError: no such file, more tokens than rows, or a kind of tokenizer that GGUF has no name for.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise CheckpointError(f"A GGUF file holds its tokenizer, but {folder} has no tokenizer.json.")
+    content = read_json(file)
+    model = content.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
+        kind = model.get("type") if isinstance(model, dict) else None
+        raise CheckpointError(f"{file} is a {kind or 'broken'} tokenizer; only BPE vocabularies go into GGUF here.")
+    tokens, types = _tokens(content, model, vocab_size, file)
+    steps = list(_steps(content.get("pre_tokenizer")))
+    if any(step.get("type") == "ByteLevel" for step in steps):
+        return GgufTokenizer("gpt2", _split_name(steps, file), tokens, types, None, None)
+    if not model.get("byte_fallback") or _BYTE_TOKENS - set(tokens):
+        raise CheckpointError(f"{file} is neither byte-level BPE nor BPE with byte fallback: GGUF has no name for it.")
+    scores = _scores(tokens, model.get("merges") or [])
+    return GgufTokenizer("llama", "default", tokens, types, scores, _adds_space(content, steps))
+
+
+def _tokens(content: Mapping[str, Any], model: Mapping[str, Any], size: int, file: Path) -> tuple[list[str], list[int]]:
+    """Tokens by id and their types; ids that no token has are `[PAD7]`, unused, as llama.cpp's converter names them."""
+    tokens, types = [f"[PAD{number}]" for number in range(size)], [UNUSED] * size
+    added = {entry["id"]: entry for entry in content.get("added_tokens") or []}
+    named = {
+        **{number: token for token, number in model["vocab"].items()},
+        **{n: e["content"] for n, e in added.items()},
+    }
+    if max(named, default=-1) >= size:
+        raise CheckpointError(f"{file} has the token id {max(named)}, but the embedding has {size} rows only.")
+    for number, token in named.items():
+        tokens[number] = token
+        if number in added:
+            types[number] = CONTROL if added[number].get("special") else USER_DEFINED
+        elif token in _BYTE_TOKENS:
+            types[number] = BYTE
+        else:
+            types[number] = NORMAL
+        if token == model.get("unk_token") and types[number] != USER_DEFINED:
+            types[number] = UNKNOWN
+    return tokens, types
+
+
+def _steps(part: Any) -> Iterator[Mapping[str, Any]]:
+    """A pre-tokenizer or normalizer -> its steps, sequences taken apart."""
+    if not isinstance(part, dict):
+        return
+    inner = part.get("pretokenizers") or part.get("normalizers")
+    if inner is None:
+        yield part
+        return
+    for step in inner:
+        yield from _steps(step)
+
+
+def _split_name(steps: list[Mapping[str, Any]], file: Path) -> str:
+    kinds = [step.get("type") for step in steps]
+    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+        return "gpt-2"
+    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):
+        return "smollm"
+    pattern = (steps[0].get("pattern") or {}).get("Regex") if kinds == ["Split", "ByteLevel"] else None
+    if pattern in _SPLITS and not steps[1].get("use_regex", True):
+        return _SPLITS[pattern]
+    raise CheckpointError(
+        f"{file} cuts text by {'+'.join(map(str, kinds))} in a way that llama.cpp has no name for; known: "
+        f"gpt-2, smollm, {', '.join(_SPLITS.values())}."
+    )
+
+
+def _scores(tokens: list[str], merges: list[Any]) -> list[float]:
+    """Sentencepiece's score of each token: 0, -1, -2, ... in the order in which merges make them; the rest after them.
+
+    sentencepiece merges the pair whose result scores highest, `tokenizers` the pair that stands first: the same order.
+    """
+    rank: dict[str, int] = {}
+    for merge in merges:
+        left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+        rank.setdefault(left + right, len(rank))
+    return [-float(rank.get(token, len(rank))) for token in tokens]
+
+
+def _adds_space(content: Mapping[str, Any], steps: list[Mapping[str, Any]]) -> bool:
+    """Whether a space is put before the text (`Metaspace`, or older files' `Prepend`)."""
+    if any(step.get("type") == "Prepend" for step in _steps(content.get("normalizer"))):
+        return True
+    metaspace = next((step for step in steps if step.get("type") == "Metaspace"), {})
+    return metaspace.get("prepend_scheme", "never") != "never" or bool(metaspace.get("add_prefix_space"))
