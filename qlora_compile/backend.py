@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from . import warm_up
 from .config import QLoRAConfig
 from .dynamo import guard_replacements, guard_training, real_inputs, root_module, surfaced, traced_again
 from .errors import ConfigError, ModelStateError, QLoRACompileError
@@ -82,6 +83,8 @@ def _compile(
         return (lower or _lowering(config))(gm, example_inputs)
     config = _configuration(root, options)
     check_one_device(root)
+    if lower is None and config.lowering == "inductor":
+        _warm_up(root, config)
     edits = ModelEdits(root, config)
     experts = expert_targets(edits)
     if experts:  # their forward, however it was written, gives way to one that a graph can hold
@@ -119,6 +122,16 @@ def _chooser(config: QLoRAConfig) -> Callable[..., Any]:
 
     kernels.dispatch.check_forced(dict(config.kernels))
     return functools.partial(kernels.choose_kernel, tune=config.autotune)
+
+
+def _warm_up(root: nn.Module, config: QLoRAConfig) -> None:
+    """Let the C++ compiler begin with what needs no graph, if the model runs on a CPU and there is a compiler."""
+    from .runtime import kernels
+
+    on_cpu = all(param.device.type == "cpu" for param in root.parameters())
+    if on_cpu and kernels.cpp_build.find_compiler() is not None:
+        low_rank = ("lora_down", "lora_up", "lora_backward") if config.compute_dtype == torch.bfloat16 else ()
+        warm_up.start(kernels.find, ("dequantize_4bit", *low_rank))
 
 
 def _configuration(root: nn.Module, options: Mapping[str, Any] | QLoRAConfig | None) -> QLoRAConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 import re
@@ -181,9 +182,13 @@ def module_path(node: fx.Node) -> str:
 
 def source_line(node: fx.Node) -> str:
     """The last "File ..., line N, in f" of the node's stack trace, or ""."""
-    trace = node.meta.get("stack_trace") or ""
-    lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
-    return lines[-1] if lines else ""
+    return _last_file_line(node.meta.get("stack_trace") or "")
+
+
+@functools.lru_cache(maxsize=8192)  # every snapshot asks for every node's
+def _last_file_line(trace: str) -> str:
+    lines = (line.strip() for line in reversed(trace.splitlines()))
+    return next((line for line in lines if line.startswith("File ")), "")
 
 
 def recomputed(gm: fx.GraphModule) -> tuple[tuple[str, int], ...]:

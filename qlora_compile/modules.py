@@ -61,16 +61,19 @@ class QLoRALinear(nn.Module):
     lora_fan_in_fan_out: bool
 
     def forward(self, x: Tensor) -> Tensor:
+        # Dynamo traces this once a layer: no cast that changes nothing, no call of ParameterDict's own Python
         dtype = self.lora_dtype
-        inputs = x.to(dtype)
-        weight = self.weight.to(dtype)
-        bias = self.bias.to(dtype) if self.bias is not None else None
+        inputs = x if x.dtype == dtype else x.to(dtype)
+        weight = self.weight if self.weight.dtype == dtype else self.weight.to(dtype)
+        bias = self.bias if self.bias is None or self.bias.dtype == dtype else self.bias.to(dtype)
         y = F.linear(inputs, weight.t() if self.lora_fan_in_fan_out else weight, bias)
-        for name in self.lora_A:
-            h = F.linear(F.dropout(inputs, self.lora_dropout, self.training), self.lora_A[name].to(dtype))
-            up, weight = F.linear(h, self.lora_B[name].to(dtype)) * self.lora_scaling[name], self.lora_weight[name]
+        for name, a in self.lora_A._parameters.items():
+            b, scaling, weight = self.lora_B._parameters[name], self.lora_scaling[name], self.lora_weight[name]
+            dropped = F.dropout(inputs, self.lora_dropout, self.training) if self.lora_dropout else inputs
+            h = F.linear(dropped, a if a.dtype == dtype else a.to(dtype))
+            up = F.linear(h, b if b.dtype == dtype else b.to(dtype)) * scaling
             y = y + (up * weight if weight.dim() == 0 else (up * _by_row(weight, x)).to(dtype))
-        return y.to(x.dtype)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         return moved(super()._apply(fn, recurse))

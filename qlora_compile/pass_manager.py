@@ -1,6 +1,6 @@
 """The pass manager: runs named passes in order and alone does the chores around each of them.
 
-For every pass: snapshot before and after, count, time, dead-code elimination, lint, recompile, provenance of new nodes,
+For every pass: snapshot before and after, count, time, dead-code elimination, lint, provenance of new nodes,
 and an error that names the pass. A pass itself is `def name(gm: fx.GraphModule, ctx: PassContext) -> int`.
 """
 
@@ -125,7 +125,6 @@ def run_passes(gm: fx.GraphModule, ctx: PassContext, pipeline: Sequence[Pass]) -
             _stamp(gm.graph, before, name)
             _eliminate_dead_code(gm.graph, keep)
             gm.graph.lint()
-            gm.recompile()
         except QLoRACompileError:
             raise
         except Exception as error:  # re-raised with the pass's name: the original is the cause
@@ -136,6 +135,7 @@ def run_passes(gm: fx.GraphModule, ctx: PassContext, pipeline: Sequence[Pass]) -
         result.stages[name] = snapshot(gm.graph)
         result.passes.append(PassResult(name, rewrites, ms, tuple(ctx.declined), size_before, _size(gm)))
         _dump(ctx, number, name, gm)
+    gm.recompile()  # once: no pass runs the graph's code
     return result
 
 
