@@ -235,7 +235,7 @@ def _lowering(config: QLoRAConfig) -> Lowering:
             # pytorch#192840), whose backward then destroys what another layer still needs
             settings["donated_buffer"] = False
         with torch._functorch.config.patch(settings) if settings else contextlib.nullcontext():
-            if config.lowering == "inductor":
+            if config.lowering == "inductor" and not _gives_inputs_other_data(gm):
                 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
                 def inner(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
@@ -245,13 +245,21 @@ def _lowering(config: QLoRAConfig) -> Lowering:
                 known = torch._inductor.config.unsafe_marked_cacheable_functions
                 with torch._inductor.config.patch(unsafe_marked_cacheable_functions=known | CACHEABLE):
                     return compile_fx(gm, inputs, inner_compile=inner)
-            if config.lowering == "aot_eager":
+            if config.lowering != "eager":
                 from torch._dynamo.backends.debugging import aot_eager
 
                 return aot_eager(gm, inputs)
             return gm.forward
 
     return lower
+
+
+def _gives_inputs_other_data(gm: fx.GraphModule) -> bool:
+    """Whether the call itself replaces an input's data, as bitsandbytes does once for each layer on a CPU with AVX-512
+    BF16 that evaluates. Such a graph runs once, and Inductor (torch 2.13) expects the input in its later shape.
+    """
+    inputs = set(placeholders(gm.graph))
+    return any(node.target is torch.Tensor.set_ and node.args[0] in inputs for node in gm.graph.nodes)
 
 
 __all__ = ["qlora", "state_only"]

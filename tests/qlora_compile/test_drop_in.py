@@ -92,6 +92,14 @@ def test_training_is_peft_s_own(four_bit: Callable[..., Any], tmp_path: Path) ->
         assert (value - theirs[key]).abs().mean() < 1e-3
 
 
+@pytest.mark.slow  # compiled by Inductor, twice
+def test_training_in_evaluation_mode(four_bit: Callable[..., Any]) -> None:
+    """On a CPU with AVX-512 BF16 bitsandbytes then repacks weights within the traced call; Inductor alone fails on it."""
+    reference, model = adapted(four_bit()), adapted(four_bit())
+    found = losses(model, torch.compile(model, backend="qlora"), steps=3)
+    assert found == pytest.approx(losses(reference, reference, steps=3), abs=2e-3)  # bf16, as above
+
+
 def test_adapters_are_switched_by_peft_s_own_calls(four_bit: Callable[..., Any]) -> None:
     model = adapted(four_bit("fp4", double_quant=False))
     model.add_adapter("other", peft.LoraConfig(r=2, lora_alpha=9, init_lora_weights=False, target_modules=["q_proj"]))
