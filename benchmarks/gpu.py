@@ -21,11 +21,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import gpu_kernels
 import gpu_models
+import torch
 from common import machine
+
 from qlora_compile.runtime.kernels import devices, tuning
 
 GROUPS = (((4096, 1024, 1024), 4096), ((4096,), 4096), ((14336, 14336), 4096), ((4096,), 14336))
@@ -54,7 +54,7 @@ def kernel_parts(run: Run, small: bool) -> list[str]:
     wrong = gpu_kernels.check(run.device, print)
     run.keep("wrong", wrong)
     shapes = ((96, 160), (33, 96)) if small else ((4096, 4096), (14336, 4096), (4096, 14336))
-    rows = gpu_kernels.dequantize_rows(run.device, shapes)
+    rows = [gpu_kernels.dequantize_row(run.device, n, k) for n, k in shapes]
     run.keep("dequantize", rows)
     print("dequantize: " + ", ".join(f"{r['n']}x{r['k']} {r['of_copy_bandwidth']:.2f} of a copy" for r in rows))
     groups = (((64, 32), 96),) if small else GROUPS

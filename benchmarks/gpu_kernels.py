@@ -5,6 +5,7 @@ Used by gpu.py. M rows of x, N output features, K input features.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import statistics
@@ -125,24 +126,20 @@ def compare(name: str, got: list[Tensor], expected: list[Tensor], report: Callab
     return [] if error < 3 * 2**-8 else [f"{name}: error {error:.1e} of the largest value"]
 
 
-def dequantize_rows(device: str, shapes: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+def dequantize_row(device: str, n: int, k: int) -> dict[str, Any]:
     """Dequantize (double-quantized scales) into a reused buffer, beside a copy that moves as many bytes."""
-    rows = []
-    for n, k in shapes:
-        q = qc.quantize_4bit(torch.randn(n, k, device=device, dtype=torch.bfloat16))
-        out = torch.empty(n, k, device=device, dtype=torch.bfloat16)
-        moved = n * k * 2 + sum(t.numel() * t.element_size() for t in (q.codes, q.absmax, q.absmax_scale))
-        source = torch.empty(moved // 2, device=device, dtype=torch.uint8)
-        target = torch.empty_like(source)
-        row = {"op": "dequantize_4bit", "n": n, "k": k, "bytes": moved}
-        row["ours_us"] = 1e6 * seconds(lambda: qc.dequantize_4bit(q, out=out), device)
-        row["copy_us"] = 1e6 * seconds(lambda: target.copy_(source), device)
-        peer = bitsandbytes_dequantize(out)
-        if peer is not None:
-            row["bitsandbytes_us"] = 1e6 * seconds(peer, device)
-        row["of_copy_bandwidth"] = row["copy_us"] / row["ours_us"]
-        rows.append(row)
-    return rows
+    q = qc.quantize_4bit(torch.randn(n, k, device=device, dtype=torch.bfloat16))
+    out = torch.empty(n, k, device=device, dtype=torch.bfloat16)
+    moved = n * k * 2 + sum(t.numel() * t.element_size() for t in (q.codes, q.absmax, q.absmax_scale))
+    source = torch.empty(moved // 2, device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    row = {"op": "dequantize_4bit", "n": n, "k": k, "bytes": moved}
+    row["ours_us"] = 1e6 * seconds(lambda: qc.dequantize_4bit(q, out=out), device)
+    row["copy_us"] = 1e6 * seconds(lambda: target.copy_(source), device)
+    peer = bitsandbytes_dequantize(out)
+    if peer is not None:
+        row["bitsandbytes_us"] = 1e6 * seconds(peer, device)
+    return row | {"of_copy_bandwidth": row["copy_us"] / row["ours_us"]}
 
 
 def bitsandbytes_dequantize(weight: Tensor) -> Callable[[], object] | None:
@@ -155,7 +152,10 @@ def bitsandbytes_dequantize(weight: Tensor) -> Callable[[], object] | None:
 
 
 def linear_rows(
-    device: str, rows_of_x: Sequence[int], groups: Sequence[tuple[tuple[int, ...], int]], out_of_time: Callable[[], bool]
+    device: str,
+    rows_of_x: Sequence[int],
+    groups: Sequence[tuple[tuple[int, ...], int]],
+    out_of_time: Callable[[], bool],
 ) -> list[dict[str, Any]]:
     """Every candidate, forward and backward, beside the library's bf16 product with a dense weight (no adapter)."""
     found = []
@@ -165,22 +165,29 @@ def linear_rows(
         for m in rows_of_x:
             if out_of_time():
                 return found
-            x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
-            dys = [torch.randn(m, n, device=device, dtype=torch.bfloat16) for n in sizes]
-            h = torch.randn(m, RANK * len(sizes), device=device, dtype=torch.bfloat16)
-            joined_dy = torch.cat(dys, 1)
-            for op in ("lora_linear", "lora_linear_backward"):
-                forward = op == "lora_linear"
-                row: dict[str, Any] = {"op": op, "m": m, "n": list(sizes), "k": k}
-                dense_call = (lambda: x @ joined.t()) if forward else (lambda: joined_dy @ joined)
-                row["dense_bf16_us"] = 1e6 * seconds(dense_call, device)
-                row["us"] = {}
-                for c in able(op, group, m, k, device):
-                    args = (group, x, []) if forward else (group, dys, x, h, True, True)
-                    row["us"][c.name] = round(1e6 * seconds(lambda c=c, args=args: c.run(*args), device), 1)
-                row["best"] = min(row["us"], key=row["us"].__getitem__)
-                row["dense_over_best"] = row["dense_bf16_us"] / row["us"][row["best"]]
-                found.append(row)
+            found += linear_row(device, group, joined, m)
+    return found
+
+
+def linear_row(device: str, group: LoRAGroup, joined: Tensor, m: int) -> list[dict[str, Any]]:
+    """Forward and backward at one number of rows; `joined` [sum N, K] is the group's dense weight."""
+    sizes, k = group.out_features, joined.shape[1]
+    x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
+    dys = [torch.randn(m, n, device=device, dtype=torch.bfloat16) for n in sizes]
+    h, joined_dy = torch.randn(m, RANK * len(sizes), device=device, dtype=torch.bfloat16), torch.cat(dys, 1)
+    works: dict[str, tuple[Callable[[], object], tuple[Any, ...]]] = {
+        "lora_linear": (lambda: x @ joined.t(), (group, x, [])),
+        "lora_linear_backward": (lambda: joined_dy @ joined, (group, dys, x, h, True, True)),
+    }
+    found = []
+    for op, (dense_call, args) in works.items():
+        times = {}
+        for candidate in able(op, group, m, k, device):
+            call = functools.partial(candidate.run, *args)  # type: ignore[arg-type]
+            times[candidate.name] = round(1e6 * seconds(call, device), 1)
+        best = min(times, key=times.__getitem__)
+        row = {"op": op, "m": m, "n": list(sizes), "k": k, "dense_bf16_us": 1e6 * seconds(dense_call, device)}
+        found.append(row | {"us": times, "best": best, "dense_over_best": row["dense_bf16_us"] / times[best]})
     return found
 
 

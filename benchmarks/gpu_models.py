@@ -13,10 +13,10 @@ import time
 from typing import Any
 
 import torch
+from gpu_kernels import RANK, synchronize
 from torch import Tensor, nn
 
 import qlora_compile as qc
-from gpu_kernels import RANK, synchronize
 
 LLAMA_3_8B = {
     "hidden_size": 4096,

@@ -1,7 +1,7 @@
 """The Triton kernels that the ops call by name on a GPU, each compared with its reference on that GPU at first use.
 
 No GPU runs the tests of every change, so a kernel has to prove itself where it is used: on a small random weight it must
-give the reference's bits (milliseconds, once a process). One that does not is left out with a warning that asks for a report.
+give the reference's bits (milliseconds, once a process). One that does not is left out, with a warning.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def make(op: str, device: torch.device) -> Callable[..., Any] | None:
     if not proved:
         warnings.warn(
             f"The Triton kernel {op} does not give the reference's bits on {torch.cuda.get_device_name(device)}: plain "
-            "torch runs instead, many times slower. Please report this with the versions that `qlora-compile doctor` prints.",
+            "torch runs instead, many times slower. Please report this with what `qlora-compile doctor` prints.",
             RuntimeWarning,
             stacklevel=4,
         )
