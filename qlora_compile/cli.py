@@ -11,6 +11,7 @@ from typer.exceptions import TyperException
 
 from . import __version__
 from .cli_combine import combine
+from .cli_convert import convert
 from .cli_doctor import doctor
 from .cli_estimate import estimate
 from .cli_export import export
@@ -23,7 +24,7 @@ EXIT_FAILED = 1
 TYPER_INTERRUPTED = 130  # what typer returns for Ctrl-C
 
 app = typer.Typer(name="qlora-compile", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (finetune, export, combine, inspect, estimate, doctor):
+for command in (finetune, export, combine, convert, inspect, estimate, doctor):
     app.command()(command)
 app.add_typer(runs_app)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,30 @@ def adapter_weights(texts: list[str]) -> dict[str, float]:
                 raise ConfigError(f"--adapter names {name!r} twice.")
             weights[name] = weight
     return weights
+
+
+@contextmanager
+def byte_progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A function `(done_bytes, total_bytes)` that shows a bar on a terminal's standard error, else a line each tenth."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        tenths = 0
+
+        def line(done_bytes: int, total_bytes: int) -> None:
+            nonlocal tenths
+            if done_bytes * 10 // max(1, total_bytes) > tenths:
+                tenths = done_bytes * 10 // total_bytes
+                print(f"{what}: {done_bytes / 1e6:,.0f} of {total_bytes / 1e6:,.0f} MB", file=sys.stderr, flush=True)
+
+        yield line
+        return
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done_bytes, total_bytes: bar.update(task, completed=done_bytes, total=total_bytes)
 
 
 def print_json(answer: Mapping[str, Any]) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .cli_common import adapter_weights, print_json
+from .cli_common import adapter_weights, byte_progress, print_json
+from .errors import ConfigError
 
 
 def export(
@@ -16,6 +21,10 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint, new or empty; or a .gguf file.")],
     base_precision: Annotated[str, typer.Option(help="Fold into 'original' or 'dequantized' weights.")] = "original",
     format: Annotated[str, typer.Option(help="safetensors, nf4 (bitsandbytes'), or gguf.")] = "safetensors",
+    combine: Annotated[
+        str | None, typer.Option(help="Fold what `combine` makes of them (svd, ties, ...), not their sum.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="With --combine: as in combine.")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of the result (as the base if not given); gguf: bf16, f16, q8_0.")
     ] = None,
@@ -28,25 +37,50 @@ def export(
 ) -> None:
     """Fold adapters into the base weights, with one rounding, and write what stock transformers loads.
 
-    Example: qlora-compile export --base ./SmolLM2-135M --adapter run/adapter --out merged --verify
+    Several adapters are added up, each with its weight, unless --combine says otherwise.
+
+    Example: qlora-compile export --base ./SmolLM2-135M --adapter law=0.7 --adapter medicine=0.3 --out merged --verify
     """
     weights = adapter_weights(adapter)
     from .runtime.export import export as run
 
-    done = run(
-        base,
-        out,
-        adapters=weights,
-        base_precision=base_precision,
-        format=format,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        verify=verify,
-        report=report,
-        overwrite=overwrite,
-        allow_pickle=allow_pickle,
-    )
+    with one_adapter(weights, combine, rank, allow_pickle) as adapters, byte_progress("exporting") as progress:
+        done = run(
+            base,
+            out,
+            adapters=adapters,
+            base_precision=base_precision,
+            format=format,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            verify=verify,
+            report=report,
+            overwrite=overwrite,
+            allow_pickle=allow_pickle,
+            progress=progress,
+        )
+    done.adapters = weights
     if as_json:
         print_json(done.to_dict())
     else:
         done.print()
+
+
+@contextmanager
+def one_adapter(
+    weights: Mapping[str, float], method: str | None, rank: int | None, allow_pickle: bool
+) -> Iterator[Mapping[str, float]]:
+    """The adapters as they are (their exact sum is folded), or combined by `method` into one temporary folder."""
+    if method is None:
+        if rank is not None:
+            raise ConfigError("--rank is for --combine.")
+        yield weights
+        return
+    from .runtime.combine_folders import combine_folders
+
+    with tempfile.TemporaryDirectory(prefix="qlora-compile-") as temporary:
+        folder = Path(temporary) / method
+        report = combine_folders(weights, folder, method, rank=rank, allow_pickle=allow_pickle)
+        for text in report.warnings:
+            print("warning:", text, file=sys.stderr)
+        yield {str(folder): 1.0}

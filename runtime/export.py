@@ -22,6 +22,7 @@ from .fold_plan import FoldPlan, WeightedAdapter, mark_requantized, plan_fold
 from .formats.atomic import check_output_folder
 from .formats.checkpoint_dir import parse_size
 from .quantized_base import QuantizedBase, common_base, read_side_file
+from .quantized_source import QuantizedFolderSource, is_quantized_folder
 from .verify import verify_folder, verify_model
 
 FORMATS = ("safetensors", "nf4", "gguf")
@@ -50,7 +51,8 @@ def export(
     `model_or_dir` is a safetensors folder, a .gguf file, or a prepared model. `adapters` maps PEFT folders (or, for a
     model, names of its adapters) to weights; a list counts each as 1, None takes what is active on the model.
     `base_precision="original"` folds into the base's own values, "dequantized" into the 4-bit values that the adapter
-    was trained on (`quant` overrides what the adapter's folder notes about them). A prepared model holds no original
+    was trained on (`quant` overrides what the adapter's folder notes about them; a bitsandbytes folder as the base has
+    them already). A prepared model holds no original
     values: name its folder as `base` for those. Each tensor keeps its dtype unless `dtype` is given.
     With `format="gguf"`, `out` is a .gguf file or a folder for one, and `dtype` its type: F32, F16, BF16 or Q8_0.
 
@@ -104,9 +106,10 @@ def _plan(
         # The model's own values are the 4-bit ones, and what it trained in full is already in it.
         loras = [replace(a, files=replace(a.files, tensors=lora_only(a))) if a.folder is None else a for a in adapters]
         return source, plan_fold(source.specs, source.config, loras), loras, base_precision, None
-    source = FolderSource(folder)
+    quantized_base = base_precision == "dequantized" and is_quantized_folder(folder)
+    source = QuantizedFolderSource(folder) if quantized_base else FolderSource(folder)
     plan = plan_fold(source.specs, source.config, adapters)
-    if base_precision == "original":
+    if base_precision == "original" or quantized_base:
         return source, plan, adapters, base_precision, None
     quantized = _quantization_of(adapters, model, quant)
     mark_requantized(plan, source.specs, quantized.weights, quantized.transposed)

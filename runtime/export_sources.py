@@ -45,7 +45,8 @@ class FolderSource:
         if quantized:
             method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else "unknown"
             raise CheckpointError(
-                f"{path} is already quantized ({method}); fold into the original 16-bit checkpoint instead."
+                f"{path} is already quantized ({method}); fold into the original 16-bit checkpoint instead, "
+                "or into the 4-bit values with base_precision='dequantized'."
             )
 
     def tensor(self, key: str) -> torch.Tensor:

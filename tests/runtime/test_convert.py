@@ -1,0 +1,135 @@
+"""Dense <-> 4-bit folders: `convert`, a bitsandbytes folder as the base of an export, and `export --combine`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qlora_compile.cli import main
+from qlora_compile.errors import CheckpointError
+from qlora_compile.runtime.combine_folders import combine_folders
+from qlora_compile.runtime.export import export
+from qlora_compile.runtime.fold import LoraTerm, fold
+from qlora_compile.runtime.formats.checkpoint_dir import open_checkpoint
+from qlora_compile.runtime.formats.peft_files import read_adapter
+from qlora_compile.tensor import quantize_4bit
+
+MakeAdapter = Callable[..., Path]
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    checkpoint = open_checkpoint(folder)
+    return {key: checkpoint.tensor(key).clone() for key in checkpoint.specs}
+
+
+def load(folder: Path) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def gpt2_folder(path: Path) -> Path:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_embd=36, n_layer=1, n_head=3, vocab_size=97, n_positions=32, n_inner=60)
+    transformers.GPT2LMHeadModel(config).bfloat16().save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["llama", "conv1d"])
+def test_to_four_bits_and_back(
+    tmp_path: Path, tiny_checkpoint: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tiny_checkpoint if kind == "llama" else gpt2_folder(tmp_path / "base")
+    four, dense = tmp_path / "four", tmp_path / "dense"
+    arguments = ["--block-size", "128", "--no-double-quant", "--json"]
+    assert main(["convert", "--model", str(base), "--out", str(four), "--to", "nf4", *arguments]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["format"] == "nf4" and (four / "tokenizer.json").is_file() == (kind == "llama")
+    assert main(["convert", "--model", str(four), "--out", str(dense), "--to", "dense"]) == 0
+    assert "converting: " in capsys.readouterr().err
+    before, after = weights_of(base), weights_of(dense)
+    assert before.keys() == after.keys()
+    config = json.loads((dense / "config.json").read_text())
+    assert "quantization_config" not in config and config["architectures"]
+    changed = 0
+    for key, weight in before.items():
+        quantized = f"{key}.quant_map" in open_checkpoint(four).specs
+        transposed = kind == "conv1d"
+        options: dict[str, Any] = {"block_size": 128, "double_quant": False, "transposed": transposed}
+        wanted = quantize_4bit(weight, **options).dequantize() if quantized else weight
+        assert torch.equal(after[key], wanted), key
+        changed += quantized
+    assert changed == (21 if kind == "llama" else 4)
+    load(dense)  # stock transformers
+
+
+def test_a_four_bit_folder_is_a_base(tmp_path: Path, tiny_checkpoint: Path, make_adapter: MakeAdapter) -> None:
+    """One adapter folded and requantized, then the next on the result: `sequential` with requantization between."""
+    model = load(tiny_checkpoint)
+    first, second = (make_adapter(tmp_path / name, model, seed=seed) for name, seed in (("a", 1), ("b", 2)))
+    export(tiny_checkpoint, tmp_path / "one", first, format="nf4")
+    with pytest.raises(CheckpointError, match=r"already quantized \(bitsandbytes\).*base_precision='dequantized'"):
+        export(tmp_path / "one", tmp_path / "two", second)
+    result = export(tmp_path / "one", tmp_path / "two", {second: 0.5}, base_precision="dequantized", report=True)
+    key = "model.layers.1.mlp.down_proj.weight"
+    layers = [read_adapter(folder).layers()["model.layers.1.mlp.down_proj"] for folder in (first, second)]
+    terms = [LoraTerm(layer.a, layer.b, layer.scaling * weight) for layer, weight in zip(layers, (1, 0.5))]
+    # Quantized from the fp32 sum, but what it dequantizes to is the base's bfloat16.
+    folded = quantize_4bit(fold(weights_of(tiny_checkpoint)[key], terms[:1], dtype=torch.float32)).dequantize()
+    wanted = fold(folded.to(torch.bfloat16), terms[1:])
+    assert torch.equal(weights_of(tmp_path / "two")[key], wanted)
+    assert len(result.layers) == 6 and result.base_precision == "dequantized"
+
+
+def test_other_quantizations_are_refused(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    base = tmp_path / "base"
+    export(tiny_checkpoint, base)
+    config = json.loads((base / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="quantized by gptq; only bitsandbytes' 4-bit folders are read"):
+        export(base, tmp_path / "out", base_precision="dequantized")
+    assert not (tmp_path / "out").exists()
+
+
+def test_convert_on_wrong_use(tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["convert", "--model", str(tiny_checkpoint), "--out", str(tmp_path / "out"), "--to"]
+    assert main([*arguments, "nf5"]) == 2 and "did you mean 'nf4'" in capsys.readouterr().err
+    assert main([*arguments, "nf4", "--block-size", "100"]) == 2 and "block_size must be" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_export_folds_what_combine_makes(
+    tmp_path: Path, tiny_checkpoint: Path, make_adapter: MakeAdapter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = load(tiny_checkpoint)
+    a, b = (str(make_adapter(tmp_path / name, model, seed=seed)) for name, seed in (("a", 1), ("b", 2)))
+    base = ["export", "--base", str(tiny_checkpoint), "--adapter", f"{a}=0.7", "--adapter", f"{b}=-0.4"]
+    options = ["--combine", "svd", "--rank", "2", "--dtype", "float32", "--json"]
+    assert main([*base, "--out", str(tmp_path / "out"), *options]) == 0
+    assert json.loads(capsys.readouterr().out)["adapters"] == {a: 0.7, b: -0.4}
+    combine_folders({a: 0.7, b: -0.4}, tmp_path / "both", "svd", rank=2)
+    export(tiny_checkpoint, tmp_path / "wanted", tmp_path / "both", dtype="float32")
+    got, wanted = weights_of(tmp_path / "out"), weights_of(tmp_path / "wanted")
+    assert all(torch.equal(got[key], wanted[key]) for key in wanted)
+    assert main([*base, "--out", str(tmp_path / "other"), "--rank", "2"]) == 2
+    assert "--rank is for --combine" in capsys.readouterr().err
+
+
+def test_a_pickled_adapter_is_read_only_when_asked(
+    tmp_path: Path, tiny_checkpoint: Path, make_adapter: MakeAdapter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = make_adapter(tmp_path / "adapter", load(tiny_checkpoint))
+    export(tiny_checkpoint, tmp_path / "wanted", adapter)
+    torch.save(read_adapter(adapter).tensors, adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    arguments = ["export", "--base", str(tiny_checkpoint), "--adapter", str(adapter), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 1
+    assert "is a pickle; save it as safetensors, or pass allow_pickle" in capsys.readouterr().err
+    assert main([*arguments, "--allow-pickle"]) == 0
+    got, wanted = weights_of(tmp_path / "out"), weights_of(tmp_path / "wanted")
+    assert all(torch.equal(got[key], wanted[key]) for key in wanted)
