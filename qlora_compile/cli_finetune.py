@@ -64,6 +64,7 @@ def finetune(
     target_modules: Annotated[str, _adapter(f"Layers to train: all-linear, {MODULES}.")] = "all-linear",
     exclude_modules: Annotated[str | None, _adapter(f"Layers to leave as they are: {MODULES}.")] = None,
     modules_to_save: Annotated[str | None, _adapter("Modules to train in full: names with commas.")] = None,
+    init: Annotated[str, _adapter("Start of adapters: default, gaussian, pissa, olora or loftq.")] = "default",
     rank_pattern: Annotated[list[str] | None, _adapter("NAME=R, a rank of its own; repeatable.")] = None,
     alpha_pattern: Annotated[list[str] | None, _adapter("NAME=ALPHA, an alpha of its own; repeatable.")] = None,
     quant_type: Annotated[str, _quantization("nf4 or fp4.")] = "nf4",
@@ -149,6 +150,8 @@ def finetune_config(options: dict[str, Any]) -> FinetuneConfig:
     for name in ("target_modules", "exclude_modules"):
         text = options.pop(name)
         qlora[name] = None if text is None else modules_option(text)
+    init = options.pop("init")
+    qlora["init_lora_weights"] = True if init == "default" else init
     names = options.pop("modules_to_save")
     qlora["modules_to_save"] = tuple(name for name in (names or "").split(",") if name)
     qlora["rank_pattern"] = pairs_option("--rank-pattern", options.pop("rank_pattern") or (), int)

@@ -17,7 +17,7 @@ from .nf4 import BLOCK_SIZES, CODE_BOOKS
 
 LOWERINGS = ("inductor", "aot_eager", "eager")
 COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-INIT_METHODS = (True, False, "gaussian")
+INIT_METHODS = (True, False, "gaussian", "pissa", "olora", "loftq")
 
 
 def parse_dtype(value: torch.dtype | str, name: str = "dtype") -> torch.dtype:
@@ -36,9 +36,11 @@ class QLoRAConfig:
 
     Adapters: `r` is the rank (0: quantize only), the scaling is `lora_alpha / r`, or `lora_alpha / sqrt(r)` with
     `use_rslora` (arXiv 2312.03732). `rank_pattern` and `alpha_pattern` map a module name, its suffix or a regular
-    expression to a value (first hit wins). `target_modules` is "all-linear", a regular expression that must match
-    the whole module name, or a list of names and suffixes; `exclude_modules` likewise, where None means the output
-    head and `()` means nothing. `modules_to_save` are trained in full and stored with the adapter.
+    expression to a value (first hit wins). `init_lora_weights` is PEFT's: True, False, "gaussian", or from the weight
+    itself "pissa", "pissa_niter_4", "olora", "loftq" (`loftq_iter` rounds), which `save_adapter` turns into plain LoRA.
+    `target_modules` is "all-linear", a regular expression that must match the whole module name, or a list of names and
+    suffixes; `exclude_modules` likewise, where None means the output head and `()` means nothing. `modules_to_save` are
+    trained in full and stored with the adapter.
 
     Quantization: `quantize="auto"` quantizes a plain model's targets but leaves the dense base of a PEFT model,
     True and False force it. `quant_type`, `block_size` and `double_quant` are bitsandbytes' (arXiv 2305.14314).
@@ -58,6 +60,7 @@ class QLoRAConfig:
     lora_dropout: float = 0.0
     use_rslora: bool = False
     init_lora_weights: bool | str = True
+    loftq_iter: int = 1
     target_modules: str | tuple[str, ...] = "all-linear"
     exclude_modules: str | tuple[str, ...] | None = None
     quantize: bool | str = "auto"
@@ -108,8 +111,15 @@ class QLoRAConfig:
         _require(_is_number(self.lora_alpha), "lora_alpha", self.lora_alpha, "a finite number")
         ok = _is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1
         _require(ok, "lora_dropout", self.lora_dropout, "a probability of at least 0 and below 1")
-        ok = self.init_lora_weights in INIT_METHODS
-        _require(ok, "init_lora_weights", self.init_lora_weights, "one of True, False, 'gaussian'")
+        init = self.init_lora_weights
+        ok = init in INIT_METHODS or (isinstance(init, str) and re.fullmatch(r"pissa_niter_[1-9]\d*", init) is not None)
+        wanted = f"one of {', '.join(map(repr, INIT_METHODS))} or 'pissa_niter_4'"
+        _require(ok, "init_lora_weights", init, wanted)
+        _require(
+            init != "loftq" or self.quantize is not False, "init_lora_weights", init, "another with quantize=False"
+        )
+        ok = _is_int(self.loftq_iter) and self.loftq_iter > 0
+        _require(ok, "loftq_iter", self.loftq_iter, "a number of rounds of at least 1")
         _require(_is_int(self.seed) and 0 <= self.seed < 2**63, "seed", self.seed, "an integer from 0 to 2**63 - 1")
 
     def _check_targets(self) -> None:

@@ -36,6 +36,8 @@ class AdapterInfo:
     rank: dict[str, int] = field(default_factory=dict)
     alpha: dict[str, float] = field(default_factory=dict)
     scaling: dict[str, float] = field(default_factory=dict)
+    # A and B as PiSSA, OLoRA or LoftQ made them from the weight, by adapter: what `save_adapter` takes away again.
+    start: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 def _prefix(param_name: str) -> str:
@@ -261,9 +263,9 @@ def add_adapter_to_site(site: AdapterSite, name: str, rank: int, alpha: float, s
     generator = torch.Generator().manual_seed(_seed_of(config.seed, site.name, name))
     device, dtype = site.weight.device, config.adapter_dtype
     with torch.inference_mode(False):
-        a, b = _draw(rank, site, config.init_lora_weights, generator)
-        site._get("lora_A")[name] = nn.Parameter(a.to(device, dtype))
-        site._get("lora_B")[name] = nn.Parameter(b.to(device, dtype))
+        a, b = site.info.start.get(name) or _draw(rank, site, config.init_lora_weights, generator)
+        site._get("lora_A")[name] = nn.Parameter(a.to(device, dtype, copy=True))
+        site._get("lora_B")[name] = nn.Parameter(b.to(device, dtype, copy=True))
         site._get("lora_weight")[name] = torch.ones((), device=device)
     site.info.rank[name], site.info.alpha[name], site.info.scaling[name] = rank, float(alpha), float(scaling)
 

@@ -17,6 +17,7 @@ from .config import QLoRAConfig, names_module
 from .errors import ConfigError, InvalidWeightError, ModelStateError
 from .experts import expert_parameters, experts_class
 from .foreign import is_bnb_weight, peft_layers
+from .initialization import SpectralStart, is_spectral, start_from_weight
 from .modules import (
     AdapterInfo,
     AdapterSite,
@@ -181,24 +182,44 @@ class ModelEdits:
         if entry.site is not None:
             return entry.site
         param = entry.param
-        if self.quantizes() and not isinstance(param, QuantizedTensor):
-            try:
-                quantized = quantize_4bit(
-                    param.data,
-                    quant_type=self.config.quant_type,
-                    block_size=self.config.block_size,
-                    double_quant=self.config.double_quant,
-                    transposed=fan_in_fan_out and not entry.is_experts,
-                    per_expert=entry.is_experts,
-                )
-            except InvalidWeightError as error:
-                raise InvalidWeightError(f"{entry.name}: {error}") from None
-            self._replace(entry, nn.Parameter(quantized, requires_grad=False))
+        start = self._spectral_start(entry, fan_in_fan_out)
+        if start is not None:
+            self._replace(entry, nn.Parameter(start.base, requires_grad=False))
+        elif self.quantizes() and not isinstance(param, QuantizedTensor):
+            transposed = fan_in_fan_out and not entry.is_experts
+            self._replace(entry, nn.Parameter(self._quantized(entry, param.data, transposed), requires_grad=False))
         dtype = self.config.compute_dtype if isinstance(entry.param, QuantizedTensor) else param.dtype
         dropout = 0.0 if entry.is_experts else self.config.lora_dropout
         info = AdapterInfo(entry.name, dtype, fan_in_fan_out, dropout)
+        if start is not None:
+            info.start["default"] = (start.a, start.b)
         new_class = experts_class if entry.is_experts else linear_class if as_module else parameter_class
         return attach([(module, key) for _, module, key in entry.owners], info, new_class)
+
+    def _quantized(self, entry: ParamInfo, weight: Tensor, transposed: bool) -> Tensor:
+        try:
+            return quantize_4bit(
+                weight,
+                quant_type=self.config.quant_type,
+                block_size=self.config.block_size,
+                double_quant=self.config.double_quant,
+                transposed=transposed,
+                per_expert=entry.is_experts,
+            )
+        except InvalidWeightError as error:
+            raise InvalidWeightError(f"{entry.name}: {error}") from None
+
+    def _spectral_start(self, entry: ParamInfo, fan_in_fan_out: bool) -> SpectralStart | None:
+        """The base and the adapter that PiSSA, OLoRA or LoftQ make of a weight; None where they have no say."""
+        param, rank = entry.param, self.config.rank_for(entry.name)
+        if not is_spectral(self.config.init_lora_weights) or self.is_foreign or rank == 0 or param.is_meta:
+            return None
+
+        def quantize(weight: Tensor) -> Tensor:
+            return self._quantized(entry, weight, fan_in_fan_out)
+
+        maker = quantize if self.quantizes() else None
+        return start_from_weight(entry.name, param, self.config, maker, transposed=fan_in_fan_out)
 
     def _replace(self, entry: ParamInfo, new: nn.Parameter) -> None:
         for _, module, key in entry.owners:

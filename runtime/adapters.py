@@ -5,10 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,9 +18,9 @@ from ..modules import (
     adapter_sites,
     add_adapter,
     is_quantized,
-    prepared_config,
     prepared_state,
 )
+from .adapter_config import modules_saved_in_full, peft_config
 from .export_sources import unwrap
 from .fold_plan import first_few
 from .formats.peft_files import PREFIX, AdapterFiles, LoraLayer, read_adapter, write_adapter
@@ -38,7 +36,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = "de
     Raises NoAdapterError (not prepared, no adapter of that name), OutputError (cannot be written).
     """
     model = unwrap(model)
-    files = adapter_files(model, name)
+    files = adapter_files(model, name, plain=True)
     if has_shards(model) and torch.distributed.get_rank() != 0:
         return Path(path)
     return write_adapter(path, files.config, files.tensors, {SIDE_FILE: QuantizedBase.of_model(model).to_json()})
@@ -152,8 +150,12 @@ def adapter_weights(model: nn.Module) -> dict[str, float]:
     return dict(sorted(weights.items()))
 
 
-def adapter_files(model: nn.Module, name: str) -> AdapterFiles:
-    """Adapter `name` of the model as PEFT's files would hold it; the tensors are the model's own."""
+def adapter_files(model: nn.Module, name: str, *, plain: bool = False) -> AdapterFiles:
+    """Adapter `name` of the model as PEFT's files would hold it; the tensors are the model's own.
+
+    `plain`: relative to the original weights. Where PiSSA, OLoRA or LoftQ took the start A0, B0 out of the base, that is
+    `B A - B0 A0`, of twice the rank: [A; A0] and [B, -B0].
+    """
     model = unwrap(model)
     sites = {n: s for n, s in _sites(model).items() if name in s.adapters}
     if not sites:
@@ -161,82 +163,18 @@ def adapter_files(model: nn.Module, name: str) -> AdapterFiles:
         _check_name(name, known)
     tensors: dict[str, torch.Tensor] = {}
     for site_name, site in sites.items():
-        tensors[f"{PREFIX}{site_name}.lora_A.weight"] = gathered(site.a(name).detach())
-        tensors[f"{PREFIX}{site_name}.lora_B.weight"] = gathered(site.b(name).detach())
-    saved = _modules_to_save(model)
+        a, b = gathered(site.a(name).detach()), gathered(site.b(name).detach())
+        if plain and name in site.info.start:
+            start_a, start_b = (tensor.to(a.device, a.dtype) for tensor in site.info.start[name])
+            a, b = torch.cat([a, start_a]), torch.cat([b, -start_b], dim=1)
+        tensors[f"{PREFIX}{site_name}.lora_A.weight"] = a
+        tensors[f"{PREFIX}{site_name}.lora_B.weight"] = b
+    saved = modules_saved_in_full(model)
     for module_name in saved:
         for key, tensor in model.get_submodule(module_name).state_dict().items():
             tensors[f"{PREFIX}{module_name}.{key}"] = gathered(tensor.detach())
-    return AdapterFiles(_peft_config(model, name, sites, saved), tensors)
-
-
-def _peft_config(model: nn.Module, name: str, sites: Mapping[str, AdapterSite], saved: list[str]) -> dict[str, Any]:
-    """LoraConfig's keys that describe what we train; PEFT takes its defaults for the others."""
-    config = prepared_config(model)
-    ranks = {site_name: site.rank(name) for site_name, site in sites.items()}
-    use_rslora, alphas = _alphas(name, sites)
-    rank, rank_pattern = default_and_pattern(ranks)
-    alpha, alpha_pattern = default_and_pattern(alphas)
-    base = getattr(getattr(model, "config", None), "_name_or_path", None)
-    causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
-    return {
-        "alpha_pattern": alpha_pattern,
-        "base_model_name_or_path": base or None,
-        "bias": "none",
-        "fan_in_fan_out": any(site.fan_in_fan_out for site in sites.values()),
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": alpha,
-        "lora_dropout": float(config.lora_dropout) if config else 0.0,
-        "modules_to_save": saved or None,
-        "peft_type": "LORA",
-        "r": rank,
-        "rank_pattern": rank_pattern,
-        "target_modules": _target_modules(model, sites),
-        "task_type": "CAUSAL_LM" if causal else None,
-        "use_dora": False,
-        "use_rslora": use_rslora,
-    }
-
-
-def _alphas(name: str, sites: Mapping[str, AdapterSite]) -> tuple[bool, dict[str, float]]:
-    """(use_rslora, alpha by site) such that PEFT computes the scalings that the model has."""
-    for use_rslora in (False, True):
-        if all(
-            math.isclose(s.scaling(name), s.alpha(name) / (s.rank(name) ** (0.5 if use_rslora else 1)), rel_tol=1e-9)
-            for s in sites.values()
-        ):
-            return use_rslora, {n: s.alpha(name) for n, s in sites.items()}
-    return False, {n: s.scaling(name) * s.rank(name) for n, s in sites.items()}
-
-
-def default_and_pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The most common value, and the rest by site; "^" pins a pattern to one site, and dots are dots."""
-    plain = {n: int(v) if float(v).is_integer() else float(v) for n, v in values.items()}
-    default = max(sorted(Counter(plain.values()).items()), key=lambda item: item[1])[0]
-    return default, {f"^{n.replace('.', '[.]')}": v for n, v in sorted(plain.items()) if v != default}
-
-
-def _target_modules(model: nn.Module, sites: Mapping[str, AdapterSite]) -> list[str]:
-    """The last part of each site's name where only sites end in it, else the whole name, sorted."""
-    last = {name: name.rpartition(".")[2] for name in sites}
-    elsewhere = {n.rpartition(".")[2] for n, _ in model.named_modules() if n not in sites}
-    return sorted({name if part in elsewhere else part for name, part in last.items()})
-
-
-def _modules_to_save(model: nn.Module) -> list[str]:
-    """Full names of the modules that are trained in full, with those that share their parameters, sorted.
-
-    PEFT copies such a module, which unties it from the other one; so both are written.
-    """
-    config = prepared_config(model)
-    wanted = config.modules_to_save if config else ()
-    modules = dict(model.named_modules(remove_duplicate=False))
-    named = [n for n in modules if any(n == w or n.endswith(f".{w}") for w in wanted)]
-    shared = {id(parameter) for n in named for parameter in modules[n].parameters()}
-    tied = [n for n, m in modules.items() if any(id(p) in shared for p in m.parameters(recurse=False))]
-    inside = [n for n in tied if not any(n == other or n.startswith(f"{other}.") for other in named)]
-    return sorted({*named, *inside})
+    doubled = {n for n, site in sites.items() if plain and name in site.info.start}
+    return AdapterFiles(peft_config(model, name, sites, saved, doubled), tensors)
 
 
 def install_layers(model: nn.Module, name: str, layers: Mapping[str, LoraLayer], weight: float) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import AdapterMismatchError, CheckpointError
-from .adapters import default_and_pattern
+from .adapter_config import default_and_pattern
 from .combine import CombineReport, Weight, checked_options, combine_layers, weight_at
 from .export_inputs import check_not_an_input
 from .formats.atomic import check_output_folder, new_folder

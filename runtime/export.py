@@ -68,7 +68,7 @@ def export(
     start = time.perf_counter()
     model = unwrap(model_or_dir) if isinstance(model_or_dir, nn.Module) else None
     folder = Path(base) if base is not None else (None if model else Path(model_or_dir))  # type: ignore[arg-type]
-    weighted = read_adapters(model, adapters, allow_pickle)
+    weighted = read_adapters(model, adapters, allow_pickle, plain=folder is not None)
     check_not_an_input(out, [p for p in (folder, *(adapter.folder for adapter in weighted)) if p is not None])
     (check_gguf_output if format == "gguf" else check_output_folder)(out, overwrite=overwrite)
     with dense_folder(folder) as dense:
@@ -112,6 +112,11 @@ def _plan(
     if base_precision == "original" or quantized_base:
         return source, plan, adapters, base_precision, None
     quantized = _quantization_of(adapters, model, quant)
+    if quantized.init_lora_weights is not None:
+        raise ConfigError(
+            f"init_lora_weights={quantized.init_lora_weights!r} changed the 4-bit base that the adapter was trained on: "
+            "export the prepared model itself, or with base_precision='original'."
+        )
     mark_requantized(plan, source.specs, quantized.weights, quantized.transposed)
     return source, plan, adapters, base_precision, quantized
 

@@ -21,8 +21,13 @@ PathLike = str | os.PathLike[str]
 Adapters = Mapping[str, float] | Mapping[Path, float] | Iterable[PathLike] | PathLike | None
 
 
-def read_adapters(model: nn.Module | None, adapters: Adapters, allow_pickle: bool) -> list[WeightedAdapter]:
-    """Read every adapter, sorted by name: the order in which they are named changes no byte of the result."""
+def read_adapters(
+    model: nn.Module | None, adapters: Adapters, allow_pickle: bool, *, plain: bool = False
+) -> list[WeightedAdapter]:
+    """Read every adapter, sorted by name: the order in which they are named changes no byte of the result.
+
+    `plain`: the model's own are made relative to the original weights (`adapter_files`).
+    """
     if adapters is None:
         weights: dict[str, float] = {}
         if model is not None and adapter_sites(model):
@@ -37,7 +42,7 @@ def read_adapters(model: nn.Module | None, adapters: Adapters, allow_pickle: boo
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) < float("inf"):
             raise ConfigError(f"The weight of adapter {name} must be a finite number, got {weight!r}.")
         if model is not None and name in own:
-            found.append(WeightedAdapter(name, weight, adapter_files(model, name)))
+            found.append(WeightedAdapter(name, weight, adapter_files(model, name, plain=plain)))
         elif model is not None and not Path(name).is_dir():
             raise NoAdapterError(f"{name!r} is neither an adapter of the model ({', '.join(own)}) nor a folder.")
         else:

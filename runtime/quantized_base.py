@@ -13,6 +13,8 @@ from torch import nn
 
 from ..config import parse_dtype
 from ..errors import CheckpointError, ConfigError, InvalidWeightError, UnknownOptionError
+from ..initialization import is_spectral
+from ..modules import prepared_config
 from ..nf4 import BLOCK_SIZES, CODE_BOOKS
 from ..sharding import stored_form
 from ..tensor import QuantizedTensor, quantize_4bit
@@ -27,7 +29,7 @@ class QuantizedBase:
 
     `weights` are the parameters that were quantized, None where nobody noted it (then: those with an adapter);
     `transposed` those whose codes are of `W.t()` (Conv1D); `dtype` the dense dtype that they stand for (None: the
-    checkpoint's own).
+    checkpoint's own). `init_lora_weights` is set where it took the adapter's start out of the base (PiSSA and others).
     """
 
     quant_type: str = "nf4"
@@ -36,6 +38,7 @@ class QuantizedBase:
     dtype: torch.dtype | None = None
     weights: tuple[str, ...] | None = None
     transposed: tuple[str, ...] = ()
+    init_lora_weights: str | None = None
 
     @classmethod
     def of_model(cls, model: nn.Module) -> QuantizedBase:
@@ -45,6 +48,8 @@ class QuantizedBase:
             return cls(weights=())
         first = next(iter(found.values()))  # one configuration prepared them all; only their dtypes can differ
         dtypes = {weight.dtype for weight in found.values()}
+        config = prepared_config(model)
+        init = config.init_lora_weights if config else None
         return cls(
             first.quant_type,
             first.block_size,
@@ -52,6 +57,7 @@ class QuantizedBase:
             dtype=dtypes.pop() if len(dtypes) == 1 else None,
             weights=tuple(sorted(found)),
             transposed=tuple(sorted(name for name, weight in found.items() if weight.transposed)),
+            init_lora_weights=str(init) if is_spectral(init) else None,
         )
 
     @classmethod
@@ -87,6 +93,8 @@ class QuantizedBase:
             "weights": None if self.weights is None else list(self.weights),
             "transposed": list(self.transposed),
         }
+        if self.init_lora_weights is not None:
+            values["init_lora_weights"] = self.init_lora_weights
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
     def quantize(self, weight: torch.Tensor, *, transposed: bool) -> QuantizedTensor:

@@ -1,0 +1,87 @@
+"""What a model's adapter says about itself in PEFT's `adapter_config.json`."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..modules import AdapterSite, prepared_config
+
+
+def peft_config(
+    model: nn.Module, name: str, sites: Mapping[str, AdapterSite], saved: list[str], doubled: set[str]
+) -> dict[str, Any]:
+    """LoraConfig's keys that describe what we train; PEFT takes its defaults for the others.
+
+    At the sites of `doubled` the files hold twice the rank, and the alpha that leaves the scaling as it is.
+    """
+    config = prepared_config(model)
+    ranks = {site_name: site.rank(name) * (2 if site_name in doubled else 1) for site_name, site in sites.items()}
+    use_rslora, alphas = _alphas(name, sites)
+    alphas = {n: alpha * (2 ** (0.5 if use_rslora else 1) if n in doubled else 1) for n, alpha in alphas.items()}
+    rank, rank_pattern = default_and_pattern(ranks)
+    alpha, alpha_pattern = default_and_pattern(alphas)
+    base = getattr(getattr(model, "config", None), "_name_or_path", None)
+    causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    return {
+        "alpha_pattern": alpha_pattern,
+        "base_model_name_or_path": base or None,
+        "bias": "none",
+        "fan_in_fan_out": any(site.fan_in_fan_out for site in sites.values()),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": alpha,
+        "lora_dropout": float(config.lora_dropout) if config else 0.0,
+        "modules_to_save": saved or None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": rank_pattern,
+        "target_modules": _target_modules(model, sites),
+        "task_type": "CAUSAL_LM" if causal else None,
+        "use_dora": False,
+        "use_rslora": use_rslora,
+    }
+
+
+def _alphas(name: str, sites: Mapping[str, AdapterSite]) -> tuple[bool, dict[str, float]]:
+    """(use_rslora, alpha by site) such that PEFT computes the scalings that the model has."""
+    for use_rslora in (False, True):
+        if all(
+            math.isclose(s.scaling(name), s.alpha(name) / (s.rank(name) ** (0.5 if use_rslora else 1)), rel_tol=1e-9)
+            for s in sites.values()
+        ):
+            return use_rslora, {n: s.alpha(name) for n, s in sites.items()}
+    return False, {n: s.scaling(name) * s.rank(name) for n, s in sites.items()}
+
+
+def default_and_pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The most common value, and the rest by site; "^" pins a pattern to one site, and dots are dots."""
+    plain = {n: int(v) if float(v).is_integer() else float(v) for n, v in values.items()}
+    default = max(sorted(Counter(plain.values()).items()), key=lambda item: item[1])[0]
+    return default, {f"^{n.replace('.', '[.]')}": v for n, v in sorted(plain.items()) if v != default}
+
+
+def _target_modules(model: nn.Module, sites: Mapping[str, AdapterSite]) -> list[str]:
+    """The last part of each site's name where only sites end in it, else the whole name, sorted."""
+    last = {name: name.rpartition(".")[2] for name in sites}
+    elsewhere = {n.rpartition(".")[2] for n, _ in model.named_modules() if n not in sites}
+    return sorted({name if part in elsewhere else part for name, part in last.items()})
+
+
+def modules_saved_in_full(model: nn.Module) -> list[str]:
+    """Full names of the modules that are trained in full, with those that share their parameters, sorted.
+
+    PEFT copies such a module, which unties it from the other one; so both are written.
+    """
+    config = prepared_config(model)
+    wanted = config.modules_to_save if config else ()
+    modules = dict(model.named_modules(remove_duplicate=False))
+    named = [n for n in modules if any(n == w or n.endswith(f".{w}") for w in wanted)]
+    shared = {id(parameter) for n in named for parameter in modules[n].parameters()}
+    tied = [n for n, m in modules.items() if any(id(p) in shared for p in m.parameters(recurse=False))]
+    inside = [n for n in tied if not any(n == other or n.startswith(f"{other}.") for other in named)]
+    return sorted({*named, *inside})
