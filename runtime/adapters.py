@@ -23,7 +23,7 @@ from ..modules import (
 from .adapter_config import modules_saved_in_full, peft_config
 from .export_sources import unwrap
 from .fold_plan import first_few
-from .formats.peft_files import PREFIX, AdapterFiles, LoraLayer, read_adapter, write_adapter
+from .formats.peft_files import PREFIX, AdapterFiles, LoraLayer, only_foldable, read_adapter, write_adapter
 from .quantized_base import SIDE_FILE, QuantizedBase
 from .sharded import gathered, has_shards
 
@@ -57,6 +57,9 @@ def load_adapter(
     layers, parameters = files.layers(), files.full_parameters()
     own: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     own |= model.named_buffers(remove_duplicate=False)
+    special = only_foldable(layers)
+    if special:
+        raise AdapterMismatchError(f"The adapter {path} cannot be used here: {special}.")
     problems = [p for module, layer in layers.items() if (p := _layer_problem(sites, module, layer))]
     problems += [p for key, tensor in parameters.items() if (p := _parameter_problem(own, key, tensor))]
     there = [site for site in sites.values() if name in site.adapters]

@@ -15,7 +15,7 @@ from .adapter_config import default_and_pattern
 from .combine import CombineReport, Weight, checked_options, combine_layers, weight_at
 from .export_inputs import check_not_an_input
 from .formats.atomic import check_output_folder, new_folder
-from .formats.peft_files import PREFIX, AdapterFiles, LoraLayer, read_adapter, write_adapter
+from .formats.peft_files import PREFIX, AdapterFiles, LoraLayer, only_foldable, read_adapter, write_adapter
 from .quantized_base import SIDE_FILE, read_side_file
 
 
@@ -42,6 +42,10 @@ def combine_folders(
     check_output_folder(out, overwrite=overwrite)
     files = {label: read_adapter(label, allow_pickle=allow_pickle) for label in adapters}
     parts = {label: adapter.layers() for label, adapter in files.items()}
+    for label, adapter_layers in parts.items():
+        special = only_foldable(adapter_layers)
+        if special:
+            raise AdapterMismatchError(f"The adapter {label} cannot be combined: {special}.")
     layers, report = combine_layers(str(out), parts, dict(adapters), method, options, seed, torch.float32)
     tensors = _full_tensors(files, adapters)
     for module, layer in layers.items():

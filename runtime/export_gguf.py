@@ -96,13 +96,13 @@ def _stored(job: ExportJob, tensor: GgufTensor, result: ExportReport) -> Any:
     """The array to store for one tensor: the exact sum, rounded once to 16 bits, or to fp32 and then to Q8_0."""
     target = job.plan.targets.get(tensor.key)
     weight = job.source.tensor(tensor.key) if target is None else start_of(job, tensor.key, target)
-    terms, transposed = (target.terms, target.transposed) if target else ([], False)
-    values = fold(weight, terms, transposed=transposed, dtype=tensor.dtype) if terms else weight.to(tensor.dtype)
+    terms, options = (target.terms, target.fold_options) if target else ([], {})
+    values = fold(weight, terms, dtype=tensor.dtype, **options) if terms else weight.to(tensor.dtype)
     if not bool(torch.isfinite(values).all()):
         raise CheckpointError(f"{tensor.key} would hold NaN or infinity as {tensor.kind}; another dtype may hold it.")
     stored = tensor.encode(values)
     if job.report and len(tensor.shape) > 1:
-        result.layers.append(measure(tensor.key, tensor.decode(stored), weight, terms, transposed=transposed))
+        result.layers.append(measure(tensor.key, tensor.decode(stored), weight, terms, **options))
     return stored
 
 

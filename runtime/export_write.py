@@ -111,12 +111,15 @@ def start_of(job: ExportJob, key: str, target: Target) -> torch.Tensor:
             weight = job.quantized.round_trip(weight, transposed=target.transposed)
         except InvalidWeightError as error:
             raise InvalidWeightError(f"{key}: {error}") from None
-    if not target.full:
-        return weight
-    keep = 1 - sum(w for w, _ in target.full)
-    if len(target.full) == 1 and keep == 0:
-        return target.full[0][1]
-    return weight.double() * keep + sum(w * tensor.double() for w, tensor in target.full)
+    if target.full:
+        keep = 1 - sum(w for w, _ in target.full)
+        if len(target.full) == 1 and keep == 0:
+            weight = target.full[0][1]
+        else:
+            weight = weight.double() * keep + sum(w * tensor.double() for w, tensor in target.full)
+    if target.bias:
+        weight = weight.double() + sum(scale * vector.double() for scale, vector in target.bias)
+    return weight
 
 
 def _fold_one(job: ExportJob, key: str, target: Target, dtype: torch.dtype, result: ExportReport) -> torch.Tensor:
@@ -124,11 +127,11 @@ def _fold_one(job: ExportJob, key: str, target: Target, dtype: torch.dtype, resu
     weight = start_of(job, key, target)
     if not target.terms:
         return weight.to(dtype)
-    folded = fold(weight, target.terms, transposed=target.transposed, dtype=dtype)
+    folded = fold(weight, target.terms, dtype=dtype, **target.fold_options)
     if not bool(torch.isfinite(folded).all()):
         raise CheckpointError(f"{key} would hold NaN or infinity as {dtype}: the base has it, or it is out of range.")
     if job.report:
-        result.layers.append(measure(key, folded, weight, target.terms, transposed=target.transposed))
+        result.layers.append(measure(key, folded, weight, target.terms, **target.fold_options))
     return folded
 
 
@@ -140,14 +143,14 @@ def _quantize_one(
     target = job.plan.targets.get(key)
     weight = job.source.tensor(key).to(dtype) if target is None else start_of(job, key, target)
     terms = target.terms if target else []
-    flipped = target.transposed if target else is_conv1d
-    dense = fold(weight, terms, transposed=flipped, dtype=torch.float32) if terms else weight.to(dtype)
+    options = target.fold_options if target else {"transposed": is_conv1d}
+    dense = fold(weight, terms, dtype=torch.float32, **options) if terms else weight.to(dtype)
     try:
         quantized = job.output.quantize(dense, transposed=is_conv1d)
     except InvalidWeightError as error:
         raise InvalidWeightError(f"{key}: {error}") from None
     if job.report:
-        result.layers.append(measure(key, quantized.dequantize(), weight, terms, transposed=flipped))
+        result.layers.append(measure(key, quantized.dequantize(), weight, terms, **options))
     return quantized
 
 

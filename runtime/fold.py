@@ -43,23 +43,49 @@ class LayerError:
 
 
 def fold(
-    weight: torch.Tensor, terms: Sequence[LoraTerm], *, transposed: bool = False, dtype: torch.dtype | None = None
+    weight: torch.Tensor,
+    terms: Sequence[LoraTerm],
+    *,
+    transposed: bool = False,
+    dtype: torch.dtype | None = None,
+    magnitude: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`weight` [out, in] (`transposed`: [in, out]) + the terms -> a new tensor of `dtype` (None: the weight's).
+
+    With `magnitude` [out] (DoRA), each row of the sum is brought to that length.
 
     The error against the real sum is at most half a unit in the last place of `dtype` (plus fp64's own rounding, and
     for 16-bit results 2^-16 of a unit, since torch rounds fp64 to 16 bits by way of fp32).
     """
     out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
-    for rows, exact in exact_blocks(weight, terms, transposed=transposed):
+    for rows, exact in exact_blocks(weight, terms, transposed=transposed, magnitude=magnitude):
         out[rows] = exact
     return out
 
 
 def exact_blocks(
-    weight: torch.Tensor, terms: Sequence[LoraTerm], *, transposed: bool = False
+    weight: torch.Tensor,
+    terms: Sequence[LoraTerm],
+    *,
+    transposed: bool = False,
+    magnitude: torch.Tensor | None = None,
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """The sum in fp64 by blocks of rows: (rows of `weight`, values of those rows)."""
+    if magnitude is None:
+        yield from _sums(weight, terms, transposed)
+        return
+    wanted = magnitude.to(weight.device, torch.float64)
+    if not transposed:
+        for rows, block in _sums(weight, terms, transposed):
+            yield rows, block * (wanted[rows] / block.norm(dim=1))[:, None]
+        return
+    squares = sum(block.square().sum(dim=0) for _, block in _sums(weight, terms, transposed))
+    factor = wanted / torch.as_tensor(squares).sqrt()
+    for rows, block in _sums(weight, terms, transposed):
+        yield rows, block * factor
+
+
+def _sums(weight: torch.Tensor, terms: Sequence[LoraTerm], transposed: bool) -> Iterator[tuple[slice, torch.Tensor]]:
     left, right = _factors(weight, terms, transposed)
     step = max(1, BLOCK_BYTES // (8 * max(1, prod(weight.shape[1:]))))
     for start in range(0, weight.shape[0], step):
@@ -77,10 +103,11 @@ def measure(
     terms: Sequence[LoraTerm],
     *,
     transposed: bool = False,
+    magnitude: torch.Tensor | None = None,
 ) -> LayerError:
     """The error of `written` against the exact sum of `weight` and the terms, all in fp64."""
     worst = total = error_square = exact_square = written_square = product = 0.0
-    for rows, exact in exact_blocks(weight, terms, transposed=transposed):
+    for rows, exact in exact_blocks(weight, terms, transposed=transposed, magnitude=magnitude):
         got = written[rows].to(torch.float64)
         error = got - exact
         worst = max(worst, float(error.abs().max()))

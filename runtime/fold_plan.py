@@ -36,6 +36,7 @@ class Target:
 
     `full` are tensors trained in full (weight w, tensor S): W becomes (1 - sum w) * W + sum w * S, which is S itself
     for the usual single w = 1. `transposed`: W is [in, out] (Conv1D) or [vocab, dim] (an embedding).
+    `magnitude` [out] is DoRA's: the length that each row of the sum gets. `bias` are vectors added to it (`lora_bias`).
     `parameter` is its name in the model, which may have a prefix that the checkpoint's key lacks.
     """
 
@@ -44,9 +45,16 @@ class Target:
     dtype: torch.dtype
     terms: list[LoraTerm] = field(default_factory=list)
     full: list[tuple[float, torch.Tensor]] = field(default_factory=list)
+    magnitude: torch.Tensor | None = None
+    bias: list[tuple[float, torch.Tensor]] = field(default_factory=list)
     transposed: bool = False
     embedding: bool = False
     requantize: bool = False
+
+    @property
+    def fold_options(self) -> dict[str, Any]:
+        """Keywords of `fold` and `measure`."""
+        return {"transposed": self.transposed, "magnitude": self.magnitude}
 
 
 @dataclass
@@ -82,6 +90,7 @@ def plan_fold(
             problems += [problem] if problem else []
         if problems:
             raise AdapterMismatchError(f"The adapter {adapter.label} does not fit the base: {first_few(problems)}.")
+    _check_dora(plan)
     if tied:
         _settle_tied(plan, dict(specs), tied, adapters)
     return plan
@@ -160,7 +169,23 @@ def _add_layer(
     target.terms.append(LoraTerm(layer.a, layer.b, adapter.weight * layer.scaling))
     target.transposed = flipped
     target.embedding = layer.embedding
+    if layer.magnitude is not None:
+        if adapter.weight != 1:
+            return f"{module} uses DoRA, which has no weighted form: give it the weight 1"
+        target.magnitude = layer.magnitude
+    if layer.bias is not None:
+        bias = resolve_key(f"{module}.bias", specs)
+        if bias is None:
+            return f"{module} has a bias on lora_B (lora_bias), but the base has no {module}.bias to fold it into"
+        _target(plan, specs, bias, f"{module}.bias").bias.append((adapter.weight * layer.scaling, layer.bias))
     return None
+
+
+def _check_dora(plan: FoldPlan) -> None:
+    """DoRA's lengths are those of base + its own adapter. Raises AdapterMismatchError where another one is added."""
+    for key, target in plan.targets.items():
+        if target.magnitude is not None and len(target.terms) > 1:
+            raise AdapterMismatchError(f"{key} gets a DoRA adapter and another one: fold them one after the other.")
 
 
 def _add_full(

@@ -191,6 +191,8 @@ def _apply(model: nn.Module, adapters: Sequence[WeightedAdapter]) -> tuple[nn.Mo
             pass
         else:
             return peft.PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False).eval(), "stock peft"
+    if any(layer.magnitude is not None for adapter in adapters for layer in adapter.files.layers().values()):
+        raise MissingDependencyError("peft", "test", "Verifying the export of a DoRA adapter")
     _replace_full(model, adapters)
     for adapter in adapters:
         for path, layer in adapter.files.layers().items():
@@ -217,6 +219,6 @@ def _low_rank_hook(layer: LoraLayer, weight: float) -> Callable[[nn.Module, Any,
 
     def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         low = nn.functional.embedding(args[0], a.t()) if layer.embedding else args[0] @ a.t()
-        return output + scale * (low @ b.t())
+        return output + scale * (low @ b.t() if layer.bias is None else low @ b.t() + layer.bias.float())
 
     return hook

@@ -1,7 +1,8 @@
 """PEFT's LoRA folders: `adapter_config.json` and `adapter_model.safetensors`, without a model.
 
 A key is `base_model.model.<module>.lora_A.weight` [r, in] or `.lora_B.weight` [out, r]; for embeddings
-`.lora_embedding_A` [r, vocab] and `.lora_embedding_B` [dim, r]; any other key is a parameter that was trained in full
+`.lora_embedding_A` [r, vocab] and `.lora_embedding_B` [dim, r]; with `lora_bias` there is `.lora_B.bias` [out], with DoRA
+`.lora_magnitude_vector` [out]; any other key is a parameter that was trained in full
 (`modules_to_save`, `bias`). The adapter's name is no part of the files.
 """
 
@@ -35,13 +36,14 @@ _FACTORS = {
     ".lora_B.weight": ("b", False),
     ".lora_embedding_A": ("a", True),
     ".lora_embedding_B": ("b", True),
+    ".lora_B.bias": ("bias", False),
+    ".lora_magnitude_vector": ("magnitude", False),
+    ".lora_magnitude_vector.weight": ("magnitude", False),
 }
 # LoraConfig's options that change what the adapter computes in a way that we do not implement.
 _UNSUPPORTED = {
-    "use_dora": "DoRA",
     "use_qalora": "QALoRA",
     "use_bdlora": "BD-LoRA",
-    "lora_bias": "a bias on lora_B",
     "target_parameters": "adapters on bare parameters",
     "layer_replication": "layer replication",
     "trainable_token_indices": "trainable tokens",
@@ -56,13 +58,19 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 @dataclass(frozen=True)
 class LoraLayer:
-    """The adapter of one module: `a` [r, in], `b` [out, r]; what it adds to the weight is `scaling * b @ a`."""
+    """The adapter of one module: `a` [r, in], `b` [out, r]; what it adds to the weight is `scaling * b @ a`.
+
+    `bias` [out], times `scaling`, is added to the module's bias (`lora_bias`). `magnitude` [out] is DoRA's: the rows of
+    weight + `scaling * b @ a` are brought to these lengths (arXiv 2402.09353).
+    """
 
     a: torch.Tensor
     b: torch.Tensor
     alpha: float
     scaling: float
     embedding: bool = False
+    bias: torch.Tensor | None = None
+    magnitude: torch.Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -221,7 +229,7 @@ def _check_ranks(config: Mapping[str, Any]) -> None:
 
 
 def _parse_key(key: str) -> tuple[str, str, bool] | None:
-    """Key -> (module path, "a" or "b", is embedding); None for a parameter trained in full."""
+    """Key -> (module path, "a", "b", "bias" or "magnitude", is embedding); None for a parameter trained in full."""
     for suffix, (factor, embedding) in _FACTORS.items():
         if key.endswith(suffix):
             return key.removesuffix(suffix).removeprefix(PREFIX), factor, embedding
@@ -243,8 +251,28 @@ def _make_layer(module: str, factors: dict[str, torch.Tensor], config: dict[str,
     rank = int(pattern_value(config.get("rank_pattern"), module, config["r"]))
     if a.shape[0] != b.shape[1] or a.shape[0] != rank or rank == 0:
         raise CheckpointError(f"{module}: {shapes} do not agree with the rank {rank} in {CONFIG_FILE}.")
+    for name, option in (("bias", "lora_bias"), ("magnitude", "use_dora")):
+        vector, asked = factors.get(name), bool(config.get(option))
+        if embedding and (vector is not None or asked):
+            raise CheckpointError(f"{module}: {option} of an embedding is not supported.")
+        if (vector is not None) != asked:
+            has = "no" if vector is None else "a"
+            raise CheckpointError(f"{module} has {has} {name} vector, but {option} is {asked} in {CONFIG_FILE}.")
+        if vector is not None and tuple(vector.shape) != (b.shape[0],):
+            raise CheckpointError(f"{module}: its {name} {list(vector.shape)} does not fit {shapes}.")
     alpha = float(pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
-    return LoraLayer(a, b, alpha, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), embedding)
+    scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return LoraLayer(a, b, alpha, scaling, embedding, factors.get("bias"), factors.get("magnitude"))
+
+
+def only_foldable(layers: Mapping[str, LoraLayer]) -> str | None:
+    """Why these layers can be folded into weights only, not trained or combined here; None if they can."""
+    for module, layer in layers.items():
+        if layer.magnitude is not None:
+            return f"{module} uses DoRA (use_dora), which can be folded by export only"
+        if layer.bias is not None:
+            return f"{module} has a bias on lora_B (lora_bias), which can be folded by export only"
+    return None
 
 
 def pattern_value(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:

@@ -37,6 +37,7 @@ def test_every_field_of_a_run_has_an_option() -> None:
     # What a library user may want to set, and what the command line decides by itself.
     assert missing <= {
         "init_lora_weights",
+        "loftq_iter",
         "quantize",
         "adapter_dtype",
         "dump_dir",
