@@ -26,6 +26,7 @@ from .regions import CACHEABLE, call_region, return_operands_directly
 from .report import CompileReport
 from .state import (
     ModelEdits,
+    check_not_wrapped,
     check_one_device,
     check_same_config,
     expert_targets,
@@ -94,6 +95,8 @@ def _compile(
     work = copy_graph(gm)
     nodes = placeholders(work.graph)
     before = prepared_state(root)
+    if before is None and not edits.is_foreign:
+        check_not_wrapped(root)
     ctx = PassContext(config, edits, graph_number=len(before.reports) if before is not None else 0)
     ctx.params = {node.name: entry for node, param in zip(nodes, original) if (entry := edits.find(param)) is not None}
     ctx.codes = {node.name: entry for node, t in zip(nodes, original) if (entry := edits.find_codes(t)) is not None}

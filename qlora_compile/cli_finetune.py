@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -103,16 +104,21 @@ def finetune(
     ] = None,
     dtype: Annotated[str | None, _quantization("Of the dense parts (as --compute-dtype if not given).")] = None,
     device: Annotated[str | None, _quantization("cpu or cuda (CUDA where there is one if not given).")] = None,
+    fsdp: Annotated[bool, _run("Under torchrun: split the weights too, not the data alone.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """Train adapters on a 4-bit base model; writes OUT/adapter, OUT/metrics.jsonl, OUT/run.json, OUT/checkpoints.
 
     Example: qlora-compile finetune --model ./SmolLM2-135M --data speeches.txt --out run --steps 200 --batch 2
+
+    On several GPUs: torchrun --nproc-per-node 8 -m -- qlora_compile.cli finetune --fsdp ...
     """
     config = finetune_config(dict(locals()))
     from .runtime.finetune import finetune as run
 
     result = run(config)
+    if os.environ.get("RANK", "0") != "0":
+        return  # of the processes of one run, the first answers
     if as_json:
         print_json(result.to_dict())
     else:

@@ -82,6 +82,10 @@ class NonFiniteError(QLoRACompileError):
     """Loss or gradients stayed NaN or infinite for too many steps in a row."""
 
 
+class DistributedError(QLoRACompileError):
+    """The processes of a run did not find each other, or one of them ended before the others."""
+
+
 class PassError(QLoRACompileError):
     """A compiler pass failed; the message names the pass and the node."""
 

@@ -16,6 +16,7 @@ from .modules import prepared_config, prepared_state
 from .state import (
     ModelEdits,
     ParamInfo,
+    check_not_wrapped,
     check_one_device,
     check_same_config,
     expert_entries,
@@ -39,7 +40,7 @@ def prepare(
     configuration changes nothing. The dense weights are freed one by one.
 
     Raises NoTargetError (no linear matched), ConfigError (a rank is too large), InvalidWeightError (NaN or infinity),
-    ModelStateError (several devices, or already prepared with another configuration).
+    ModelStateError (several devices, already in DDP or FSDP2, or prepared with another configuration).
     """
     config = QLoRAConfig.from_options(config)
     if not isinstance(model, nn.Module):
@@ -49,6 +50,7 @@ def prepare(
         check_same_config(old, config)
         return model
     check_one_device(model)
+    check_not_wrapped(model)
     edits = ModelEdits(model, config)
     if example_inputs is not None:
         if experts := expert_targets(edits):

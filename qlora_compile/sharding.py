@@ -112,11 +112,15 @@ class QuantizedShard(torch.Tensor):
 
     # --- FSDP2's extension points ---
 
-    def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, Tensor], Any]:
-        """-> ((codes, absmax) of ceil(N / ranks) rows, the last rank's padded), what `fsdp_post_all_gather` needs."""
+    def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, ...], Any]:
+        """-> (absmax and codes of ceil(N / ranks) rows, the last rank's padded; what `fsdp_post_all_gather` needs)."""
         rows = -(-self.whole.shape[0] // mesh.size())
         values = rows * self.whole.shape[1]
-        parts = _padded(self.codes, values // 2), _padded(self.absmax, values // self.whole.block_size)
+        absmax, codes = self.absmax, self.codes
+        if mesh.size() == 1:  # FSDP2 (torch 2.13) takes only the first tensor along where there is nothing to gather
+            parts: tuple[Tensor, ...] = (torch.cat([absmax.view(torch.uint8), codes]),)
+        else:
+            parts = _padded(absmax, values // self.whole.block_size), _padded(codes, values // 2)
         return parts, (self.absmax_scale, self.absmax_offset)
 
     def fsdp_post_all_gather(
@@ -127,9 +131,14 @@ class QuantizedShard(torch.Tensor):
             weight = cast(QuantizedTensor, out)
             weight.absmax_scale, weight.absmax_offset = metadata
             return None
-        codes, absmax = outputs
         numel = self.whole.shape[0] * self.whole.shape[1]
-        data = nf4.QuantizedData(codes[: (numel + 1) // 2], absmax[: -(-numel // self.whole.block_size)], *metadata)
+        blocks = -(-numel // self.whole.block_size)
+        if len(outputs) == 1:
+            length = blocks * self.absmax.element_size()
+            absmax, codes = outputs[0][:length].view(self.absmax.dtype), outputs[0][length:]
+        else:
+            absmax, codes = outputs
+        data = nf4.QuantizedData(codes[: (numel + 1) // 2], absmax[:blocks], *metadata)
         return QuantizedTensor(data, self.whole._replace(dtype=param_dtype)), ()
 
 

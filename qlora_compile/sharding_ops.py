@@ -60,23 +60,31 @@ def _split(weight: Any, size: int, dim: int = 0) -> Any:
     parts = [_rows(weight, start, min(start + size, total)) for start in range(0, total, size)]
     if any(part is None for part in parts):
         if _called_by_fully_shard():
-            raise _not_on_blocks(weight, size)
+            raise ModelStateError(f"{_problem(weight, size)}, {_WAY_OUT}")
         return NotImplemented
     return parts
 
 
-def _not_on_blocks(weight: Any, rows: int) -> ModelStateError:
-    layout = _layout(weight)
-    keep = "keep this weight whole on every rank with fully_shard(..., ignored_params={weight})"
-    if layout.transposed or layout.per_expert:
-        kind = "holds the experts of a layer" if layout.per_expert else "is stored transposed (GPT-2's Conv1D)"
-        return ModelStateError(
-            f"A 4-bit weight of shape {tuple(weight.shape)} that {kind} cannot be split by rows: {keep}."
-        )
-    return ModelStateError(
-        f"A 4-bit weight of shape {tuple(weight.shape)} cannot be split into {rows} rows a rank: {rows} x "
-        f"{weight.shape[1]} values do not end on a block of {layout.block_size}. Prepare with a smaller block_size, use "
-        f"another number of ranks, or {keep}."
+_WAY_OUT = "use another number of ranks, or keep it whole on every rank with fully_shard(..., ignored_params={weight})."
+
+
+def split_problem(weight: Tensor, ranks: int) -> str | None:
+    """Why FSDP2 cannot split the rows of this weight over so many ranks, in words; None where it can."""
+    size = -(-weight.shape[0] // ranks)
+    if not isinstance(weight, QuantizedTensor) or _rows(weight, 0, size) is not None:
+        return None
+    return _problem(weight, size)
+
+
+def _problem(weight: Any, rows: int) -> str:
+    layout, what = _layout(weight), f"A 4-bit weight of shape {tuple(weight.shape)}"
+    if layout.per_expert:
+        return f"{what} that holds the experts of a layer cannot be split by rows"
+    if weight.dim() != 2 or layout.transposed or not weight.is_contiguous():
+        return f"{what} that is not stored row by row (GPT-2's Conv1D) cannot be split by rows"
+    return (
+        f"{what} cannot be split into {rows} rows a rank: {rows} x {weight.shape[1]} values do not end on a block of "
+        f"{layout.block_size}; prepare with a smaller block_size"
     )
 
 

@@ -331,6 +331,19 @@ def expert_targets(edits: ModelEdits) -> list[tuple[ParamInfo, bool]]:
     return [(entry, fan) for entry, fan in found if edits.decline_reason(entry) is None]
 
 
+def check_not_wrapped(root: nn.Module) -> None:
+    """Raises ModelStateError if DDP or FSDP2 holds the parameters already, without the adapters that would be added."""
+    parallel = nn.parallel.DistributedDataParallel
+    active = torch.distributed.is_available() and parallel._get_active_ddp_module() is not None
+    split = any(hasattr(param, "device_mesh") for param in root.parameters())
+    if active or split or isinstance(root, parallel):
+        wrapper = "fully_shard" if split else "DistributedDataParallel"
+        raise ModelStateError(
+            f"The model is in {wrapper} already, which would not know its adapters: call qlora_compile.prepare(model, "
+            f"config) first, then {wrapper}."
+        )
+
+
 def linear_entries(edits: ModelEdits) -> list[tuple[ParamInfo, bool]]:
     """(entry, fan_in_fan_out) of every module that is a linear by itself, in module order."""
     found: list[tuple[ParamInfo, bool]] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,15 @@ from ..preparation import prepare
 from .adapters import save_adapter
 from .checkpoint import Checkpoint, prune, save_checkpoint
 from .data import Batch, BlockOrder, PackedData, check_model_reads, load_data
+from .distributed import Processes
 from .evaluate import evaluate
 from .finetune_config import FinetuneConfig
+from .finetune_result import FinetuneResult
 from .interrupts import InterruptedRunError, SignalWatch
 from .metrics import Clock, MetricsLog, PagingMeter, finite_or_none, memory_bytes, read_metrics, versions, write_run
 from .models import load_tokenizer, load_weights, model_fingerprint
 from .optimizer import make_optimizer, trainable_parameters
-from .reporters import EvalRecord, Reporter, StepRecord, make_reporter
+from .reporters import EvalRecord, Reporter, SilentReporter, StepRecord, make_reporter
 from .run_folder import RunFolder
 from .runs import open_sinks
 from .schedule import learning_rate, warmup_steps
@@ -31,37 +32,24 @@ from .training_state import capture, restore
 __all__ = ["FinetuneConfig", "FinetuneResult", "finetune"]
 
 
-@dataclass(frozen=True)
-class FinetuneResult:
-    """What a run gave. Perplexities are on the evaluation data, None without it; `losses` has one entry a step, None
-    for a loss that was not finite; `tokens_per_s` is the median over the steps."""
-
-    out: Path
-    adapter: Path
-    steps: int
-    losses: tuple[float | None, ...]
-    skipped_steps: int
-    perplexity_dense: float | None
-    perplexity_quantized: float | None
-    perplexity: float | None
-    tokens_per_s: float
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-ready values."""
-        values = asdict(self) | {"losses": list(self.losses)}
-        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
-
-
 def finetune(config: FinetuneConfig, reporter: Reporter | None = None) -> FinetuneResult:
     """Train adapters on `config.data` and write `config.out`: adapter/, metrics.jsonl, run.json and checkpoints/.
 
     `reporter` None reports to standard error: a progress bar on a terminal, plain lines elsewhere. The output folder
     and the data are checked before the model is loaded. SIGINT and SIGTERM end the run after the step in progress, with
     a checkpoint. Raises QLoRACompileError's subclasses, InterruptedRunError among them.
+
+    Under torchrun every process takes its part of each batch, and the first one writes (runtime/distributed.py).
     """
-    reporter = make_reporter() if reporter is None else reporter
-    run = _Run(config, reporter)
+    processes = Processes.join(config.pick_device())
+    with processes.own_folder(config) as own, processes.watched():
+        reporter = SilentReporter() if not processes.first else make_reporter() if reporter is None else reporter
+        result = _finetune(_Run(own, reporter, processes))
+    processes.leave()
+    return result
+
+
+def _finetune(run: _Run) -> FinetuneResult:
     try:
         run.load()
         with MetricsLog(run.folder.metrics, run.step) as run.log:
@@ -77,7 +65,7 @@ def finetune(config: FinetuneConfig, reporter: Reporter | None = None) -> Finetu
             run.record_end("interrupted" if isinstance(error, InterruptedRunError) else "failed", error=str(error))
         raise
     finally:
-        reporter.close()
+        run.reporter.close()
 
 
 class _Run:
@@ -91,14 +79,17 @@ class _Run:
     paging: PagingMeter
     order: BlockOrder
 
-    def __init__(self, config: FinetuneConfig, reporter: Reporter) -> None:
+    def __init__(self, config: FinetuneConfig, reporter: Reporter, processes: Processes) -> None:
         self.config = config
         self.reporter = reporter
+        self.processes = processes
         self.started = time.perf_counter()
-        self.device = config.pick_device()
+        self.device = processes.device(config.pick_device())
         self.folder = RunFolder(config.out)
         self.sinks = open_sinks(config, reporter.notice)
-        self.checkpoint: Checkpoint | None = self.folder.open(config, reporter)
+        self.checkpoint: Checkpoint | None = processes.from_first(lambda: self.folder.open(config, reporter))
+        if not processes.first:
+            self.folder.open(config, reporter)
         self.step = self.checkpoint.step if self.checkpoint else 0
         self.perplexity: dict[str, float] = self.checkpoint.state["perplexity"] if self.checkpoint else {}
         self.run_record: dict[str, Any] = {}
@@ -109,20 +100,23 @@ class _Run:
         tokenizer = load_tokenizer(config.model)
         self.data = load_data(config.data, tokenizer, config.seq_len)
         self.eval_data = load_data(config.eval_data, tokenizer, config.seq_len) if config.eval_data else None
-        self.total_steps = config.total_steps(len(self.data))
+        self.total_steps = config.total_steps(len(self.data), self.processes.count)
         count = f"{self.data.documents} documents, {len(self.data)} blocks of {config.seq_len} tokens"
         self.reporter.notice(f"training data: {count}; {self.total_steps} steps of {self._step_tokens} tokens")
         self._check_same("data", self.data.fingerprint, config.data)
+        self.processes.check_same("data", self.data.fingerprint)
         self.reporter.notice(f"loading {config.model}")
         self.model = load_weights(config.model, config.base_dtype).to(self.device)
         check_model_reads(self.model, config.seq_len, self.data, self.eval_data)
         self.model_fingerprint = model_fingerprint(self.model)
         self._check_same("model", self.model_fingerprint, config.model)
+        self.processes.check_same("model", self.model_fingerprint)
         self.run_record = {
             "id": self.folder.run_id(),
             "config": config.to_dict(),
             "versions": versions(),
             "seed": config.data_seed,
+            "processes": self.processes.count,
             "data": self.data.summary(),
             "eval_data": None if self.eval_data is None else self.eval_data.summary(),
         }
@@ -137,6 +131,7 @@ class _Run:
         prepare(self.model, config.qlora)
         if self.checkpoint is None:
             self._evaluate("quantized")
+        call = self.processes.wrap(self.model, split=config.fsdp, notice=self.reporter.notice)
         optimizer = make_optimizer(
             self.model,
             name=config.optimizer,
@@ -147,13 +142,22 @@ class _Run:
         )
         half = torch.float16 in (config.qlora.compute_dtype, config.base_dtype)
         scaler = torch.amp.GradScaler(self.device.type) if half else None
-        self.take_step = TrainStep(self.model, optimizer, max_grad_norm=config.max_grad_norm, scaler=scaler)
+        self.take_step = TrainStep(
+            self.model,
+            optimizer,
+            max_grad_norm=config.max_grad_norm,
+            scaler=scaler,
+            call=call,
+            processes=self.processes,
+        )
         self.paging = PagingMeter(optimizer)
         self.order = BlockOrder(len(self.data), config.data_seed)
-        torch.manual_seed(config.data_seed)
+        torch.manual_seed(config.data_seed + self.processes.rank)
         if self.checkpoint is not None:
             restore(self.checkpoint, trainable_parameters(self.model), optimizer, scaler)
             self.order.position = self.checkpoint.state["position"]
+            if not self.processes.first:  # the state that was stored is the first one's
+                torch.manual_seed(config.data_seed + self.processes.rank + self.processes.count * self.step)
             self.checkpoint = None  # its tensors are a second copy of the adapters and their moments
 
     def train(self) -> None:
@@ -169,8 +173,9 @@ class _Run:
             while self.step < self.total_steps:
                 self._one_step(clock)
                 last = self.step == self.total_steps
-                if watch.signal_name and not last:
-                    self._stop(watch.signal_name)
+                stopped = self.processes.total(float(watch.signal_name is not None), self.device) > 0
+                if stopped and not last:
+                    self._stop(watch.signal_name or "a signal to another process")
                 if config.save_every and (self.step % config.save_every == 0 or last):
                     self._save()
                 if config.eval_every and self.step % config.eval_every == 0 and not last:
@@ -181,7 +186,7 @@ class _Run:
         save_adapter(self.model, self.folder.adapter)
         self.reporter.close()
         self._evaluate("final")
-        result = self._result()
+        result = FinetuneResult.of_run(self.folder, self.step, self.perplexity, time.perf_counter() - self.started)
         self.record_end("done", results=result.to_dict() | {"losses": None})
         self.reporter.notice(f"adapter saved to {self.folder.adapter}")
         return result
@@ -202,7 +207,7 @@ class _Run:
 
     @property
     def _step_tokens(self) -> int:
-        return self.config.batch * self.config.grad_accum * self.config.seq_len
+        return self.config.batch * self.config.grad_accum * self.config.seq_len * self.processes.count
 
     def _one_step(self, clock: Clock) -> None:
         config = self.config
@@ -220,7 +225,8 @@ class _Run:
         self.reporter.step(record)
 
     def _next_batch(self) -> Batch:
-        batch = self.data.batch(self.order.take(self.config.batch))
+        blocks = self.order.take(self.config.batch * self.processes.count)
+        batch = self.data.batch(self.processes.mine(blocks))
         return batch._replace(input_ids=batch.input_ids.to(self.device), labels=batch.labels.to(self.device))
 
     def _record(self, result: StepResult, lr: float, seconds: float, seconds_left: float | None) -> StepRecord:
@@ -253,6 +259,8 @@ class _Run:
     def _save(self) -> Path:
         parameters, scaler = self.take_step.parameters, self.take_step.scaler
         tensors, state = capture(parameters, self.take_step.optimizer, scaler)
+        if not self.processes.first:
+            return self.folder.checkpoints
         state |= {
             "config": self.config.to_dict(),
             "data": self.data.fingerprint,
@@ -278,19 +286,3 @@ class _Run:
     def _check_same(self, what: str, fingerprint: str, path: Path) -> None:
         if self.checkpoint and self.checkpoint.state.get(what) != fingerprint:
             raise CheckpointError(f"{self.checkpoint.path} was trained with another {what} than {path} holds now.")
-
-    def _result(self) -> FinetuneResult:
-        lines = [line for line in read_metrics(self.folder.metrics) if line["event"] == "step"]
-        speeds = sorted(line["tokens_per_s"] for line in lines)
-        return FinetuneResult(
-            out=self.folder.path,
-            adapter=self.folder.adapter,
-            steps=self.step,
-            losses=tuple(line["loss"] for line in lines),
-            skipped_steps=sum(line["skipped"] for line in lines),
-            perplexity_dense=self.perplexity.get("dense"),
-            perplexity_quantized=self.perplexity.get("quantized"),
-            perplexity=self.perplexity.get("final"),
-            tokens_per_s=speeds[len(speeds) // 2] if speeds else 0.0,
-            seconds=round(time.perf_counter() - self.started, 1),
-        )

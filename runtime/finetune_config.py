@@ -38,6 +38,9 @@ class FinetuneConfig:
     `seed` (None: that of `qlora`) orders the data and draws dropout. `save_every` steps a checkpoint is written (0:
     only when interrupted), of which the newest `keep_last` stay. `resume` is True (the newest checkpoint in `out`) or
     a checkpoint folder. `eval_every` (0: only before and after) and `eval_batches` (None: all) bound evaluation.
+    Under torchrun every process takes `batch` sequences of its own; with `fsdp` the weights are split over the processes
+    too (FSDP2), else each process has them all (DistributedDataParallel).
+
     `dtype` is the base model's (None: `qlora.compute_dtype`), `device` None means CUDA where there is one.
 
     `tensorboard` is a folder for TensorBoard's files, in it one by the name of `out`; `posthog` the address of a PostHog
@@ -74,6 +77,7 @@ class FinetuneConfig:
     compile: bool = True
     dtype: torch.dtype | None = None
     device: str | None = None
+    fsdp: bool = False
     tensorboard: Path | None = None
     posthog: str | None = None
 
@@ -111,6 +115,12 @@ class FinetuneConfig:
         _require(self.seed is None or _is_int(self.seed, 0), "seed", self.seed, "a whole number of at least 0")
         if self.qlora.r == 0 and not any(self.qlora.rank_pattern.values()):
             raise ConfigError("r is 0, so there would be no adapters to train: give a rank of at least 1.")
+
+        half = torch.float16 in (self.qlora.compute_dtype, self.base_dtype)
+        if self.fsdp and half:
+            raise ConfigError(
+                "fsdp does not go with float16, whose loss scale each rank would choose alone: use bfloat16."
+            )
 
     def _check_rates(self) -> None:
         _require(_is_number(self.lr) and self.lr > 0, "lr", self.lr, "a number above 0")
@@ -161,11 +171,11 @@ class FinetuneConfig:
         """What orders the data and draws dropout."""
         return self.qlora.seed if self.seed is None else self.seed
 
-    def total_steps(self, n_blocks: int) -> int:
+    def total_steps(self, n_blocks: int, processes: int = 1) -> int:
         """Optimizer steps of this run over `n_blocks` packed sequences (at least 1; the last step may wrap around)."""
         if self.steps is not None:
             return self.steps
-        return max(1, math.ceil(self.epochs * n_blocks / (self.batch * self.grad_accum)))
+        return max(1, math.ceil(self.epochs * n_blocks / (self.batch * self.grad_accum * processes)))
 
     def pick_device(self) -> torch.device:
         """The device to train on. Raises ConfigError for one that does not exist here."""

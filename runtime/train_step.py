@@ -11,7 +11,9 @@ from torch import nn
 
 from ..errors import NonFiniteError
 from .data import Batch
+from .distributed import Processes
 from .optimizer import trainable_parameters
+from .sharded import gathered
 
 MAX_BAD_STEPS = 5
 
@@ -32,6 +34,9 @@ class TrainStep:
     all tokens, however unevenly they are spread. `max_grad_norm` 0 means no clipping. With a `scaler` (fp16) the loss
     is scaled, and an overflow skips the step and halves the scale. Any other step with non-finite gradients is skipped
     and counted; after five in a row NonFiniteError names a parameter.
+
+    With several `processes`, each is called with its own micro-batches, `call` is what `processes.wrap` made of the
+    model, and all of theirs count as one batch.
     """
 
     def __init__(
@@ -41,8 +46,11 @@ class TrainStep:
         *,
         max_grad_norm: float,
         scaler: torch.amp.GradScaler | None = None,
+        call: nn.Module | None = None,
+        processes: Processes | None = None,
     ) -> None:
-        self.model = model
+        self.call = model if call is None else call
+        self.processes = processes or Processes()
         self.optimizer = optimizer
         self.max_grad_norm = max_grad_norm
         self.scaler = scaler
@@ -52,14 +60,20 @@ class TrainStep:
     def __call__(self, batches: Sequence[Batch], lr: float) -> StepResult:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss_tokens = sum(batch.loss_tokens for batch in batches)
+        processes, device = self.processes, batches[0].input_ids.device
+        loss_tokens = int(processes.total(sum(batch.loss_tokens for batch in batches), device))
         self.optimizer.zero_grad(set_to_none=True)
-        loss = sum(self._backward(batch, batch.loss_tokens / loss_tokens) for batch in batches)
+        loss = torch.zeros((), device=device)
+        for number, batch in enumerate(batches, start=1):
+            # gradients are averaged over the processes, where the mean over all tokens is their sum
+            with processes.reducing(self.call, number == len(batches)):
+                loss = loss + self._backward(batch, processes.count * batch.loss_tokens / loss_tokens)
+        mean_loss = processes.total(float(loss), device) / processes.count
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        result = StepResult(float(loss), float(norm), loss_tokens, skipped=not bool(torch.isfinite(norm)))
+        norm = gathered(torch.nn.utils.get_total_norm(gradients))
+        result = StepResult(mean_loss, float(norm), loss_tokens, skipped=not bool(torch.isfinite(norm)))
         if result.skipped:
             self._count_bad_step(result)
         else:
@@ -74,7 +88,7 @@ class TrainStep:
 
     def _backward(self, batch: Batch, share: float) -> torch.Tensor:
         """Adds this micro-batch's gradients; returns its part of the loss, on the device and without a graph."""
-        loss = self.model(input_ids=batch.input_ids, labels=batch.labels).loss * share
+        loss = self.call(input_ids=batch.input_ids, labels=batch.labels).loss * share
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         return loss.detach()
 

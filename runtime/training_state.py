@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from .checkpoint import Checkpoint
+from .sharded import as_shard, gathered, is_sharded, local_part, part_like
 
 Parameters = Mapping[str, nn.Parameter]
 
@@ -18,7 +19,10 @@ Parameters = Mapping[str, nn.Parameter]
 def capture(
     parameters: Parameters, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """-> (tensors by file, JSON state). `parameters` are the trained ones by name, in the optimizer's order."""
+    """-> (tensors by file, JSON state). `parameters` are the trained ones by name, in the optimizer's order.
+
+    Those that FSDP2 split are gathered, moments too: what is stored fits any number of ranks. Every rank has to call it.
+    """
     names = list(parameters)
     packed = optimizer.state_dict()
     moments: dict[str, Tensor] = {}
@@ -26,9 +30,13 @@ def capture(
     for index, values in packed["state"].items():
         for key, value in values.items():
             store: dict[str, Any] = moments if isinstance(value, Tensor) else scalars
-            store[f"{names[index]}/{key}"] = value
+            store[f"{names[index]}/{key}"] = gathered(value)
     groups = [{**group, "params": [names[i] for i in group["params"]]} for group in packed["param_groups"]]
-    tensors = {"parameters": dict(parameters), "optimizer": moments, "rng": _rng_tensors()}
+    tensors = {
+        "parameters": {name: gathered(parameter.detach()) for name, parameter in parameters.items()},
+        "optimizer": moments,
+        "rng": _rng_tensors(),
+    }
     state = {
         "optimizer": {"class": type(optimizer).__name__, "groups": groups, "scalars": scalars},
         "scaler": None if scaler is None else scaler.state_dict(),
@@ -60,8 +68,8 @@ def restore(
         raise CheckpointError(f"{path} was trained with {packed['class']}, this run uses {type(optimizer).__name__}.")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(stored[name])
-    _restore_optimizer(optimizer, list(parameters), packed, moments)
+            local_part(parameter).copy_(part_like(stored[name], parameter))
+    _restore_optimizer(optimizer, parameters, packed, moments)
     if scaler is not None and scaler_state is not None:
         scaler.load_state_dict(scaler_state)
     _restore_rng(rng)
@@ -82,13 +90,16 @@ def _check_same_parameters(stored: Mapping[str, Tensor], parameters: Parameters,
 
 
 def _restore_optimizer(
-    optimizer: torch.optim.Optimizer, names: list[str], packed: Mapping[str, Any], moments: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer, parameters: Parameters, packed: Mapping[str, Any], moments: Mapping[str, Tensor]
 ) -> None:
-    index = {name: i for i, name in enumerate(names)}
+    index = {name: i for i, name in enumerate(parameters)}
     state: dict[int, dict[str, Any]] = {}
     for store in (moments, packed["scalars"]):
         for full_name, value in store.items():
             name, key = full_name.rsplit("/", 1)
+            parameter = parameters[name]
+            if is_sharded(parameter) and getattr(value, "shape", None) == parameter.shape:
+                value = as_shard(part_like(value, parameter), parameter)
             state.setdefault(index[name], {})[key] = value
     groups = [{**group, "params": [index[name] for name in group["params"]]} for group in packed["groups"]]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -13,21 +13,36 @@ from typing import Any
 import pytest
 
 FOLDER = Path(__file__).parent
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-
-
-def launch(world: int, script: Path, *args: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """torchrun with `world` processes of one thread each; the caller looks at the return code."""
-    command = [*TORCHRUN, f"--nproc-per-node={world}", str(script), *map(str, args)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER)}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
-
-
 Results = dict[str, Any]
+Launch = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def _torchrun(world: int, *args: object) -> list[str]:
+    """The command line of `world` processes of a script (or `-m` and a module) and its arguments."""
+    start = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}")
+    module = ["-m"] if args[0] == "-m" else []
+    return [*start, *module, "--", *map(str, args[len(module) :])]  # or torchrun takes --r for an option of its own
+
+
+def _launch(world: int, *args: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER)}
+    return subprocess.run(_torchrun(world, *args), env=env, capture_output=True, text=True, timeout=timeout)
 
 
 @pytest.fixture(scope="session")
-def checks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Results]:
+def torchrun() -> Callable[..., list[str]]:
+    """`torchrun(2, SCRIPT, *args)` or `torchrun(2, "-m", MODULE, *args)` -> the command line."""
+    return _torchrun
+
+
+@pytest.fixture(scope="session")
+def launch() -> Launch:
+    """`launch(2, SCRIPT, *args)`: run it to the end, one thread a process; the caller looks at the return code."""
+    return _launch
+
+
+@pytest.fixture(scope="session")
+def checks(tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> Callable[..., Results]:
     """`checks("ddp", 2, ("eager", "compiled"))` -> what tests/distributed/ddp_worker.py found; launched once a run."""
     done: dict[tuple[str, int, tuple[str, ...]], Results | None] = {}
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from harness import (
     LR,
+    Decoder,
     batches,
     largest_difference,
     main,
@@ -22,6 +23,8 @@ from harness import (
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+import qlora_compile as qc
+from qlora_compile.errors import ModelStateError
 from qlora_compile.modules import adapter_sites
 
 STEPS = 3
@@ -104,6 +107,21 @@ def wrapped_in_a_module(mesh: DeviceMesh) -> dict[str, Any]:
     return _compare(model, DDP(outer))
 
 
+def too_early(mesh: DeviceMesh) -> dict[str, str]:
+    """A plain model in DDP, then compiled or prepared: the adapters would never be summed over the ranks."""
+    found = {}
+    plain = DDP(Decoder())
+    for name, use in (
+        ("compiled", lambda: torch.compile(plain, backend="qlora", options={"r": 4})(mine(batches(1)[0]))),
+        ("prepared", lambda: qc.prepare(plain)),
+    ):
+        try:
+            use()
+        except ModelStateError as error:
+            found[name] = str(error)
+    return found
+
+
 if __name__ == "__main__":
-    names = (eager, bf16, compiled, compiled_outside, split_by_dynamo, checkpointing, accumulation, wrapped_in_a_module)
-    main({check.__name__: check for check in names})
+    ways = (eager, bf16, compiled, compiled_outside, split_by_dynamo, checkpointing, accumulation, wrapped_in_a_module)
+    main({check.__name__: check for check in (too_early, *ways)})

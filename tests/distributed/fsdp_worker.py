@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from harness import (
     LR,
+    Decoder,
     batches,
     largest_difference,
     main,
@@ -20,12 +21,15 @@ from harness import (
     trainable,
 )
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import qlora_compile as qc
+from qlora_compile.config import QLoRAConfig
 from qlora_compile.errors import ModelStateError
 from qlora_compile.modules import adapter_sites
+from qlora_compile.runtime.distributed import split_model
+from qlora_compile.scaling import Parts
 from qlora_compile.sharding import QuantizedShard
 from qlora_compile.tensor import QuantizedTensor
 
@@ -148,6 +152,12 @@ def bf16(mesh: DeviceMesh) -> dict[str, Any]:
     return _compare(model, model, dtype=torch.bfloat16)
 
 
+def hybrid(mesh: DeviceMesh) -> dict[str, Any]:
+    """Split over pairs of ranks, each pair with a copy."""
+    model = shard(prepared(), init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "rows")))
+    return _compare(model, model)
+
+
 def accumulation(mesh: DeviceMesh) -> dict[str, Any]:
     data = batches(2)
     alone = prepared()
@@ -163,25 +173,34 @@ def accumulation(mesh: DeviceMesh) -> dict[str, Any]:
     return {"difference": largest_difference(model, alone), "nothing reduced before the last": none}
 
 
+def _bytes(tensor: Any) -> int:
+    return tensor.stored_bytes if hasattr(tensor, "stored_bytes") else tensor.numel() * tensor.element_size()
+
+
 def memory_and_traffic(mesh: DeviceMesh) -> dict[str, Any]:
-    """Bytes that a rank keeps of 4-bit weights, and bytes that it gathers for a forward pass."""
-    model = prepared()
-    full = sum(site.weight.stored_bytes for site in adapter_sites(model).values())
-    dense = sum(site.weight.numel() * 2 for site in adapter_sites(model).values())
-    shard(model, mesh)
-    kept = sum(site.weight.to_local().stored_bytes for site in adapter_sites(model).values())
-    other = sum(p.numel() * 4 for p in model.parameters() if not isinstance(p.to_local(), QuantizedShard))
-    gathered, original = [], dist.all_gather_single
+    """Bytes that each rank keeps, and that all together gather and reduce in a training step."""
+    plain = Decoder()
+    config = QLoRAConfig(r=6, block_size=32)  # six rows of A are no multiple of four ranks: columns are split there
+    parts = Parts.of(plain, plain.blocks, config)
+    model = prepared(r=6)
+    found: dict[str, Any] = {"whole": sum(_bytes(parameter) for parameter in model.parameters())}
+    split_model(model, mesh)
+    found["kept"] = on_all_ranks(sum(_bytes(parameter.to_local()) for parameter in model.parameters()))
+    found |= {"gathered": 0, "reduced": 0}
+    gather, reduce = dist.all_gather_single, dist.reduce_scatter_single
 
-    def counting(output_tensor: Tensor, input_tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        gathered.append(output_tensor.numel() * output_tensor.element_size())
-        return original(output_tensor, input_tensor, *args, **kwargs)
+    def gathering(output: Tensor, given: Tensor, **options: Any) -> Any:
+        found["gathered"] += output.numel() * output.element_size()
+        return gather(output, given, **options)
 
-    dist.all_gather_single = counting
-    with torch.no_grad():
-        model(mine(batches(1)[0]))
-    dist.all_gather_single = original
-    return {"full": full, "kept": on_all_ranks(kept), "dense bf16": dense, "gathered": sum(gathered), "other": other}
+    def reducing(output: Tensor, input: Tensor, **options: Any) -> Any:
+        found["reduced"] += input.numel() * input.element_size()
+        return reduce(output, input, **options)
+
+    dist.all_gather_single, dist.reduce_scatter_single = gathering, reducing
+    model(mine(batches(1)[0])).backward()
+    dist.all_gather_single, dist.reduce_scatter_single = gather, reduce
+    return found | {"formula": {name: getattr(parts, name)(mesh.size()) for name in ("kept", "gathered", "reduced")}}
 
 
 def refusals(mesh: DeviceMesh) -> dict[str, str]:
@@ -201,5 +220,5 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    names = (exact_bytes, eager, compiled_whole, compiled_blocks, checkpointing, bf16, accumulation)
+    names = (exact_bytes, eager, compiled_whole, compiled_blocks, checkpointing, bf16, hybrid, accumulation)
     main({check.__name__: check for check in (*names, memory_and_traffic, refusals)})

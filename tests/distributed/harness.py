@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import qlora_compile as qc
 
-WIDTH, INNER, VOCABULARY, LENGTH, ROWS = 96, 160, 61, 12, 2
+WIDTH, INNER, VOCABULARY, LENGTH, ROWS = 96, 160, 61, 12, 4
 # lr: SGD, so that an update is as exact as its gradient; AdamW divides by the gradient's size
 LR = 0.02
 
@@ -61,9 +61,11 @@ class Decoder(nn.Module):
         return F.cross_entropy(self.lm_head(x)[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
-def prepared(checkpointing: bool = False, dtype: torch.dtype = torch.float32, **options: Any) -> Decoder:
+def prepared(
+    checkpointing: bool = False, dtype: torch.dtype = torch.float32, weights_seed: int = 3, **options: Any
+) -> Decoder:
     """The same decoder on every rank: fp32, so that sums of a batch and of its parts differ by rounding alone."""
-    torch.manual_seed(3)
+    torch.manual_seed(weights_seed)
     model = Decoder(checkpointing=checkpointing).to(dtype)
     base = {
         "r": 4,
@@ -82,9 +84,9 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 def batches(steps: int) -> list[Tensor]:
-    """ids [ranks * ROWS, LENGTH] of each step."""
+    """ids [ROWS, LENGTH] of each step, however many ranks share them."""
     generator = torch.Generator().manual_seed(7)
-    shape = (dist.get_world_size() * ROWS, LENGTH)
+    shape = (ROWS, LENGTH)
     return [torch.randint(0, VOCABULARY, shape, generator=generator) for _ in range(steps)]
 
 
@@ -103,9 +105,9 @@ def train(call: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, da
     return losses
 
 
-def train_together(call: Callable[[Tensor], Tensor], optimizer: Any, steps: int) -> list[float]:
-    """Mean losses over the ranks, each of which trains on its part."""
-    losses = torch.tensor(train(call, optimizer, [mine(ids) for ids in batches(steps)]))
+def train_together(call: Callable[[Tensor], Tensor], optimizer: Any, steps: int, skip: int = 0) -> list[float]:
+    """Mean losses over the ranks, each of which trains on its part; the data of the first `skip` steps is left out."""
+    losses = torch.tensor(train(call, optimizer, [mine(ids) for ids in batches(skip + steps)[skip:]]))
     dist.all_reduce(losses)
     return (losses / dist.get_world_size()).tolist()
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-FAST = ("eager", "compiled", "split_by_dynamo", "accumulation")
-ALL = (*FAST, "bf16", "compiled_outside", "checkpointing", "wrapped_in_a_module")
+FAST = ("too_early", "eager", "split_by_dynamo", "accumulation")
+ALL = (*FAST, "compiled", "bf16", "compiled_outside", "checkpointing", "wrapped_in_a_module")
 
 
 @pytest.fixture(params=[pytest.param((2, FAST), id="2"), pytest.param((4, ALL), id="4", marks=pytest.mark.slow)])
@@ -29,10 +29,6 @@ def test_eager(found: dict[str, Any]) -> None:
     _same(found["eager"], 1e-5)
 
 
-def test_compiled(found: dict[str, Any]) -> None:
-    _same(found["compiled"], 1e-5)
-
-
 def test_graph_that_dynamo_splits_at_the_buckets(found: dict[str, Any]) -> None:
     split = found["split_by_dynamo"]
     _same(split, 1e-5)
@@ -45,8 +41,13 @@ def test_accumulation_without_synchronization(found: dict[str, Any]) -> None:
     assert not found["accumulation"]["ranks agree before the last"]
 
 
+def test_wrapping_comes_after_preparing(found: dict[str, Any]) -> None:
+    for said in (found["too_early"]["compiled"], found["too_early"]["prepared"]):
+        assert "in DistributedDataParallel already" in said and "qlora_compile.prepare(model" in said
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["compiled_outside", "checkpointing", "wrapped_in_a_module"])
+@pytest.mark.parametrize("name", ["compiled", "compiled_outside", "checkpointing", "wrapped_in_a_module"])
 def test_other_ways(name: str, checks: Callable[..., Any]) -> None:
     _same(checks("ddp", 4, ALL)[name], 1e-5)
 
