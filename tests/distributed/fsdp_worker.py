@@ -130,6 +130,15 @@ def compiled_blocks(mesh: DeviceMesh) -> dict[str, Any]:
     return _compare(model, model) | _fused(model)
 
 
+def inductor(mesh: DeviceMesh) -> dict[str, Any]:
+    """Real code, whose backward reads codes that were freed and gathered again."""
+    model = prepared(lowering="inductor")
+    for block in model.blocks:
+        block.compile(backend="qlora")
+    shard(model, mesh)
+    return _compare(model, model) | _fused(model)
+
+
 def _fused(model: Any) -> dict[str, Any]:
     reports = model.__dict__["_qlora_state"].reports
     stages = [stage for report in reports for stage in report.passes]
@@ -144,6 +153,12 @@ def _fused(model: Any) -> dict[str, Any]:
 def checkpointing(mesh: DeviceMesh) -> dict[str, Any]:
     model = shard(prepared(checkpointing=True), mesh)
     return _compare(model, model)
+
+
+def checkpointing_compiled(mesh: DeviceMesh) -> dict[str, Any]:
+    model = shard(prepared(checkpointing=True), mesh)
+    model.compile(backend="qlora")
+    return _compare(model, model) | _fused(model)
 
 
 def bf16(mesh: DeviceMesh) -> dict[str, Any]:
@@ -221,4 +236,5 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
 
 if __name__ == "__main__":
     names = (exact_bytes, eager, compiled_whole, compiled_blocks, checkpointing, bf16, hybrid, accumulation)
-    main({check.__name__: check for check in (*names, memory_and_traffic, refusals)})
+    more = (memory_and_traffic, refusals, inductor, checkpointing_compiled)
+    main({check.__name__: check for check in (*names, *more)})

@@ -80,6 +80,14 @@ def test_other_ways(name: str, checks: Callable[..., Any]) -> None:
 
 
 @pytest.mark.slow
+def test_compiled_by_inductor(checks: Callable[..., Any]) -> None:
+    found = checks("fsdp", 2, ("inductor", "checkpointing_compiled"))
+    _same(found["inductor"])
+    assert found["inductor"]["fused"] >= 6
+    _same(found["checkpointing_compiled"])
+
+
+@pytest.mark.slow
 def test_bf16(checks: Callable[..., Any]) -> None:
     # products of 8 bits' precision: 2^-8 of a logit of about 1, averaged over some hundred tokens
     found = checks("fsdp", 4, ALL)["bf16"]
