@@ -151,7 +151,7 @@ def test_what_is_wrong_on_the_first_is_said_by_all(run: Run, command: tuple[obje
     (out / "something.txt").write_text("")
     process = run(2, *command, "--steps", 2, "--out", out)
     assert process.returncode != 0
-    assert process.stderr.count("error: The folder") >= 2, process.stderr[-4000:]
+    assert process.stderr.count("error: The output folder") >= 2, process.stderr[-4000:]
 
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "finetune_distributed.py"
