@@ -133,8 +133,8 @@ class Processes:
             return model
         if not split:
             return nn.parallel.DistributedDataParallel(model)
-        for name in split_model(model):
-            notice(f"{name} stays whole on every process: its rows do not end on blocks of scales")
+        for name, problem in split_model(model).items():
+            notice(f"{name} stays whole on every process: {problem}")
         return model
 
     def reducing(self, call: Any, last: bool) -> contextlib.AbstractContextManager[None]:
@@ -182,10 +182,10 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0].strip() if str(error).strip() else type(error).__name__
 
 
-def split_model(model: nn.Module, mesh: Any = None) -> list[str]:
+def split_model(model: nn.Module, mesh: Any = None) -> dict[str, str]:
     """FSDP2 (`fully_shard`) of a prepared model: each repeated block by itself, then the rest. In place.
 
-    A 4-bit weight whose rows cannot be split where blocks of scales end stays whole on every rank; -> their names.
+    A 4-bit weight that cannot be split by rows stays whole on every rank; -> why, by name.
     Raises ModelStateError (not prepared; adapters and modules_to_save of different dtypes).
     """
     from torch.distributed.device_mesh import init_device_mesh
@@ -202,13 +202,13 @@ def split_model(model: nn.Module, mesh: Any = None) -> list[str]:
         )
     device = next(model.parameters()).device.type
     mesh = mesh or init_device_mesh(device, (dist.get_world_size(),))
-    whole = {name: site.weight for name, site in sites.items() if split_problem(site.weight, mesh.size())}
-    options: dict[str, Any] = {"ignored_params": set(whole.values()), "mesh": mesh}
+    whole = {name: problem for name, site in sites.items() if (problem := split_problem(site.weight, mesh.size()))}
+    options: dict[str, Any] = {"ignored_params": {sites[name].weight for name in whole}, "mesh": mesh}
     options["shard_placement_fn"] = functools.partial(_placement, _lora_a_ids(model), mesh.size())
     for block in repeated_blocks(model):
         fully_shard(block, **options)
     fully_shard(model, **options)
-    return list(whole)
+    return whole
 
 
 def _lora_a_ids(model: nn.Module) -> set[int]:

@@ -51,12 +51,13 @@ def finetune(config: FinetuneConfig, reporter: Reporter | None = None) -> Finetu
 
 def _finetune(run: _Run) -> FinetuneResult:
     try:
-        run.load()
-        with MetricsLog(run.folder.metrics, run.step) as run.log:
-            run.sinks.started(run.state("running"), read_metrics(run.folder.metrics))
-            run.prepare()
-            run.train()
-            return run.finish()
+        with run.processes.watched():
+            run.load()
+            with MetricsLog(run.folder.metrics, run.step) as run.log:
+                run.sinks.started(run.state("running"), read_metrics(run.folder.metrics))
+                run.prepare()
+                run.train()
+                return run.finish()
     except QLoRACompileError as error:
         if run.step == 0:
             run.folder.remove_unstarted()
