@@ -9,13 +9,15 @@ payload of a NaN: bitsandbytes#1945 lost 0.1% of its weights so), and a quarter 
 second-level scales (4 bytes for 16,384 weights) are the same on every rank and do not travel.
 
 Rows are split where a block of scales ends. N rows of K values in blocks of B, on R ranks: ceil(N / R) * K must be a
-multiple of B; the last shards may be shorter, or empty.
+multiple of B; the last shards may be shorter, or empty. The fused experts of a layer, [E, out, in], are split by expert:
+each is stored by itself, second-level scales too, and all of it travels.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +33,9 @@ class QuantizedShard(torch.Tensor):
     """Rows of a 4-bit weight, as they are stored in it. `dequantize()` gives these rows; unknown ops get them dense.
 
     `codes` and `absmax` are those of the rows (views of the weight's, or of a padded buffer); `absmax_scale` and
-    `absmax_offset` those of the whole weight. `first_block` is the number of the first block in the weight, int64 [] on
-    the CPU: a tensor, so that a shard that is filled through a view of it knows. `whole` describes the weight.
+    `absmax_offset` those of the whole weight, or of these experts. `first_block` is the number of the first block in the
+    weight, int64 [] on the CPU: a tensor, so that a shard that is filled through a view of it knows. `whole` describes
+    the weight.
     """
 
     codes: Tensor
@@ -80,7 +83,7 @@ class QuantizedShard(torch.Tensor):
 
     @property
     def per_expert(self) -> bool:
-        return False
+        return self.whole.per_expert
 
     @property
     def stored_bytes(self) -> int:
@@ -89,18 +92,19 @@ class QuantizedShard(torch.Tensor):
 
     def dequantize(self) -> Tensor:  # type: ignore[override]
         """The dense rows, bit for bit those of the weight's `dequantize()`."""
-        scales = nf4.dequantize_scales(self.absmax, self.absmax_scale, self.absmax_offset, first=int(self.first_block))
         layout = self.whole
-        return torch.ops.qlora.dequantize_4bit(
-            self.codes, scales, None, None, tuple(self.shape), layout.quant_type, layout.block_size, layout.dtype
-        )
+        rest = tuple(self.shape), layout.quant_type, layout.block_size, layout.dtype
+        if layout.per_expert:
+            scales = [part for part in self.data_4bit[1:] if part is not None]
+            return torch.ops.qlora.dequantize_experts(self.codes, scales, *rest)
+        absmax = nf4.dequantize_scales(self.absmax, self.absmax_scale, self.absmax_offset, first=int(self.first_block))
+        return torch.ops.qlora.dequantize_4bit(self.codes, absmax, None, None, *rest)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"QuantizedShard({tuple(self.shape)} of {self.whole.shape}, {self.dtype}, device='{self.device}')"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        codes, absmax = self.codes.clone(), self.absmax.clone()  # or the whole buffer would be written
-        data = (codes, absmax, self.absmax_scale, self.absmax_offset)
+        data = tuple(None if part is None else part.clone() for part in self.data_4bit)  # not the whole buffers
         return _rebuild, (data, self.first_block, tuple(self.whole), tuple(self.shape))
 
     def _with(self, shape: tuple[int, ...] | None = None) -> QuantizedShard:
@@ -112,33 +116,47 @@ class QuantizedShard(torch.Tensor):
 
     # --- FSDP2's extension points ---
 
+    @property
+    def _travelling(self) -> tuple[str, ...]:
+        """What is gathered; tensors of 4-byte values first, where all go into one buffer."""
+        if not self.per_expert:
+            return "absmax", "codes"
+        return ("absmax_offset", "absmax_scale", "absmax", "codes") if self.double_quant else ("absmax", "codes")
+
+    def _shapes(self, rows: int) -> dict[str, tuple[int, ...]]:
+        """Of each of them, for so many rows (or experts)."""
+        if self.per_expert:
+            return {name: (rows, *getattr(self, name).shape[1:]) for name in self._travelling}
+        values = rows * self.whole.shape[1]
+        return {"absmax": (-(-values // self.whole.block_size),), "codes": ((values + 1) // 2,)}
+
     def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, ...], Any]:
         """-> (absmax and codes of ceil(N / ranks) rows, the last rank's padded; what `fsdp_post_all_gather` needs)."""
-        rows = -(-self.whole.shape[0] // mesh.size())
-        values = rows * self.whole.shape[1]
-        absmax, codes = self.absmax, self.codes
+        shapes = self._shapes(-(-self.whole.shape[0] // mesh.size()))
+        parts = tuple(_padded(getattr(self, name), shape) for name, shape in shapes.items())
         if mesh.size() == 1:  # FSDP2 (torch 2.13) takes only the first tensor along where there is nothing to gather
-            parts: tuple[Tensor, ...] = (torch.cat([absmax.view(torch.uint8), codes]),)
-        else:
-            parts = _padded(absmax, values // self.whole.block_size), _padded(codes, values // 2)
-        return parts, (self.absmax_scale, self.absmax_offset)
+            parts = (torch.cat([part.reshape(-1).view(torch.uint8) for part in parts]),)
+        return parts, None if self.per_expert else (self.absmax_scale, self.absmax_offset)
 
     def fsdp_post_all_gather(
         self, outputs: tuple[Tensor, ...], metadata: Any, param_dtype: torch.dtype, *, out: Tensor | None = None
     ) -> Any:
         """Gathered bytes -> the QuantizedTensor over them; with `out`, the one that lies over them already."""
         if out is not None:
-            weight = cast(QuantizedTensor, out)
-            weight.absmax_scale, weight.absmax_offset = metadata
+            if metadata is not None:
+                out.absmax_scale, out.absmax_offset = metadata  # type: ignore[attr-defined]
             return None
-        numel = self.whole.shape[0] * self.whole.shape[1]
-        blocks = -(-numel // self.whole.block_size)
-        if len(outputs) == 1:
-            length = blocks * self.absmax.element_size()
-            absmax, codes = outputs[0][:length].view(self.absmax.dtype), outputs[0][length:]
-        else:
-            absmax, codes = outputs
-        data = nf4.QuantizedData(codes[: (numel + 1) // 2], absmax[:blocks], *metadata)
+        shapes = self._shapes(self.whole.shape[0])
+        if len(outputs) < len(shapes):
+            sizes = [math.prod(shape) * getattr(self, name).element_size() for name, shape in shapes.items()]
+            outputs = outputs[0].split(sizes)
+        found: dict[str, Any] = {"absmax_scale": None, "absmax_offset": None}
+        if metadata is not None:
+            found["absmax_scale"], found["absmax_offset"] = metadata
+        for (name, shape), part in zip(shapes.items(), outputs, strict=True):
+            flat = part.view(getattr(self, name).dtype).view(-1)
+            found[name] = flat[: math.prod(shape)].view(shape)
+        data = nf4.QuantizedData(found["codes"], found["absmax"], found["absmax_scale"], found["absmax_offset"])
         return QuantizedTensor(data, self.whole._replace(dtype=param_dtype)), ()
 
 
@@ -148,8 +166,10 @@ def stored_form(weight: object) -> QuantizedTensor | QuantizedShard | None:
     return local if isinstance(local, (QuantizedTensor, QuantizedShard)) else None
 
 
-def _padded(part: Tensor, length: int) -> Tensor:
-    return part if part.numel() == length else torch.nn.functional.pad(part, (0, length - part.numel()))
+def _padded(part: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if tuple(part.shape) == shape:
+        return part
+    return torch.cat([part, part.new_zeros((shape[0] - part.shape[0], *shape[1:]))])
 
 
 def _rebuild(data: Any, first_block: Tensor, whole: tuple[Any, ...], shape: tuple[int, ...]) -> QuantizedShard:

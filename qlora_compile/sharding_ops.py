@@ -25,6 +25,10 @@ aten = torch.ops.aten
 def _rows(weight: Any, start: int, stop: int) -> QuantizedShard | None:
     """Rows [start, stop) as a view, or None where a block does not begin with them."""
     layout = _layout(weight)
+    if layout.per_expert:
+        parts = [None if part is None else part[start:stop] for part in weight.data_4bit]
+        first = torch.zeros((), dtype=torch.long)
+        return QuantizedShard(nf4.QuantizedData(*parts), first, layout, (stop - start, *weight.shape[1:]))  # type: ignore[arg-type]
     if weight.dim() != 2 or layout.transposed or not weight.is_contiguous():
         return None
     columns, block = weight.shape[1], layout.block_size
@@ -78,8 +82,6 @@ def split_problem(weight: Tensor, ranks: int) -> str | None:
 
 def _problem(weight: Any, rows: int) -> str:
     layout, what = _layout(weight), f"A 4-bit weight of shape {tuple(weight.shape)}"
-    if layout.per_expert:
-        return f"{what} that holds the experts of a layer cannot be split by rows"
     if weight.dim() != 2 or layout.transposed or not weight.is_contiguous():
         return f"{what} that is not stored row by row (GPT-2's Conv1D) cannot be split by rows"
     return (
@@ -105,6 +107,9 @@ def _new_zeros(weight: Any, size: Any, **options: Any) -> Any:
     if isinstance(weight, QuantizedTensor) and not _called_by_fully_shard():
         return NotImplemented
     layout = _layout(weight)
+    if layout.per_expert and tuple(size[1:]) == tuple(weight.shape[1:]):
+        parts = [None if part is None else part.new_zeros((size[0], *part.shape[1:])) for part in weight.data_4bit]
+        return QuantizedShard(nf4.QuantizedData(*parts), torch.zeros((), dtype=torch.long), layout, tuple(size))  # type: ignore[arg-type]
     if len(size) != 2 or layout.transposed or options.get("dtype", layout.dtype) != layout.dtype:
         return NotImplemented
     values = size[0] * size[1]

@@ -66,8 +66,11 @@ def exact_bytes(mesh: DeviceMesh) -> dict[str, Any]:
         (1111, 128, {}),
         (1111, 128, {"double_quant": False, "quant_type": "fp4"}),
         (517, 320, {"block_size": 64}),
+        (5, (33, 70), {"per_expert": True}),
+        (8, (33, 70), {"per_expert": True, "double_quant": False}),
     ):
-        dense = torch.randn(rows, columns, generator=generator, dtype=torch.bfloat16)
+        shape = (rows, *columns) if isinstance(columns, tuple) else (rows, columns)
+        dense = torch.randn(shape, generator=generator, dtype=torch.bfloat16)
         original = qc.quantize_4bit(dense, **options)
         before, values = _inner(original), original.dequantize()
         module = fully_shard(Weight(original), mesh=mesh)
@@ -81,7 +84,7 @@ def exact_bytes(mesh: DeviceMesh) -> dict[str, Any]:
         for turn in (1, 2):
             module.unshard()
             weight = module.weight
-            checks["whole"] = isinstance(weight, QuantizedTensor) and weight.shape == (rows, columns)
+            checks["whole"] = isinstance(weight, QuantizedTensor) and weight.shape == shape
             after = _inner(weight)
             checks[f"bytes {turn}"] = all(torch.equal(before[name], after[name]) for name in before)
             checks["values"] = torch.equal(weight.dequantize(), values)

@@ -32,7 +32,7 @@ def _same(found: dict[str, Any], tolerance: float = 1e-5) -> None:
 
 def test_bytes_come_back_exactly(found: dict[str, Any]) -> None:
     exact = found["exact_bytes"]
-    assert len(exact) == 5
+    assert len(exact) == 7
     assert all(failed == [] for failed in exact.values()), exact
 
 

@@ -34,6 +34,41 @@ def test_split_rows_are_views_and_exact(options: dict[str, Any], parts: int) -> 
     assert torch.equal(again, weight.dequantize())
 
 
+class Mesh:
+    """As much of a DeviceMesh as is asked for."""
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks = ranks
+
+    def size(self) -> int:
+        return self.ranks
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 7])
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((50, 128), {}),
+        ((50, 128), {"double_quant": False}),
+        ((5, 33, 70), {"per_expert": True}),
+        ((8, 33, 70), {"per_expert": True, "double_quant": False}),
+    ],
+)
+def test_what_is_gathered_is_the_weight_byte_for_byte(shape: Any, options: dict[str, Any], ranks: int) -> None:
+    """As FSDP2 does it: equal parts of every rank, empty ones among them, laid end to end."""
+    weight = qc.quantize_4bit(torch.randn(shape, generator=torch.Generator().manual_seed(9)), **options)
+    shards = list(weight.split(-(-shape[0] // ranks)))
+    assert torch.equal(torch.cat([shard.dequantize() for shard in shards]), weight.dequantize())
+    shards += [shards[0][0:0]] * (ranks - len(shards))
+    sent = [shard.fsdp_pre_all_gather(Mesh(ranks)) for shard in shards]
+    gathered = tuple(torch.cat(parts) for parts in zip(*(parts for parts, _ in sent)))
+    assert len({tuple(part.shape for part in parts) for parts, _ in sent}) == 1
+    whole, _ = shards[0].fsdp_post_all_gather(gathered, sent[0][1], torch.float32)
+    for part, original in zip(whole.data_4bit, weight.data_4bit, strict=True):
+        assert (part is None and original is None) or torch.equal(part, original)
+    assert torch.equal(whole.dequantize(), weight.dequantize())
+
+
 def test_other_ops_get_dense_rows() -> None:
     weight = make()
     shard = weight[400:600]
