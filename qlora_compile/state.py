@@ -317,7 +317,10 @@ def check_one_device(root: nn.Module) -> None:
         devices.setdefault(str(param.device), name)
     if len(devices) > 1:
         where = ", ".join(f"{name!r} on {device}" for device, name in sorted(devices.items()))
-        raise ModelStateError(f"The model is on several devices ({where}): move it to one device first.")
+        raise ModelStateError(
+            f"The model is on several devices ({where}): move it to one device first (without device_map, or with "
+            "device_map={'': device}); several GPUs hold it together by FSDP2."
+        )
 
 
 def expert_entries(edits: ModelEdits) -> list[tuple[ParamInfo, bool]]:

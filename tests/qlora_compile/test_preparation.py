@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -401,3 +402,18 @@ def test_a_peft_model_is_left_as_peft_made_it():
     for name, p in model.named_parameters():
         assert p.requires_grad == state[name][1] and torch.equal(p, state[name][2])
     assert adapter_sites(model) == {}
+
+
+def test_a_device_map_of_one_device_works_and_one_of_several_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Layers left on disk are on another device too."""
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.arange(3, 12)[None]
+    one = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, device_map="cpu")
+    prepare(one, {"r": 4})
+    assert one(input_ids=ids, labels=ids).loss.isfinite()
+    where = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    where |= {"model.layers.1": "disk", "model.layers.2": "disk"}
+    several = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, device_map=where, offload_folder=tmp_path)
+    with pytest.raises(ModelStateError, match=r"several devices \(.* on cpu, .* on meta\).*FSDP2"):
+        prepare(several, {"r": 4})
