@@ -87,7 +87,7 @@ def test_codes_stored_as_another_dtype(traced: Callable[..., Any]) -> None:
 
 def test_a_repacked_weight_is_unpacked_into_a_copy(traced: Callable[..., Any]) -> None:
     """What an evaluation on a CPU with AVX-512 leaves behind, made here by the function that makes it."""
-    model, x = layer(out=32), torch.randn(3, IN, requires_grad=True)
+    model, x = layer(out=32, bias=False), torch.randn(3, IN, requires_grad=True)
     weight = model[0].weight
     codes, state = weight.data.clone().view(-1), weight.quant_state
     scales = nf4.dequantize_scales(state.absmax, state.state2.absmax, state.offset).bfloat16()

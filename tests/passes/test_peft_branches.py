@@ -77,7 +77,7 @@ def test_two_adapters_one_of_them_rslora(traced: Callable[..., Any]) -> None:
 
 
 def test_dropout_is_the_op_s_in_training_and_gone_in_evaluation(traced: Callable[..., Any]) -> None:
-    model = adapted(lora_dropout=0.25)
+    model = adapted(four_bit=False, lora_dropout=0.25)  # evaluating 4 bits on a CPU with AVX-512 is another test
     x = torch.randn(7, IN, dtype=torch.bfloat16)
     t = traced(model.train(), x)
     t.run(*PIPELINE)

@@ -117,7 +117,9 @@ def test_bf16_is_no_worse_than_the_unfused_graph() -> None:
     given = arguments(CASES["bf16"])
     exact, unfused = numbers(*reference(given)), numbers(*reference(given, torch.bfloat16))
     ours = numbers(torch.ops.qlora.linear_cross_entropy(*given), given[:3])
-    for mine, theirs, wanted in zip(ours, unfused, exact, strict=True):
+    # one number, in which errors cancel by luck: within bf16's half step
+    torch.testing.assert_close(ours[0].double(), exact[0], rtol=2**-9, atol=0)
+    for mine, theirs, wanted in zip(ours[1:], unfused[1:], exact[1:], strict=True):
         assert float((mine - wanted).norm()) <= 1.1 * float((theirs - wanted).norm())
 
 
