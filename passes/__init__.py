@@ -10,6 +10,7 @@ from .fuse_lora_linear import fuse_lora_linear
 from .group_linears import group_linears
 from .inline_checkpoints import inline_checkpoints
 from .insert_adapters import insert_adapters
+from .lower_attention import lower_attention
 from .lower_kernels import lower_kernels
 from .match_experts import match_experts
 from .match_lora import match_lora
@@ -35,6 +36,7 @@ PIPELINE = (
     chunk_cross_entropy,
     # how it runs: what stays dense in the faster precision, the kernels of the rest
     widen_matmuls,
+    lower_attention,
     lower_kernels,
     # equal layers -> one subgraph, compiled once
     outline_layers,

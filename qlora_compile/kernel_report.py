@@ -1,4 +1,4 @@
-"""Which kernel runs each op, and why: the part of a report that `lower_kernels` and `widen_matmuls` write."""
+"""Which kernel runs each op, and why: what `lower_kernels`, `lower_attention` and `widen_matmuls` found."""
 
 from __future__ import annotations
 

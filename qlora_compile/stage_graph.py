@@ -20,7 +20,7 @@ from .pass_manager import NodeRecord
 _ITEM_BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int16": 2}
 _PRODUCTS = ("linear", "matmul", "mm", "bmm", "aten.mm", "aten.bmm", "aten.addmm")
 _LORA = "qlora.lora_linear"
-_ATTENTION = ("scaled_dot_product_attention", "aten._scaled_dot_product_flash_attention_for_cpu")
+_ATTENTION = ("scaled_dot_product_attention", "aten._scaled_dot_product_flash_attention_for_cpu", "qlora.attention")
 
 
 def to_networkx(stage: str, records: Sequence[NodeRecord]) -> nx.DiGraph:
@@ -67,7 +67,9 @@ def kernel(record: NodeRecord) -> str:
         return "dequantize_4bit + GEMM"
     if record.target == "qlora.dequantize_4bit":
         return "dequantize_4bit"
-    return "GEMM" if record.target in _PRODUCTS else "attention" if "scaled_dot_product" in record.target else ""
+    if "scaled_dot_product" in record.target or record.target.startswith("qlora.attention"):
+        return "attention"
+    return "GEMM" if record.target in _PRODUCTS else ""
 
 
 # --- what can be read off a graph --------------------------------------------------------------------------------

@@ -250,6 +250,8 @@ def _values(tree: Any) -> Any:
 
 
 def _own_flops(name: str, given: dict[str, Any]) -> int:
+    if name in ("qlora.attention", "qlora.attention_backward"):
+        return _attention_flops(given, backward=name == "qlora.attention_backward")
     if name not in ("qlora.lora_linear", "qlora.lora_linear_backward"):
         return 0
     x, n = given["x"], sum(given["out_features"])
@@ -259,3 +261,10 @@ def _own_flops(name: str, given: dict[str, Any]) -> int:
         return 2 * tokens * (k * n + a + b)
     dx = k * n + a if given["need_dx"] else 0
     return 2 * tokens * (b + (a + b if given["need_adapters"] else 0) + dx)
+
+
+def _attention_flops(given: dict[str, Any], backward: bool) -> int:
+    """Scores and their product with the values; backward the scores again, dP, dV, dQ and dK."""
+    *rows, size = given["q"].shape
+    scores, size_of_value = math.prod(rows) * given["k"].shape[2], given["v"].shape[3]
+    return int(2 * scores * (3 * size + 2 * size_of_value if backward else size + size_of_value))

@@ -1,15 +1,14 @@
-"""Dense products and attention of bf16 (fp16) tensors computed in fp32: for CPUs without bf16 matrix instructions.
+"""Dense products of bf16 (fp16) tensors computed in fp32: for CPUs without bf16 matrix instructions.
 
-    wide_linear:     y = x Wᵀ + b           wide_matmul:  y = a b (batched)        wide_attention: softmax(q kᵀ s + mask) v
+    wide_linear:     y = x Wᵀ + b           wide_matmul:  y = a b (batched)
 
 Inputs, outputs and what is saved for backward have the tensors' own dtype; each result is rounded once. fp32 copies live
-in reused buffers, of a bounded number of rows. M rows, N output features, K input features; B batch, H heads, L queries,
-S keys, D head size. `widen_matmuls` puts these ops into a graph.
+in reused buffers, of a bounded number of rows. M rows, N output features, K input features. `widen_matmuls` puts these
+ops into a graph.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +19,6 @@ from .lora_group import scratch
 from .ops import define_op
 
 WEIGHT_ROWS = 4096  # rows of a dense weight at a time: a vocabulary's worth of fp32 is never there at once
-SCORES = 1 << 21  # attention scores at a time (8 MiB): whole heads, or a part of the queries
 
 
 def _ranges(count: int, step: int) -> Iterator[slice]:
@@ -125,100 +123,3 @@ def _matmul_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("qlora::wide_matmul", _matmul_backward, setup_context=_matmul_setup)
-
-# --- attention -------------------------------------------------------------------------------------------------------
-
-
-def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[int, slice, slice]]:
-    """(batch index, heads, queries) so that each has at most SCORES scores, where one row of one head allows."""
-    heads, queries, keys = q.shape[1], q.shape[2], max(k.shape[2], 1)
-    rows = max(1, min(queries, SCORES // keys))
-    together = max(1, min(heads, SCORES // (rows * keys)))
-    for index in range(q.shape[0]):
-        for group in _ranges(heads, together):
-            for part in _ranges(queries, rows):
-                yield index, group, part
-
-
-def _scores(q: Tensor, k: Tensor, mask: Tensor | None, causal_from: int | None, scale: float) -> Tensor:
-    """scale q kᵀ + mask in fp32 [H, L, S], for queries from `causal_from` on of a causal attention (None: not causal)."""
-    scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
-    if mask is not None:
-        scores = scores.masked_fill_(mask.logical_not(), -math.inf) if mask.dtype == torch.bool else scores.add_(mask)
-    if causal_from is not None:
-        hidden = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu_(causal_from + 1)
-        scores.masked_fill_(hidden, -math.inf)
-    return scores
-
-
-def _mask_of(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    return None if mask is None else mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-
-
-@define_op
-def wide_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    """q [B, H, L, D], k [B, H, S, D], v [B, H, S, E], mask (bool or added) -> (out [B, H, L, E], log-sum-exp [B, H, L])."""
-    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-    logsumexp = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
-    mask = _mask_of(mask, q, k)
-    for b, h, rows in _blocks(q, k):
-        part = None if mask is None else mask[b, h, rows]
-        scores = _scores(q[b, h, rows].float(), k[b, h].float(), part, rows.start if causal else None, scale)
-        most = scores.amax(-1, keepdim=True)
-        most.masked_fill_(most == -math.inf, 0)  # a query that sees no key: its result is zero
-        total = scores.sub_(most).exp_().sum(-1, keepdim=True)
-        out[b, h, rows] = torch.bmm(scores, v[b, h].float()).div_(total.masked_fill(total == 0, 1))
-        logsumexp[b, h, rows] = (most + total.log()).squeeze(-1)
-    return out, logsumexp
-
-
-@torch.library.register_fake("qlora::wide_attention")
-def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1], dtype=torch.float32)
-
-
-@define_op
-def wide_attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, mask: Tensor | None, causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> (dq, dk, dv); the probabilities are computed again from the log-sum-exp (Dao et al., arXiv 2205.14135)."""
-    dq = torch.empty_like(q)
-    dk, dv = (torch.zeros(t.shape, dtype=torch.float32, device=q.device) for t in (k, v))
-    mask = _mask_of(mask, q, k)
-    for b, h, rows in _blocks(q, k):
-        part = None if mask is None else mask[b, h, rows]
-        qs, ks, vs, dos = (t.float() for t in (q[b, h, rows], k[b, h], v[b, h], dout[b, h, rows]))
-        p = _scores(qs, ks, part, rows.start if causal else None, scale)
-        p.sub_(logsumexp[b, h, rows].clamp_min(-1e30).unsqueeze(-1)).exp_()
-        dv[b, h].baddbmm_(p.transpose(1, 2), dos)
-        delta = (dos * out[b, h, rows]).sum(-1, keepdim=True)
-        ds = torch.bmm(dos, vs.transpose(1, 2)).sub_(delta).mul_(p).mul_(scale)
-        dq[b, h, rows] = torch.bmm(ds, ks)
-        dk[b, h].baddbmm_(ds.transpose(1, 2), qs)
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
-
-
-@torch.library.register_fake("qlora::wide_attention_backward")
-def _(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, mask: Tensor | None, causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, mask, ctx.causal, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *output, mask)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _attention_backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Any, ...]:
-    *saved, mask = ctx.saved_tensors
-    grads = torch.ops.qlora.wide_attention_backward(dout, *saved, mask, ctx.causal, ctx.scale)
-    return (*grads, None, None, None)
-
-
-torch.library.register_autograd("qlora::wide_attention", _attention_backward, setup_context=_attention_setup)

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from . import autotune, cpp_build, cpu, dispatch, gpu, lora_kernels  # the last registers its candidates
+from . import attention_kernels, autotune, cpp_build, cpu, dispatch, gpu, lora_kernels  # two register candidates
 
 if torch.cuda.is_available() and gpu.is_available():
     from . import triton_lora
 
     triton_lora.register()
 
-__all__ = ["choose_kernel", "dispatch", "find", "kernel_source", "lora_kernel", "lora_kernels"]
+__all__ = ["attention_kernels", "choose_kernel", "dispatch", "find", "kernel_source", "lora_kernel", "lora_kernels"]
 
 
 @functools.cache

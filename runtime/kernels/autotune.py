@@ -46,10 +46,18 @@ def _dense(problem: Problem) -> Callable[[Candidate], object]:
 
 
 def _attention(problem: Problem) -> Callable[[Candidate], object]:
-    """Eight heads: what counts is how the times of the candidates compare."""
+    """Eight heads, forward and backward: what counts is how the times of the candidates compare."""
     q = _random(problem, 1, 8, problem.m, problem.k)
-    kv = _random(problem, 1, 8, sum(problem.n), problem.k)
-    return lambda candidate: candidate.run(q, kv, kv, None, False, problem.k**-0.5)  # type: ignore[misc]
+    k, v = (_random(problem, 1, 8, sum(problem.n), problem.k) for _ in range(2))
+    inputs = [t.requires_grad_() for t in (q, k, v)]
+    dout = _random(problem, *q.shape)
+
+    @torch.enable_grad()
+    def call(candidate: Candidate) -> object:
+        out = candidate.run(*inputs, None, True, problem.k**-0.5)  # type: ignore[misc]
+        return torch.autograd.grad(out, inputs, dout)
+
+    return call
 
 
 def _lora(problem: Problem) -> Callable[[Candidate], object]:

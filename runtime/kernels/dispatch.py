@@ -14,7 +14,8 @@ To add a kernel (for CUDA too), register it when its module is imported, and imp
     lora_linear:           run(group, x [M, K], bias [one per linear, or none]) -> ([y_i [M, N_i]], h [M, sum R])
     lora_linear_backward:  run(group, [dy_i [M, N_i]], x, h, need_dx, need_adapters) -> (dx [M, K] or None, [dA_j], [dB_j])
     dense_linear:          run(x [M, K], weight [N, K], bias or None) -> y [M, N]   (timed only: `widen_matmuls` puts it in)
-    attention:             run(q [B, H, L, D], k, v, mask, causal, scale)           (likewise; N is the number of keys)
+    attention:             run(q [B, H, L, D], k, v, mask, causal, scale) -> out, differentiable   (timed only:
+                           `lower_attention` puts it in; M queries, N keys, K the size of a head)
 
 `declines(problem)` says in a few words why it cannot, or returns None; `kernels` names generated sources, which
 `kernel_source` finds for the report. Where nothing was measured, the first one registered whose `prefers(problem)` holds

@@ -1,4 +1,5 @@
-"""The candidates for `lora_linear` and its backward that run anywhere: from the codes, fp32 GEMM, library GEMM."""
+"""The candidates for `lora_linear` and its backward that are no Triton: from the codes, fp32 GEMM, library GEMM; and for
+the dense products that stay in the graph."""
 
 from __future__ import annotations
 
@@ -42,16 +43,12 @@ def _from_codes(group: LoRAGroup, x: Tensor, bias: Sequence[Tensor]) -> tuple[li
     return forward(group, x, bias, product)
 
 
-def _prefers_fp32(problem: Problem) -> bool:
+def prefers_fp32(problem: Problem) -> bool:
     return not devices.multiplies_natively(problem.dtype)
 
 
 def declines_fp32(problem: Problem) -> str | None:
     return "products are in fp32 already" if problem.dtype.itemsize >= 4 else None
-
-
-def _library_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale)
 
 
 DEQUANTIZE = ("dequantize_4bit",)
@@ -61,17 +58,15 @@ dispatch.register(
     Candidate("lora_linear", "codes", _from_codes, ("cpu",), _declines_codes, kernels=("linear_4bit_small", *LOW_RANK))
 )
 dispatch.register(
-    Candidate("lora_linear", "fp32_gemm", fp32_linear.lora_forward, ("cpu",), declines_fp32, _prefers_fp32, DEQUANTIZE)
+    Candidate("lora_linear", "fp32_gemm", fp32_linear.lora_forward, ("cpu",), declines_fp32, prefers_fp32, DEQUANTIZE)
 )
 dispatch.register(Candidate("lora_linear", "library_gemm", forward, kernels=(*DEQUANTIZE, *LOW_RANK)))
 dispatch.register(
     Candidate(
-        "lora_linear_backward", "fp32_gemm", fp32_linear.lora_backward, ("cpu",), declines_fp32, _prefers_fp32, DEQUANTIZE
+        "lora_linear_backward", "fp32_gemm", fp32_linear.lora_backward, ("cpu",), declines_fp32, prefers_fp32, DEQUANTIZE
     )
 )  # fmt: skip
 dispatch.register(Candidate("lora_linear_backward", "library_gemm", backward, kernels=(*DEQUANTIZE, *LOW_RANK)))
-wide_linear, wide_attention = torch.ops.qlora.wide_linear.default, torch.ops.qlora.wide_attention.default
-dispatch.register(Candidate("dense_linear", "fp32_gemm", wide_linear, ("cpu",), declines_fp32, _prefers_fp32))
+wide_linear = torch.ops.qlora.wide_linear.default
+dispatch.register(Candidate("dense_linear", "fp32_gemm", wide_linear, ("cpu",), declines_fp32, prefers_fp32))
 dispatch.register(Candidate("dense_linear", "library_gemm", torch.nn.functional.linear))
-dispatch.register(Candidate("attention", "fp32", wide_attention, ("cpu",), declines_fp32, _prefers_fp32))
-dispatch.register(Candidate("attention", "library", _library_attention))

@@ -55,11 +55,9 @@ def trace(
 
 @pytest.mark.parametrize(
     ("attend", "targets"),
-    [(plain, ["wide_attention", "wide_linear"]), (by_hand, ["wide_linear", "wide_matmul", "wide_matmul"])],
+    [(plain, ["wide_linear"]), (by_hand, ["wide_linear", "wide_matmul", "wide_matmul"])],
 )
-def test_products_and_attention_are_widened(
-    traced: Callable[..., Any], attend: Callable[..., Tensor], targets: list[str]
-) -> None:
+def test_products_are_widened(traced: Callable[..., Any], attend: Callable[..., Tensor], targets: list[str]) -> None:
     t = trace(traced, attend)
     expected = copy.deepcopy(t.model).double()(
         next(iter(v for v in t.values.values() if v.shape == (2, 5, 24))).double()
@@ -83,31 +81,10 @@ def test_fp32_and_a_cpu_with_bf16_stay(traced: Callable[..., Any], monkeypatch: 
 def test_the_option_switches_it_off(traced: Callable[..., Any]) -> None:
     t = trace(traced, plain, kernels={"dense_linear": "library_gemm"})
     t.run(normalize_linear, widen_matmuls)
-    assert "wide_linear" not in t.targets() and "wide_attention" in t.targets()
-    t = trace(traced, plain, kernels={"dense_linear": "library_gemm", "attention": "library"})
-    assert t.count(normalize_linear, widen_matmuls) == 0
+    assert "wide_linear" not in t.targets()
 
 
 def test_without_a_runtime_nothing_is_chosen(traced: Callable[..., Any]) -> None:
     t = trace(traced, plain)
     t.ctx.chooser = None
     assert t.count(normalize_linear, widen_matmuls) == 0
-
-
-@pytest.mark.parametrize(
-    ("attend", "reason"),
-    [
-        (lambda q: F.scaled_dot_product_attention(q, q, q, dropout_p=0.5), "it drops out"),
-        (lambda q: F.scaled_dot_product_attention(q[0], q[0], q[0])[None].expand(2, -1, -1, -1), "four dimensions"),
-        (
-            lambda q: F.scaled_dot_product_attention(q, q[:, :1], q[:, :1], enable_gqa=True),
-            "different numbers of heads",
-        ),
-    ],
-)
-def test_attention_is_declined_with_a_reason(
-    traced: Callable[..., Any], attend: Callable[..., Tensor], reason: str
-) -> None:
-    t = trace(traced, attend, kernels={"dense_linear": "library_gemm"})
-    (text,) = t.declined(normalize_linear, widen_matmuls).values()
-    assert text.startswith("attention stays as it is: ") and reason in text

@@ -1,0 +1,116 @@
+"""Attention -> an op with the kernel that the table chose, where that is not the library's.
+
+    scaled_dot_product_attention(q, k, v)  ->  qlora.attention(q, k, v, mask, causal, scale, "flash")[0]
+
+Key heads that were repeated for groups of query heads (`k[:, :, None].expand(...).reshape(...)`, `repeat_interleave`, or
+`enable_gqa`) are read as they were before: no copy in memory, and their gradients come out summed over the group.
+`kernels={"attention": "library"}` switches the rewrite off.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from .. import attention_ops  # noqa: F401  defines the op
+from ..fx_utils import dtype_of, emit, hint, is_call, replace, value
+from ..pass_manager import PassContext
+
+_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+_WHOLE = slice(None)
+
+
+def lower_attention(gm: fx.GraphModule, ctx: PassContext) -> int:
+    """Returns the number of attentions rewritten."""
+    count = 0
+    for node in list(gm.graph.nodes):
+        if is_call(node, F.scaled_dot_product_attention) and isinstance(value(node), Tensor):
+            count += _lower(node, ctx)
+    return count
+
+
+def _lower(node: fx.Node, ctx: PassContext) -> int:
+    given = dict(zip(_NAMES, node.args)) | node.kwargs
+    reason = _decline(given)
+    if reason is not None:
+        ctx.decline(node.name, f"attention stays as it is: {reason}")
+        return 0
+    q, k, v = (given[name] for name in _NAMES[:3])
+    queries, size = (hint(s) for s in value(q).shape[2:])
+    keys, kind = hint(value(k).shape[2]), value(node)
+    choice = ctx.choose("attention", rows=queries, n=(keys,), k=size, dtype=kind.dtype, device=kind.device.type)
+    if choice is None:
+        return 0
+    node.meta["qlora_kernels"] = (("attention", choice),)
+    if choice.name == "library":
+        return 0
+    shared_k, shared_v = _before_repeat(k), _before_repeat(v)
+    if value(shared_k).shape[:2] == value(shared_v).shape[:2]:
+        k, v = shared_k, shared_v
+    scale = given.get("scale")
+    numbers = bool(given.get("is_causal", False)), 1 / math.sqrt(size) if scale is None else scale, choice.name
+    new = emit(node, torch.ops.qlora.attention.default, (q, k, v, given.get("attn_mask"), *numbers), node)
+    replace(node, emit(node, operator.getitem, (new, 0), node))
+    return 1
+
+
+def _decline(given: dict[str, Any]) -> str | None:
+    tensors = [value(given.get(name)) for name in _NAMES[:3]]
+    mask = value(given.get("attn_mask"))
+    if any(not isinstance(t, Tensor) or t.dim() != 4 for t in tensors):
+        return "it has not four dimensions"
+    if given.get("dropout_p", 0.0) != 0.0:
+        return "it drops out"
+    (batch, heads), (k_batch, k_heads), v_sizes = (tuple(t.shape[:2]) for t in tensors)
+    if batch != k_batch or (k_batch, k_heads) != v_sizes:
+        return "queries, keys and values have different batches or heads"
+    if heads != k_heads and not (given.get("enable_gqa") and heads % k_heads == 0):
+        return "queries and keys have different numbers of heads"
+    if any(dtype_of(given[name]) != dtype_of(given["query"]) for name in _NAMES[1:3]):
+        return "queries, keys and values have different dtypes"
+    if not isinstance(given.get("scale"), (int, float, type(None))):
+        return "its scale is computed"
+    if mask is not None and (mask.requires_grad or mask.dim() not in (2, 3, 4)):
+        return "its mask trains or has other dimensions"
+    return None
+
+
+def _before_repeat(node: fx.Node) -> fx.Node:
+    """k [B, KV, S, D] for a node that repeats each of its heads, [B, KV n, S, D]; else the node itself."""
+    source: Any = None
+    if is_call(node, "repeat_interleave", torch.repeat_interleave):
+        arguments = dict(zip(("input", "repeats", "dim"), node.args)) | node.kwargs
+        if isinstance(arguments.get("repeats"), int) and arguments.get("dim") in (1, -3):
+            source = node.args[0]
+    elif is_call(node, "reshape", torch.reshape) and is_call(node.args[0], "expand"):
+        apart = node.args[0].args[0]  # type: ignore[union-attr]
+        source = _without_axis(apart)
+        if source is not None and not _repeats(value(source).shape, value(node.args[0]).shape, value(node).shape):
+            source = None
+    return source if isinstance(value(source), Tensor) and value(source).dim() == 4 else node
+
+
+def _without_axis(node: Any) -> Any:
+    """x for x[:, :, None], x[:, :, None, :, :] and x.unsqueeze(2); None for anything else."""
+    if is_call(node, operator.getitem):
+        index = node.args[1]
+        if not isinstance(index, tuple) or len(index) not in (3, 5):
+            return None
+        new_axis = all(part is None if i == 2 else part == _WHOLE for i, part in enumerate(index))
+        return node.args[0] if new_axis and value(node.args[0]).dim() == 4 else None
+    if is_call(node, "unsqueeze", torch.unsqueeze) and node.args[1:] in ((2,), (-3,)):
+        return node.args[0] if value(node.args[0]).dim() == 4 else None
+    return None
+
+
+def _repeats(shape: Any, expanded: Any, joined: Any) -> bool:
+    """[B, KV, S, D] -> [B, KV, n, S, D] -> [B, KV n, S, D]"""
+    b, kv, s, d = shape
+    if len(expanded) != 5 or len(joined) != 4 or (expanded[0], expanded[1], *expanded[3:]) != (b, kv, s, d):
+        return False
+    return tuple(joined) == (b, kv * expanded[2], s, d)

@@ -1,0 +1,157 @@
+"""Attention as one op whose kernel was chosen: forward with the log-sum-exp of its scores, backward from that.
+
+    attention: softmax(scale q kᵀ + mask) v
+
+B batch, H query heads, KV key heads (query head h reads key head h // (H / KV)), L queries, S keys, D size of a query and
+key, E of a value. `lower_attention` puts the op into a graph. Its plain-torch body computes in fp32, a bounded number of
+scores at a time, and rounds each result once: the meaning, and what the kernel "fp32" is. "flash" is the generated C++.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .lora_group import kernel_for
+from .ops import define_op
+
+SCORES = 1 << 21  # attention scores at a time (8 MiB): whole heads, or a part of the queries
+FLASH = "flash"
+
+
+def _ranges(count: int, step: int) -> Iterator[slice]:
+    return (slice(first, min(first + step, count)) for first in range(0, count, step))
+
+
+def _flash(op: str, kernel: str, q: Tensor) -> Callable[..., None] | None:
+    """The generated kernel, where it was chosen and this machine has it."""
+    return kernel_for(op, q.device) if kernel == FLASH and q.dtype == torch.bfloat16 else None
+
+
+def _like_query(q: Tensor, size: int) -> Tensor:
+    """[B, H, L, size], heads of one query side by side in memory: the transpose and reshape that follow copy nothing."""
+    b, h, queries, _ = q.shape
+    return q.new_empty((b, queries, h, size)).transpose(1, 2)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """With contiguous rows (the gradient of a sum arrives with stride 0)."""
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+
+
+def _mask_of(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """The mask as [B, H, L, S] without a copy, except of one whose rows are not contiguous."""
+    if mask is None:
+        return None
+    mask = mask.expand(*mask.shape[:-1], k.shape[2])
+    return _rows(mask).expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+
+
+def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[int, int, slice, slice]]:
+    """(batch index, key head, its query heads, queries) with at most SCORES scores, where one row of one head allows."""
+    group, queries, keys = q.shape[1] // k.shape[1], q.shape[2], max(k.shape[2], 1)
+    rows = max(1, min(queries, SCORES // keys))
+    together = max(1, min(group, SCORES // (rows * keys)))
+    for index in range(q.shape[0]):
+        for head in range(k.shape[1]):
+            for heads in _ranges(group, together):
+                for part in _ranges(queries, rows):
+                    yield index, head, slice(head * group + heads.start, head * group + heads.stop), part
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None, causal_from: int | None, scale: float) -> Tensor:
+    """scale q kᵀ + mask in fp32 [H, L, S], for queries from `causal_from` on of a causal attention (None: not causal)."""
+    scores = torch.matmul(q, k.t()).mul_(scale)
+    if mask is not None:
+        scores = scores.masked_fill_(mask.logical_not(), -math.inf) if mask.dtype == torch.bool else scores.add_(mask)
+    if causal_from is not None:
+        hidden = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu_(causal_from + 1)
+        scores.masked_fill_(hidden, -math.inf)
+    return scores
+
+
+@define_op
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, kernel: str
+) -> tuple[Tensor, Tensor]:
+    """q [B, H, L, D], k [B, KV, S, D], v [B, KV, S, E], mask (bool or added) -> (out [B, H, L, E], log-sum-exp [B, H, L]).
+
+    A query that sees no key gets zeros. `kernel` is a name of `runtime.kernels.dispatch`.
+    """
+    out = _like_query(q, v.shape[-1])
+    logsumexp = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+    mask = _mask_of(mask, q, k)
+    flash = _flash("attention_forward", kernel, q)
+    if flash is not None:
+        flash(_rows(q), _rows(k), _rows(v), mask, causal, scale, out, logsumexp)
+        return out, logsumexp
+    for b, head, h, rows in _blocks(q, k):
+        part = None if mask is None else mask[b, h, rows]
+        scores = _scores(q[b, h, rows].float(), k[b, head].float(), part, rows.start if causal else None, scale)
+        most = scores.amax(-1, keepdim=True)
+        most.masked_fill_(most == -math.inf, 0)
+        total = scores.sub_(most).exp_().sum(-1, keepdim=True)
+        out[b, h, rows] = torch.matmul(scores, v[b, head].float()).div_(total.masked_fill(total == 0, 1))
+        logsumexp[b, h, rows] = (most + total.log()).squeeze(-1)
+    return out, logsumexp
+
+
+@torch.library.register_fake("qlora::attention")
+def _(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, kernel: str
+) -> tuple[Tensor, Tensor]:
+    return _like_query(q, v.shape[-1]), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+@define_op
+def attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, mask: Tensor | None, causal: bool,
+    scale: float, kernel: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> (dq, dk, dv); the probabilities are computed again from the log-sum-exp (Dao et al., arXiv 2205.14135)."""
+    dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
+    mask = _mask_of(mask, q, k)
+    flash = _flash("attention_backward", kernel, q)
+    if flash is not None and all(t.stride(-1) == 1 or t.shape[-1] <= 1 for t in (dq, dk, dv)):
+        q, k, v = _rows(q), _rows(k), _rows(v)
+        flash(_rows(dout), q, k, v, _rows(out), logsumexp, mask, causal, scale, dq, dk, dv)
+        return dq, dk, dv
+    wide_dk, wide_dv = (torch.zeros(t.shape, dtype=torch.float32, device=q.device) for t in (k, v))
+    for b, head, h, rows in _blocks(q, k):
+        part = None if mask is None else mask[b, h, rows]
+        qs, ks, vs, dos = (t.float() for t in (q[b, h, rows], k[b, head], v[b, head], dout[b, h, rows]))
+        p = _scores(qs, ks, part, rows.start if causal else None, scale)
+        p.sub_(logsumexp[b, h, rows].clamp_min(-1e30).unsqueeze(-1)).exp_()
+        wide_dv[b, head] += torch.bmm(p.transpose(1, 2), dos).sum(0)
+        delta = (dos * out[b, h, rows]).sum(-1, keepdim=True)
+        ds = torch.matmul(dos, vs.t()).sub_(delta).mul_(p).mul_(scale)
+        dq[b, h, rows] = torch.matmul(ds, ks)
+        wide_dk[b, head] += torch.bmm(ds.transpose(1, 2), qs).sum(0)
+    return dq, dk.copy_(wide_dk), dv.copy_(wide_dv)
+
+
+@torch.library.register_fake("qlora::attention_backward")
+def _(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, mask: Tensor | None, causal: bool,
+    scale: float, kernel: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, mask, ctx.causal, ctx.scale, ctx.kernel = inputs
+    ctx.save_for_backward(q, k, v, *output, mask)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Any, ...]:
+    *saved, mask = ctx.saved_tensors
+    grads = torch.ops.qlora.attention_backward(dout, *saved, mask, ctx.causal, ctx.scale, ctx.kernel)
+    return (*grads, None, None, None, None)
+
+
+torch.library.register_autograd("qlora::attention", _backward, setup_context=_setup_context)

@@ -1,0 +1,132 @@
+"""The C++ attention as Python functions: out and log-sum-exp, and the gradients of queries, keys and values.
+
+B batch, H query heads, KV key heads (each serves H / KV query heads), L queries, S keys, D size of a query, E of a value.
+All are bf16 with any strides but 1 for the last dimension; sums are fp32, and no result depends on the number of threads.
+Written for AVX-512 BF16 only: on other machines the makers return None.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import KernelError
+from . import cpp_build
+
+_MASKS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}  # enum Dtype, and BOOL
+
+
+class _Heads(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p), ("batch", ctypes.c_int64), ("head", ctypes.c_int64), ("row", ctypes.c_int64)
+    )  # fmt: skip
+
+
+class _Mask(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p), ("batch", ctypes.c_int64), ("head", ctypes.c_int64), ("query", ctypes.c_int64),
+        ("dtype", ctypes.c_int64),
+    )  # fmt: skip
+
+
+class _Call(ctypes.Structure):
+    """`Call` of attention_blocks.cpp.jinja."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("B", "H", "G", "L", "S", "D", "E", "causal", "threads")),
+        ("scale", ctypes.c_double),
+        *((name, _Heads) for name in ("q", "k", "v", "out")),
+        ("logsumexp", ctypes.c_void_p),
+        ("mask", _Mask),
+        *((name, _Heads) for name in ("dout", "dq", "dk", "dv")),
+    )
+
+
+def _function(name: str) -> Any:
+    """The C function, or None on a machine that cannot run it."""
+    if "avx512" not in cpp_build.instruction_sets():
+        return None
+    library = cpp_build.load("attention")
+    if not library.qlora_has_attention():
+        return None
+    function = getattr(library, name)
+    function.argtypes, function.restype = (ctypes.POINTER(_Call),), None
+    return function
+
+
+def _heads(name: str, tensor: Tensor, *shape: int) -> _Heads:
+    """A tensor's address and strides, once it is known to be a bf16 CPU tensor of that shape with contiguous rows."""
+    if tensor.dtype is not torch.bfloat16 or tensor.shape != shape or not tensor.is_cpu:
+        raise KernelError(
+            f"{name} must be a bfloat16 {[*shape]} CPU tensor, got {tensor.dtype} {[*tensor.shape]} on {tensor.device}."
+        )
+    batch, head, row, last = tensor.stride()
+    if last != 1 and shape[3] > 1:
+        raise KernelError(f"{name} must have contiguous rows, its elements are {last} apart.")
+    return _Heads(tensor.data_ptr(), batch, head, row)
+
+
+def _call(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> _Call:
+    (b, h, queries, d), (_, kv, keys, _), e = q.shape, k.shape, v.shape[-1]
+    if kv == 0 or h % kv:
+        raise KernelError(f"{h} query heads cannot share {kv} key heads equally.")
+    if logsumexp.dtype != torch.float32 or logsumexp.shape != (b, h, queries) or not logsumexp.is_contiguous():
+        raise KernelError(f"logsumexp must be contiguous fp32 {[b, h, queries]}, got {[*logsumexp.shape]}.")
+    call = _Call(b, h, h // kv, queries, keys, d, e, causal, torch.get_num_threads(), scale)
+    call.q, call.k = _heads("q", q, b, h, queries, d), _heads("k", k, b, kv, keys, d)
+    call.v, call.out = _heads("v", v, b, kv, keys, e), _heads("out", out, b, h, queries, e)
+    call.logsumexp = logsumexp.data_ptr()
+    if mask is not None:
+        if mask.dtype not in _MASKS or not mask.is_cpu or mask.shape != (b, h, queries, keys):
+            raise KernelError(
+                f"mask must be a boolean or float CPU tensor {[b, h, queries, keys]}, got {mask.dtype} {[*mask.shape]}."
+            )
+        *strides, last = mask.stride()
+        if last != 1 and keys > 1:
+            raise KernelError(f"mask must have contiguous rows, its elements are {last} apart.")
+        call.mask = _Mask(mask.data_ptr(), *strides, _MASKS[mask.dtype])
+    return call
+
+
+def make_attention_forward() -> Callable[..., None] | None:
+    """Builds the library and returns `attention_forward`; None on a machine without AVX-512 BF16. Raises KernelError."""
+    kernel = _function("qlora_attention_forward")
+    if kernel is None:
+        return None
+
+    def attention_forward(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, out: Tensor, logsumexp: Tensor
+    ) -> None:
+        """out [B, H, L, E] = softmax(scale q kᵀ + mask) v; logsumexp fp32 [B, H, L] of its scores.
+
+        mask [B, H, L, S] (strides may be 0): boolean, True where a key is seen, or added. A query that sees no key gets
+        zeros and minus infinity. causal: query i sees the keys up to i.
+        """
+        kernel(_call(q, k, v, out, logsumexp, mask, causal, scale))
+
+    return attention_forward
+
+
+def make_attention_backward() -> Callable[..., None] | None:
+    """Builds the library and returns `attention_backward`; None on a machine without AVX-512 BF16. Raises KernelError."""
+    kernel = _function("qlora_attention_backward")
+    if kernel is None:
+        return None
+
+    def attention_backward(
+        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, mask: Tensor | None, causal: bool,
+        scale: float, dq: Tensor, dk: Tensor, dv: Tensor,
+    ) -> None:  # fmt: skip
+        """dq, dk and dv, each of its tensor's shape, for the forward's out and logsumexp."""
+        call = _call(q, k, v, out, logsumexp, mask, causal, scale)
+        call.dout = _heads("dout", dout, *out.shape)
+        call.dq, call.dk, call.dv = _heads("dq", dq, *q.shape), _heads("dk", dk, *k.shape), _heads("dv", dv, *v.shape)
+        kernel(call)
+
+    return attention_backward
