@@ -21,7 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..fx_utils import module_path, value, written
 from ..pass_manager import PassContext, record
-from ..regions import call_region
+from ..regions import CHAINED, call_region
 from .repeats import Run, best_run, cuts, inputs_of, sequence, tokenize
 
 _OP = torch.ops.qlora.lora_linear.default
@@ -137,7 +137,10 @@ def _outline(gm: fx.GraphModule, copies: list[list[fx.Node]]) -> None:
     uses = list(zip(*([ref for node in copy for ref in inputs_of(node)[1]] for copy in copies), strict=True))
     own = set(copies[0])
     operands = list(dict.fromkeys(refs for refs in uses if refs[0] not in own))
-    gm.add_submodule(name, _subgraph(gm, copies[0], operands, uses, outputs))
+    subgraph = _subgraph(gm, copies[0], operands, uses, outputs)
+    inside = {node for copy in copies for node in copy}
+    subgraph.meta[CHAINED] = tuple(i for i, refs in enumerate(operands) if not inside.isdisjoint(refs))
+    gm.add_submodule(name, subgraph)
     for which in reversed(range(len(copies))):  # the last first: its operands are nodes of the one before
         _replace(gm, name, copies[which], [refs[which] for refs in operands], outputs)
 

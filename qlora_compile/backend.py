@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from . import warm_up
+from . import fingerprint, warm_up
 from .config import QLoRAConfig
 from .dynamo import guard_replacements, guard_training, real_inputs, root_module, surfaced, traced_again
 from .errors import ConfigError, ModelStateError, QLoRACompileError
@@ -210,6 +210,7 @@ def _bind(
         else:
             kept.append(position[node.name])
     work.meta["qlora_recomputed"] = recomputed(work)  # AOTAutograd's cache looks at no node's meta, but at this
+    work.meta["qlora_sources"] = fingerprint.sources()
     work.recompile()
     inputs = [example_inputs[i] for i in kept] + [get() for get in getters]
     del example_inputs[:]  # the list must not keep the dense weights alive in this frame

@@ -18,13 +18,30 @@ from torch._guards import detect_fake_mode
 
 # AOTAutograd's cache keeps no graph with a function that it does not know: this one is safe, its arguments say it all.
 CACHEABLE = {"qlora_compile.regions.call_region": "1"}
+CHAINED = "qlora_chained"  # in a subgraph's meta: positions of the operands that come from the region before it
 
 
 def call_region(subgraph: fx.GraphModule, name: str, *operands: Any) -> tuple[Tensor, ...]:
     """`subgraph(*operands)`, compiled once for all calls with this name and operands of the same kind."""
     if detect_fake_mode(operands) is None:
         return tuple(subgraph(*operands))
+    operands = _like_the_others(subgraph.meta.get(CHAINED, ()), operands)
     return tuple(torch.ops.higher_order.invoke_subgraph(subgraph, f"{name}_{_kind(operands)}", *operands))
+
+
+def _like_the_others(chained: tuple[int, ...], operands: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The first of equal layers gets an x that needs no gradient, if the embedding is frozen; x of the others does,
+    where anything trains. Then the first one's does too, for one trace of all: that gradient ends here, unused, and
+    costs a product or two in one layer; a second trace costs a second compilation of the layer."""
+    tensors = [operand for operand in operands if isinstance(operand, Tensor)]
+    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
+        return operands
+    alike = list(operands)
+    for index in chained:
+        operand = operands[index]
+        if isinstance(operand, Tensor) and operand.is_floating_point() and not operand.requires_grad:
+            alike[index] = operand.detach().requires_grad_()
+    return tuple(alike)
 
 
 def return_operands_directly(gm: fx.GraphModule) -> None:

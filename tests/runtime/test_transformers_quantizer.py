@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 import qlora_compile as qc
 from qlora_compile.errors import CheckpointError, ConfigError
-from qlora_compile.runtime.formats.checkpoint_dir import TensorSpec, write_checkpoint
 from qlora_compile.runtime.models import load_weights
 
 MakeModel = Callable[..., torch.nn.Module]
@@ -149,70 +146,3 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, tiny_llama: MakeModel) -> 
     save_file(tensors, tmp_path / "nf4" / MODEL_FILE, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=rf"{key} is quantized with quant_type='nf9'"):
         load_weights(tmp_path / "nf4")
-
-
-MEASURE = """
-import sys, threading, time, torch
-from transformers import AutoModelForCausalLM
-import qlora_compile as qc
-from qlora_compile.runtime import kernels
-config = qc.QLoRAQuantizationConfig()
-qc.quantize_4bit(torch.randn(64, 64))  # builds the kernel
-def anonymous():
-    return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) * 1024
-start, peak, done = anonymous(), 0, False
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous())
-        time.sleep(0.002)
-thread = threading.Thread(target=watch); thread.start()
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=config, dtype="auto")
-done = True; thread.join()
-stored = sum(p.stored_bytes if isinstance(p, qc.QuantizedTensor) else p.nbytes for p in model.parameters())
-print(peak - start, stored)
-"""
-
-
-def random_llama(path: Path, dtype: torch.dtype, **settings: Any) -> tuple[int, int]:
-    """Random weights written tensor by tensor -> (bytes of all, bytes of the largest)."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(tie_word_embeddings=True, **settings)
-    config.architectures, config.dtype = ["LlamaForCausalLM"], dtype
-    with torch.device("meta"):
-        meta = LlamaForCausalLM(config).state_dict()
-    specs = {key: TensorSpec(dtype, tuple(t.shape)) for key, t in meta.items() if key != "lm_head.weight"}
-    path.mkdir()
-    config.save_pretrained(path)
-    write_checkpoint(path, specs, lambda key: torch.randn(specs[key].shape, dtype=dtype) * 0.02, 300_000_000)
-    return sum(spec.nbytes for spec in specs.values()), max(spec.nbytes for spec in specs.values())
-
-
-def peak_and_stored(folder: Path) -> tuple[int, int]:
-    run = [sys.executable, "-c", MEASURE, str(folder)]
-    out = subprocess.run(run, capture_output=True, text=True, check=True, timeout=500, cwd=folder)
-    peak, stored = map(int, out.stdout.split()[-2:])
-    return peak, stored
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_nothing_dense_outlives_its_tensor(tmp_path: Path) -> None:
-    settings = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "vocab_size": 1000}
-    total, largest = random_llama(tmp_path / "m", torch.float32, num_attention_heads=8, **settings)
-    peak, stored = peak_and_stored(tmp_path / "m")
-    # 60 MB for the allocator, threads and modules; all dense weights together are five times the bound.
-    assert peak < stored + 2 * largest + 60_000_000 < total / 2, (peak, stored, largest, total)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_peak_memory_of_a_gigabyte(tmp_path: Path) -> None:
-    settings = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 9, "vocab_size": 32000}
-    total, largest = random_llama(tmp_path / "m", torch.bfloat16, num_attention_heads=16, **settings)
-    assert total > 1_000_000_000
-    peak, stored = peak_and_stored(tmp_path / "m")
-    print(
-        f"dense {total / 1e6:.0f} MB, 4-bit {stored / 1e6:.0f} MB, largest {largest / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB"
-    )
-    assert peak < stored + 2 * largest + 300_000_000 < total
