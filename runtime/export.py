@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..config import parse_dtype
-from ..errors import ConfigError
+from ..errors import AdapterMismatchError, ConfigError
 from .export_gguf import check_gguf_output, gguf_type, write_gguf_export
 from .export_inputs import Adapters, PathLike, check_not_an_input, dense_folder, lora_only, read_adapters
 from .export_report import ExportReport
@@ -23,6 +23,7 @@ from .formats.atomic import check_output_folder
 from .formats.checkpoint_dir import parse_size
 from .quantized_base import QuantizedBase, common_base, read_side_file
 from .quantized_source import QuantizedFolderSource, is_quantized_folder
+from .renamed_keys import renamed_keys
 from .verify import verify_folder, verify_model
 
 FORMATS = ("safetensors", "nf4", "gguf")
@@ -108,7 +109,14 @@ def _plan(
         return source, plan_fold(source.specs, source.config, loras), loras, base_precision, None
     quantized_base = base_precision == "dequantized" and is_quantized_folder(folder)
     source = QuantizedFolderSource(folder) if quantized_base else FolderSource(folder)
-    plan = plan_fold(source.specs, source.config, adapters)
+    renamed: dict[str, str] = {}
+    try:
+        plan = plan_fold(source.specs, source.config, adapters)
+    except AdapterMismatchError:
+        renamed = renamed_keys(source.config, source.specs)
+        if not renamed:
+            raise
+        plan = plan_fold(source.specs, source.config, adapters, renamed)
     if base_precision == "original" or quantized_base:
         return source, plan, adapters, base_precision, None
     quantized = _quantization_of(adapters, model, quant)
@@ -117,7 +125,7 @@ def _plan(
             f"init_lora_weights={quantized.init_lora_weights!r} changed the 4-bit base that the adapter was trained on: "
             "export the prepared model itself, or with base_precision='original'."
         )
-    mark_requantized(plan, source.specs, quantized.weights, quantized.transposed)
+    mark_requantized(plan, source.specs, quantized.weights, quantized.transposed, renamed)
     return source, plan, adapters, base_precision, quantized
 
 

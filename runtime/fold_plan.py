@@ -66,9 +66,14 @@ class FoldPlan:
 
 
 def plan_fold(
-    specs: Mapping[str, TensorSpec], config: Mapping[str, Any], adapters: Sequence[WeightedAdapter]
+    specs: Mapping[str, TensorSpec],
+    config: Mapping[str, Any],
+    adapters: Sequence[WeightedAdapter],
+    renamed: Mapping[str, str] | None = None,
 ) -> FoldPlan:
     """Match each adapter's tensors with the base's; `config` is the base's config.json.
+
+    `renamed`: parameter's name -> key, where the base has another name for it (`renamed_keys`).
 
     Raises AdapterMismatchError naming the first few keys that the base does not have, or whose shapes differ.
     """
@@ -81,11 +86,11 @@ def plan_fold(
         problems: list[str] = []
         for module, layer in adapter.files.layers().items():
             # A parameter that is used by other code than a linear module's carries its adapter under its own name.
-            key = resolve_key(f"{module}.weight", known) or resolve_key(module, known)
+            key = resolve_key(f"{module}.weight", known, renamed) or resolve_key(module, known, renamed)
             problem = _add_layer(plan, known, key, module, layer, adapter)
             problems += [problem] if problem else []
         for name, tensor in adapter.files.full_parameters().items():
-            key = resolve_key(name, known)
+            key = resolve_key(name, known, renamed)
             problem = _add_full(plan, known, key, name, tensor, adapter)
             problems += [problem] if problem else []
         if problems:
@@ -97,7 +102,11 @@ def plan_fold(
 
 
 def mark_requantized(
-    plan: FoldPlan, specs: Mapping[str, TensorSpec], weights: Sequence[str] | None, transposed: Sequence[str]
+    plan: FoldPlan,
+    specs: Mapping[str, TensorSpec],
+    weights: Sequence[str] | None,
+    transposed: Sequence[str],
+    renamed: Mapping[str, str] | None = None,
 ) -> None:
     """Note which tensors start from their 4-bit values: those that `weights` names, or (None) each linear's target.
 
@@ -107,7 +116,7 @@ def mark_requantized(
         for target in plan.targets.values():
             target.requantize = bool(target.terms) and not target.embedding
         return
-    keys = {name: resolve_key(name, specs) for name in weights}
+    keys = {name: resolve_key(name, specs, renamed) for name in weights}
     missing = [f"the base has no {name}" for name, key in keys.items() if key is None]
     if missing:
         raise AdapterMismatchError(f"The adapter was trained on another base: {first_few(missing)}.")
@@ -118,8 +127,8 @@ def mark_requantized(
             target.transposed = name in transposed
 
 
-def resolve_key(name: str, keys: Iterable[str]) -> str | None:
-    """The key for a parameter's name: itself, else the one key that differs from it by a prefix of the path.
+def resolve_key(name: str, keys: Iterable[str], renamed: Mapping[str, str] | None = None) -> str | None:
+    """The key for a parameter's name: itself, else what `renamed` says, else the one key that differs by a path's prefix.
 
     (A hub checkpoint of GPT-2 says `h.0...` where the model says `transformer.h.0...`.) None where there is no such
     key, or more than one.
@@ -127,6 +136,8 @@ def resolve_key(name: str, keys: Iterable[str]) -> str | None:
     keys = keys if isinstance(keys, Mapping) else set(keys)
     if name in keys:
         return name
+    if renamed and name in renamed:
+        return renamed[name]
     parts = name.split(".")
     shorter = [key for start in range(1, len(parts) - 1) if (key := ".".join(parts[start:])) in keys]
     longer = [key for key in keys if key.endswith(f".{name}")]

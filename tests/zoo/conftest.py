@@ -19,8 +19,8 @@ loaded by plain transformers, does too.
 
 {works} of {total} work.
 
-| model | task | works | layers in 4 bits | dense, and why | expert weights left dense | graph breaks of the model's own |
-|---|---|---|---|---|---|---|
+| model | task | works | layers in 4 bits | dense, and why | expert weights left dense | graph breaks of its own | note |
+|---|---|---|---|---|---|---|---|
 """
 
 
@@ -59,7 +59,7 @@ class ModelsDoc:
             name,
             found["task"],
             works,
-            *(found.get(key, "") for key in ("quantized", "dense", "experts", "breaks")),
+            *(found.get(key, "") for key in ("quantized", "dense", "experts", "breaks", "note")),
         )
         self.rows[name] = (report.passed, "| " + " | ".join(str(cell) for cell in cells) + " |")
 
@@ -69,7 +69,10 @@ class ModelsDoc:
         rows = [self.rows[name] for name in sorted(self.rows)]
         works = sum(passed for passed, _ in rows)
         header = HEADER.format(
-            transformers=transformers.__version__, torch=torch.__version__, works=works, total=len(rows)
+            transformers=transformers.__version__,
+            torch=torch.__version__.partition("+")[0],
+            works=works,
+            total=len(rows),
         )
         self.path.write_text(header + "\n".join(row for _, row in rows) + "\n", encoding="utf-8")
 
