@@ -15,13 +15,15 @@ from .lower_kernels import lower_kernels
 from .match_experts import match_experts
 from .match_lora import match_lora
 from .normalize_linear import normalize_linear
+from .open_attention import open_attention
 from .outline_layers import outline_layers
 from .quantize_weights import quantize_weights
 from .widen_matmuls import widen_matmuls
 
 PIPELINE = (
-    # one flat graph: what activation checkpointing hides in subgraphs
+    # one flat graph: what activation checkpointing hides in subgraphs, and torch's attention in one call
     inline_checkpoints,
+    open_attention,
     # one spelling: every linear is F.linear(x, W), every adapter a branch beside it
     normalize_linear,
     match_lora,

@@ -15,13 +15,13 @@ from torch import fx, nn
 
 from . import fingerprint, warm_up
 from .config import QLoRAConfig
-from .dynamo import guard_replacements, guard_training, real_inputs, root_module, surfaced, traced_again
+from .dynamo import guard_replacements, guard_training, real_inputs, root_modules, surfaced, traced_again
 from .errors import ConfigError, ModelStateError, QLoRACompileError
 from .fx_utils import copy_graph, is_linear, peel_transposes, placeholders, recomputed
 from .modules import prepared_config, prepared_state
 from .pass_manager import Pass, PassContext, run_passes
 from .passes import PIPELINE
-from .preparation import edit_modules, require_targets
+from .preparation import choose_root, edit_modules, require_targets
 from .regions import CACHEABLE, call_region, return_operands_directly
 from .report import CompileReport
 from .state import (
@@ -78,7 +78,7 @@ def _compile(
     lower: Lowering | None,
     pipeline: Sequence[Pass] = PIPELINE,
 ) -> Callable[..., Any]:
-    root = root_module(gm)
+    root = choose_root(root_modules(gm))
     if root is None:  # a piece of a model without parameters, or a function of tensors: nothing of ours to do
         config = QLoRAConfig.from_options(options)
         return (lower or _lowering(config))(gm, example_inputs)
@@ -102,6 +102,7 @@ def _compile(
     ctx.codes = {node.name: entry for node, t in zip(nodes, original) if (entry := edits.find_codes(t)) is not None}
     ctx.chooser = _chooser(config)
     position = {node.name: index for index, node in enumerate(nodes)}
+    plain = [entry for entry in ctx.params.values() if entry.site is None]
     with torch.inference_mode(False), torch.enable_grad():
         stages = run_passes(work, ctx, pipeline)
         _check_targets(work, ctx)
@@ -113,10 +114,18 @@ def _compile(
     _freeze_examples(work, original, position)
     del original
     state = edits.remember()
+    if any(_is_guarded(entry.site.module) for entry in plain if entry.site is not None):
+        raise traced_again("modules got a new class")
     report = CompileReport.of_graph(root, config, work, stages)
     call = _bind(work, example_inputs, position, ctx, lower or _lowering(config), config)
     state.reports.append(report)
     return call
+
+
+def _is_guarded(module: nn.Module) -> bool:
+    """Whether Dynamo guards on the forward of the module's class, at its place among the bases: not that of the new one."""
+    forward = type(module).forward
+    return any(getattr(forward, name, None) for name in ("__defaults__", "__kwdefaults__", "__closure__"))
 
 
 def _chooser(config: QLoRAConfig) -> Callable[..., Any]:

@@ -41,23 +41,27 @@ def source_names(gm: fx.GraphModule) -> list[str]:
     return names
 
 
-def root_module(gm: fx.GraphModule) -> nn.Module | None:
-    """The module that is being compiled: what the parameters' sources start from in the traced frame.
+def root_modules(gm: fx.GraphModule) -> list[nn.Module]:
+    """The modules that are being compiled: what the parameters' sources start from in the traced frame.
 
-    After a graph break Dynamo traces forwards of submodules: then the module that `torch.compile` was called on.
+    Usually one; a function may call several. None is inside another: after a graph break Dynamo traces forwards of
+    submodules, and the root is the module that `torch.compile` was called on.
     """
     scopes, outer = _frame_scopes(), _compiled_module()
-    for name in source_names(gm):
-        match = _MODULE_ITEM.search(name)
-        if match is None or scopes is None:
-            continue
-        value = eval(name[: match.start()], dict(scopes))  # Dynamo's own source expression
+    matches = [(name, _MODULE_ITEM.search(name)) for name in source_names(gm)]
+    roots: list[nn.Module] = []
+    for expression in dict.fromkeys(name[: match.start()] for name, match in matches if match is not None):
+        value = eval(expression, dict(scopes)) if scopes is not None else None  # Dynamo's own source expression
         if isinstance(value, torch._dynamo.eval_frame.OptimizedModule):
             value = value._orig_mod
         if isinstance(value, nn.Module):
-            inside = outer is not None and any(module is value for module in outer.modules())
-            return outer if inside else value
-    return None
+            roots.append(outer if outer is not None and _holds(outer, value) else value)
+    unique = list({id(root): root for root in roots}.values())
+    return [root for root in unique if not any(other is not root and _holds(other, root) for other in unique)]
+
+
+def _holds(outer: nn.Module, inner: nn.Module) -> bool:
+    return any(module is inner for module in outer.modules())
 
 
 def _compiled_module() -> nn.Module | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from .attention import is_attention_weight
 from .config import QLoRAConfig
 from .errors import ModelStateError, NoTargetError
 from .modules import prepared_config, prepared_state
@@ -77,9 +78,29 @@ def edit_modules(edits: ModelEdits, targets: list[tuple[ParamInfo, bool]]) -> No
     """Quantize and adapt these modules' weights (each with whether it is [in, out]), freeze the rest."""
     with torch.inference_mode(False):  # or the new parameters could never train
         for entry, fan_in_fan_out in targets:
-            edits.add_adapter(edits.quantize(entry, fan_in_fan_out=fan_in_fan_out, as_module=True))
+            as_module = not any(is_attention_weight(module, key) for _, module, key in entry.owners)
+            edits.add_adapter(edits.quantize(entry, fan_in_fan_out=fan_in_fan_out, as_module=as_module))
         edits.freeze()
     edits.remember()
+
+
+def choose_root(roots: Sequence[nn.Module]) -> nn.Module | None:
+    """The model that the backend edits, of those that one compiled function calls.
+
+    That is the one with linears that trains: a frozen teacher stays as it is. Where one is prepared already, it alone was
+    meant. Raises ModelStateError where several could be meant.
+    """
+    ready = [root for root in roots if prepared_config(root) is not None]
+    linear = [root for root in roots if any(is_linear_module(module) for module in root.modules())]
+    trained = [root for root in linear if any(param.requires_grad for param in root.parameters())]
+    wanted = ready[:1] or trained or linear
+    if len(wanted) > 1:
+        names = " and ".join(type(root).__name__ for root in wanted)
+        raise ModelStateError(
+            f"The compiled function calls several models ({names}), and the backend edits one: call "
+            "qlora_compile.prepare(model, config) before compiling on each that it should edit."
+        )
+    return next(iter([*wanted, *roots]), None)
 
 
 def _complete(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .attention import forgo_fast_path, is_attention_weight
 from .config import QLoRAConfig, names_module
 from .errors import ConfigError, InvalidWeightError, ModelStateError
 from .experts import expert_parameters, experts_class
@@ -86,6 +87,11 @@ def is_linear_module(module: nn.Module) -> bool:
     if isinstance(module, nn.Linear):
         return type(module).forward is nn.Linear.forward or own_forward_is_linear(module)
     return is_conv1d(module) and type(module).forward.__qualname__ == "Conv1D.forward"
+
+
+def is_linear_weight(module: nn.Module, key: str) -> bool:
+    """A linear module's weight, or one of torch's attention modules, which are known to use it as one."""
+    return is_attention_weight(module, key) or (key == "weight" and is_linear_module(module))
 
 
 class ModelEdits:
@@ -261,6 +267,7 @@ class ModelEdits:
     def remember(self) -> PreparedState:
         """Leave the configuration on the root, unless it has one already, and on the adapted modules: a layer of the
         model that is compiled by itself finds it there."""
+        forgo_fast_path(self.root)
         state = prepared_state(self.root)
         if state is None:
             state = PreparedState(self.config)
@@ -348,10 +355,10 @@ def check_not_wrapped(root: nn.Module) -> None:
 
 
 def linear_entries(edits: ModelEdits) -> list[tuple[ParamInfo, bool]]:
-    """(entry, fan_in_fan_out) of every module that is a linear by itself, in module order."""
+    """(entry, fan_in_fan_out) of every weight that its module alone says is a linear's, in module order."""
     found: list[tuple[ParamInfo, bool]] = []
     for entry in edits.all():
-        owners: list[Any] = [module for _, module, key in entry.owners if key == "weight" and is_linear_module(module)]
+        owners: list[Any] = [module for _, module, key in entry.owners if is_linear_weight(module, key)]
         # one that something else holds too is listed where it is no target anyway, so that an error can name it
         if owners and (len(owners) == len(entry.owners) or edits.decline_reason(entry) is not None):
             found.append((entry, is_conv1d(owners[0])))

@@ -109,14 +109,7 @@ def _plan(
         return source, plan_fold(source.specs, source.config, loras), loras, base_precision, None
     quantized_base = base_precision == "dequantized" and is_quantized_folder(folder)
     source = QuantizedFolderSource(folder) if quantized_base else FolderSource(folder)
-    renamed: dict[str, str] = {}
-    try:
-        plan = plan_fold(source.specs, source.config, adapters)
-    except AdapterMismatchError:
-        renamed = renamed_keys(source.config, source.specs)
-        if not renamed:
-            raise
-        plan = plan_fold(source.specs, source.config, adapters, renamed)
+    plan, renamed = _match(source, adapters)
     if base_precision == "original" or quantized_base:
         return source, plan, adapters, base_precision, None
     quantized = _quantization_of(adapters, model, quant)
@@ -127,6 +120,17 @@ def _plan(
         )
     mark_requantized(plan, source.specs, quantized.weights, quantized.transposed, renamed)
     return source, plan, adapters, base_precision, quantized
+
+
+def _match(source: WeightSource, adapters: list[WeightedAdapter]) -> tuple[FoldPlan, dict[str, str]]:
+    """The plan, and the names that the base has for what the model calls otherwise, where the plan needed them."""
+    try:
+        return plan_fold(source.specs, source.config, adapters), {}
+    except AdapterMismatchError:
+        renamed = renamed_keys(source.config, source.specs)
+        if not renamed:
+            raise
+        return plan_fold(source.specs, source.config, adapters, renamed), renamed
 
 
 def _quantization_of(

@@ -75,17 +75,17 @@ def test_a_parameter_used_twice_is_one_placeholder():
 
 
 def test_the_traced_frame_is_found_through_output_graph():
-    """`root_module` walks the callers of the backend for Dynamo's OutputGraph and its `local_scope`."""
+    """`root_modules` walks the callers of the backend for Dynamo's OutputGraph and its `local_scope`."""
     model, found = Two(), []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         scopes = dynamo._frame_scopes()
         assert scopes is not None
-        found.append((dynamo.root_module(gm), set(scopes["L"])))
+        found.append((dynamo.root_modules(gm), set(scopes["L"])))
         return gm.forward
 
     torch.compile(model, backend=backend)(torch.randn(3, 13))
-    ((root, local_names),) = found
+    (([root], local_names),) = found
     assert root is model
     assert {"self", "x"} <= local_names
 

@@ -57,6 +57,7 @@ def _nothing(gm: fx.GraphModule, ctx: PassContext) -> int:
 def test_the_pipeline_s_order() -> None:
     assert [p.__name__ for p in PIPELINE] == [
         "inline_checkpoints",
+        "open_attention",
         "normalize_linear",
         "match_lora",
         "match_experts",

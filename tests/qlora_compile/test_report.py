@@ -47,6 +47,7 @@ def test_passes_with_counts_and_reasons() -> None:
     report = qc.explain(_compiled())
     assert [(p.name, p.rewrites) for p in report.passes] == [
         ("inline_checkpoints", 0),
+        ("open_attention", 0),
         ("normalize_linear", 0),
         ("match_lora", 0),
         ("match_experts", 0),
