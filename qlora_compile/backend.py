@@ -17,6 +17,7 @@ from . import fingerprint, warm_up
 from .config import QLoRAConfig
 from .dynamo import guard_replacements, guard_training, real_inputs, root_modules, surfaced, traced_again
 from .errors import ConfigError, ModelStateError, QLoRACompileError
+from .flops import partitioner_settings
 from .fx_utils import copy_graph, is_linear, peel_transposes, placeholders, recomputed
 from .modules import prepared_config, prepared_state
 from .pass_manager import Pass, PassContext, run_passes
@@ -240,9 +241,7 @@ def _lowering(config: QLoRAConfig) -> Lowering:
     """Inductor, AOTAutograd alone, or the graph as it is; the activation budget holds for the partitioner."""
 
     def lower(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        settings: dict[str, Any] = {}
-        if config.activation_budget < 1:
-            settings["activation_memory_budget"] = config.activation_budget
+        settings = partitioner_settings(config.activation_budget)
         if any(node.target is call_region for node in gm.graph.nodes):
             # Inductor takes the outer graph's list of inputs that may be overwritten for the subgraph's (torch 2.13,
             # pytorch#192840), whose backward then destroys what another layer still needs

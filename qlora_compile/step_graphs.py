@@ -7,7 +7,6 @@ fused op there (on the meta device it would fall apart into products of whole at
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,14 +16,14 @@ from torch import fx, nn
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from . import nf4
+from .flops import node_flops, partitioner_settings
 from .fx_utils import module_path
 from .memory_plan import Buffer, Event, MemoryPlan, Size
 from .pass_manager import target_name
 from .tensor import QuantizedTensor
-from .workspace import named_arguments, scratch_bytes, workspace_bytes
+from .workspace import scratch_bytes, workspace_bytes
 
 _SLACK = 16  # a dimension of seq + 1 (shifted labels) or one padded to a multiple of 8 still counts as the sequence
 
@@ -77,8 +76,8 @@ def capture_step(gm: fx.GraphModule, inputs: Sequence[Any], activation_budget: f
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         fakes = [_fake(value) for value in inputs]
-    budget = torch._functorch.config.patch(activation_memory_budget=activation_budget)
-    with budget if activation_budget < 1 else contextlib.nullcontext():
+    settings = partitioner_settings(activation_budget)
+    with torch._functorch.config.patch(settings) if settings else contextlib.nullcontext():
         aot_module_simplified(
             gm, fakes, fw_compiler=keep, bw_compiler=keep, partition_fn=partition, keep_inference_input_mutations=True
         )
@@ -226,45 +225,3 @@ def storages(node: fx.Node) -> dict[Any, int]:
 def _traffic(node: fx.Node) -> list[int]:
     """Bytes of each storage that the node writes or reads."""
     return [nbytes for each in (node, *node.all_input_nodes) for nbytes in storages(each).values()]
-
-
-def node_flops(node: fx.Node) -> int:
-    """FLOPs of a product or an attention, 0 for everything else (2 per multiply-add)."""
-    target: Any = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return 0
-    args, out = _values(node.args), node.meta.get("val")
-    name = str(target).removesuffix(".default")
-    if name.startswith("qlora."):
-        return _own_flops(name, named_arguments(node))
-    if name == "aten._scaled_dot_product_flash_attention_for_cpu":
-        return sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
-    if name == "aten._scaled_dot_product_flash_attention_for_cpu_backward":
-        return sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4]))
-    formula = flop_registry.get(target._overloadpacket)
-    return int(formula(*args, **_values(node.kwargs), out_val=out)) if formula else 0
-
-
-def _values(tree: Any) -> Any:
-    return fx.node.map_aggregate(tree, lambda value: value.meta.get("val") if isinstance(value, fx.Node) else value)
-
-
-def _own_flops(name: str, given: dict[str, Any]) -> int:
-    if name in ("qlora.attention", "qlora.attention_backward"):
-        return _attention_flops(given, backward=name == "qlora.attention_backward")
-    if name not in ("qlora.lora_linear", "qlora.lora_linear_backward"):
-        return 0
-    x, n = given["x"], sum(given["out_features"])
-    tokens, k = math.prod(x.shape[:-1]), x.shape[-1]
-    a, b = (sum(factor.numel() for factor in given[key]) for key in ("lora_a", "lora_b"))
-    if name == "qlora.lora_linear":
-        return 2 * tokens * (k * n + a + b)
-    dx = k * n + a if given["need_dx"] else 0
-    return 2 * tokens * (b + (a + b if given["need_adapters"] else 0) + dx)
-
-
-def _attention_flops(given: dict[str, Any], backward: bool) -> int:
-    """Scores and their product with the values; backward the scores again, dP, dV, dQ and dK."""
-    *rows, size = given["q"].shape
-    scores, size_of_value = math.prod(rows) * given["k"].shape[2], given["v"].shape[3]
-    return int(2 * scores * (3 * size + 2 * size_of_value if backward else size + size_of_value))

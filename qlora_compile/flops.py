@@ -1,0 +1,122 @@
+"""What a graph's nodes compute: FLOPs, 2 per multiply-add, of products and attention.
+
+The formulas of our ops stand in torch's own registry: so `FlopCounterMode` counts them, and AOTAutograd's partitioner
+knows under an activation budget that computing a `lora_linear` again is not free.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from . import attention_ops, linear_cross_entropy, ops, wide_ops  # noqa: F401  they define the ops that get a formula here
+
+_ops, _aten = torch.ops.qlora, torch.ops.aten
+
+
+def _names(op: Any) -> list[str]:
+    return [argument.name for argument in op.default._schema.arguments]
+
+
+_FORWARD_NAMES, _BACKWARD_NAMES = _names(_ops.lora_linear), _names(_ops.lora_linear_backward)
+
+
+def _rows(x: Tensor) -> int:
+    return math.prod(x.shape[:-1])
+
+
+def _size(factors: Sequence[Tensor]) -> int:
+    return sum(factor.numel() for factor in factors)
+
+
+@register_flop_formula(_ops.lora_linear, get_raw=True)
+def _lora_linear(*args: Any, out_val: Sequence[Tensor], **kwargs: Any) -> int:
+    given = dict(zip(_FORWARD_NAMES, args))
+    x = given["x"]
+    dense = sum(y.shape[-1] for y in out_val[:-1]) * x.shape[-1]
+    return 2 * _rows(x) * (dense + _size(given["lora_a"]) + _size(given["lora_b"]))
+
+
+@register_flop_formula(_ops.lora_linear_backward, get_raw=True)
+def _lora_linear_backward(*args: Any, **kwargs: Any) -> int:
+    given = dict(zip(_BACKWARD_NAMES, args))
+    x, a, b = given["x"], _size(given["lora_a"]), _size(given["lora_b"])
+    dx = sum(dy.shape[-1] for dy in given["grads"]) * x.shape[-1] + a if given["need_dx"] else 0
+    return 2 * _rows(x) * (b + (a + b if given["need_adapters"] else 0) + dx)
+
+
+@register_flop_formula(_ops.linear_cross_entropy, get_raw=True)
+def _linear_cross_entropy(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> int:
+    return 2 * _rows(x) * weight.numel()
+
+
+@register_flop_formula(_ops.linear_cross_entropy_grads, get_raw=True)
+def _linear_cross_entropy_grads(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> int:
+    need_dx, need_dw = args[-3], args[-2]
+    return 2 * _rows(x) * weight.numel() * (1 + need_dx + need_dw)
+
+
+@register_flop_formula(_ops.wide_linear, get_raw=True)
+def _wide_linear(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> int:
+    return 2 * _rows(x) * weight.numel()
+
+
+@register_flop_formula(_ops.wide_linear_backward, get_raw=True)
+def _wide_linear_backward(
+    dy: Tensor, x: Tensor | None, weight: Tensor, need_dx: bool, *args: Any, **kwargs: Any
+) -> int:
+    return 2 * _rows(dy) * weight.numel() * (need_dx + (x is not None))
+
+
+@register_flop_formula(_ops.wide_matmul, get_raw=True)
+def _wide_matmul(a: Tensor, b: Tensor, *args: Any, out_val: Tensor, **kwargs: Any) -> int:
+    return 2 * out_val.numel() * a.shape[-1]
+
+
+@register_flop_formula(_ops.attention, get_raw=True)
+def _attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> int:
+    """Scores and their product with the values."""
+    *rows, size = q.shape
+    return 2 * math.prod(rows) * k.shape[-2] * (size + v.shape[-1])
+
+
+@register_flop_formula(_ops.attention_backward, get_raw=True)
+def _attention_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> int:
+    """The scores again, then dP, dV, dQ and dK."""
+    *rows, size = q.shape
+    return 2 * math.prod(rows) * k.shape[-2] * (3 * size + 2 * v.shape[-1])
+
+
+# torch 2.13 counts the CUDA kernels of attention but not the CPU's; a later one may
+flop_registry.setdefault(_aten._scaled_dot_product_flash_attention_for_cpu, _attention)
+flop_registry.setdefault(_aten._scaled_dot_product_flash_attention_for_cpu_backward, _attention_backward)
+
+
+def partitioner_settings(activation_budget: float) -> dict[str, Any]:
+    """torch._functorch's configuration for this share of activations to keep; nothing at 1.
+
+    The second setting has the partitioner weigh ops that are not torch's by their FLOPs as well: it would take them for
+    free otherwise, and any budget below 1 would recompute every linear.
+    """
+    if activation_budget >= 1:
+        return {}
+    return {"activation_memory_budget": activation_budget, "is_non_builtin_to_include": True}
+
+
+def node_flops(node: fx.Node) -> int:
+    """FLOPs of a product or an attention, 0 for everything else."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return 0
+    formula = flop_registry.get(node.target._overloadpacket)
+    if formula is None:
+        return 0
+    return int(formula(*_values(node.args), **_values(node.kwargs), out_val=node.meta.get("val")))
+
+
+def _values(tree: Any) -> Any:
+    return fx.node.map_aggregate(tree, lambda value: value.meta.get("val") if isinstance(value, fx.Node) else value)
