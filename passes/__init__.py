@@ -17,6 +17,7 @@ from .match_lora import match_lora
 from .normalize_linear import normalize_linear
 from .open_attention import open_attention
 from .outline_layers import outline_layers
+from .page_optimizer import page_optimizer
 from .quantize_weights import quantize_weights
 from .widen_matmuls import widen_matmuls
 
@@ -44,4 +45,7 @@ PIPELINE = (
     outline_layers,
 )
 
-__all__ = ["PIPELINE", *(p.__name__ for p in PIPELINE)]
+# the backward graph that AOTAutograd makes of the result, where a paged optimizer has parameters of it
+BACKWARD_PIPELINE = (page_optimizer,)
+
+__all__ = ["BACKWARD_PIPELINE", "PIPELINE", *(p.__name__ for p in (*PIPELINE, *BACKWARD_PIPELINE))]

@@ -15,13 +15,21 @@ from torch import fx, nn
 
 from . import fingerprint, warm_up
 from .config import QLoRAConfig
-from .dynamo import guard_replacements, guard_training, real_inputs, root_modules, surfaced, traced_again
+from .dynamo import (
+    guard_pagers,
+    guard_replacements,
+    guard_training,
+    real_inputs,
+    root_modules,
+    surfaced,
+    traced_again,
+)
 from .errors import ConfigError, ModelStateError, QLoRACompileError
 from .flops import partitioner_settings
 from .fx_utils import copy_graph, is_linear, peel_transposes, placeholders, recomputed
 from .modules import prepared_config, prepared_state
 from .pass_manager import Pass, PassContext, run_passes
-from .passes import PIPELINE
+from .passes import BACKWARD_PIPELINE, PIPELINE
 from .preparation import choose_root, edit_modules, require_targets
 from .regions import CACHEABLE, call_region, return_operands_directly
 from .report import CompileReport
@@ -113,12 +121,15 @@ def _compile(
         if node.name in ctx.params and (site := ctx.params[node.name].site) is not None and site.info.dropout:
             guard_training(node)
     _freeze_examples(work, original, position)
+    trained = {n: p for n, p in zip(nodes, original) if isinstance(p, nn.Parameter) and p.requires_grad}
+    guard_pagers(trained.items())
     del original
     state = edits.remember()
     if any(_is_guarded(entry.site.module) for entry in plain if entry.site is not None):
         raise traced_again("modules got a new class")
     report = CompileReport.of_graph(root, config, work, stages)
-    call = _bind(work, example_inputs, position, ctx, lower or _lowering(config), config)
+    lower = lower or _lowering(config, functools.partial(_backward_edit, work, ctx, report, trained))
+    call = _bind(work, example_inputs, position, ctx, lower, config)
     state.reports.append(report)
     return call
 
@@ -237,11 +248,37 @@ def _example(node: fx.Node) -> Any:
     return node.meta.get("example_value")
 
 
-def _lowering(config: QLoRAConfig) -> Lowering:
-    """Inductor, AOTAutograd alone, or the graph as it is; the activation budget holds for the partitioner."""
+def _backward_edit(
+    work: fx.GraphModule, ctx: PassContext, report: CompileReport, trained: Mapping[fx.Node, nn.Parameter]
+) -> Callable[..., None] | None:
+    """What edits the backward graph, where a paged optimizer has parameters among the inputs of `work`; else None."""
+    from .runtime.paging_link import page_links
+
+    names = {id(parameter): name for name, parameter in ctx.edits.root.named_parameters()}
+    found = [(i, trained.get(node)) for i, node in enumerate(placeholders(work.graph))]
+    links = page_links({i: (names.get(id(p), f"input {i}"), p) for i, p in found if p is not None})
+    if not links:
+        return None
+    config, edits, number, timelines = ctx.config, ctx.edits, ctx.graph_number, report.paging
+
+    def edit(gm: fx.GraphModule) -> None:
+        own = PassContext(config, edits, graph_number=number, pages=links, timelines=timelines, phase="backward")
+        report.passes += run_passes(gm, own, BACKWARD_PIPELINE).passes
+
+    return edit
+
+
+def _lowering(config: QLoRAConfig, backward: Callable[[], Callable[..., None] | None] = lambda: None) -> Lowering:
+    """Inductor, AOTAutograd alone, or the graph as it is; the activation budget holds for the partitioner.
+
+    `backward()` gives what edits the backward graph, or None.
+    """
 
     def lower(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         settings = partitioner_settings(config.activation_budget)
+        edit = backward()
+        if edit is not None:
+            settings["enable_autograd_cache"] = False  # a hit there would pass the edit by
         if any(node.target is call_region for node in gm.graph.nodes):
             # Inductor takes the outer graph's list of inputs that may be overwritten for the subgraph's (torch 2.13,
             # pytorch#192840), whose backward then destroys what another layer still needs
@@ -252,15 +289,22 @@ def _lowering(config: QLoRAConfig) -> Lowering:
 
                 def inner(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
                     return_operands_directly(gm)
+                    if edit is not None and kwargs.get("is_backward"):
+                        edit(gm)
                     return compile_fx_inner(gm, inputs, **kwargs)
 
                 known = torch._inductor.config.unsafe_marked_cacheable_functions
                 with torch._inductor.config.patch(unsafe_marked_cacheable_functions=known | CACHEABLE):
                     return compile_fx(gm, inputs, inner_compile=inner)
             if config.lowering != "eager":
-                from torch._dynamo.backends.debugging import aot_eager
+                from torch._dynamo.backends.debugging import aot_eager, boxed_nop
 
-                return aot_eager(gm, inputs)
+                def backward_compiler(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+                    if edit is not None:
+                        edit(gm)
+                    return boxed_nop(gm, inputs)
+
+                return aot_eager(gm, inputs, bw_compiler=backward_compiler)
             return gm.forward
 
     return lower

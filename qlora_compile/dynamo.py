@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import sys
+from collections.abc import Iterable
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from torch._guards import TracingContext
 from torch.utils.weak import TensorWeakRef
 
 from .errors import QLoRACompileError
+from .page_ops import PAGER
 
 _MODULE_ITEM = re.compile(r"\._(modules|parameters|buffers)\[")
 
@@ -94,6 +96,18 @@ def guard_training(node: fx.Node) -> None:
     module = getattr(getattr(source, "base", None), "base", None)  # of <module>._parameters['weight']
     if module is not None:
         install_guard(AttrSource(module, "training").make_guard(GuardBuilder.CONSTANT_MATCH))
+
+
+def guard_pagers(parameters: Iterable[tuple[fx.Node, nn.Parameter]]) -> None:
+    """Retrace when another paged optimizer takes one of these parameters over, or a first one does.
+
+    An equal model with an optimizer of its own is otherwise served by the code of the first: it passes all its guards.
+    """
+    for node, parameter in parameters:
+        if not hasattr(parameter, PAGER):
+            setattr(parameter, PAGER, -1)
+        source: Any = node._dynamo_source  # type: ignore[attr-defined]
+        install_guard(AttrSource(source, PAGER).make_guard(GuardBuilder.CONSTANT_MATCH))
 
 
 def guard_replacements(replaced: list[torch.Tensor]) -> None:

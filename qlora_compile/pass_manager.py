@@ -18,6 +18,7 @@ from torch import fx
 from .config import QLoRAConfig
 from .errors import ConfigError, PassError, QLoRACompileError, UnknownOptionError
 from .fx_utils import add_placeholder, module_path, source_line, value
+from .page_plan import PageLink, PageTimeline
 from .state import ModelEdits, ParamInfo, StateRef
 
 Pass = Callable[[fx.GraphModule, "PassContext"], int]
@@ -34,6 +35,9 @@ class PassContext:
     state: dict[str, StateRef] = field(default_factory=dict)  # placeholder name -> state that a pass added
     declined: list[tuple[str, str]] = field(default_factory=list)
     chooser: Callable[..., Any] | None = None  # (op, forced kernel or "", sizes...) -> the runtime's choice of a kernel
+    pages: tuple[PageLink, ...] = ()  # paged optimizers with parameters of this graph
+    timelines: list[PageTimeline] = field(default_factory=list)  # what was planned for them
+    phase: str = ""  # "backward": a graph of AOTAutograd's
     graph_number: int = 0  # how many graphs of this model were compiled before: names the dump's folder
 
     def param(self, node: Any) -> ParamInfo | None:
@@ -201,7 +205,7 @@ def _dump(ctx: PassContext, number: int, name: str, gm: fx.GraphModule) -> None:
     """`dump_dir/graph_GG/NN_name.py`: the graph as Python, with shapes where they are known; a folder for each graph."""
     if ctx.config.dump_dir is None:
         return
-    folder = Path(ctx.config.dump_dir) / f"graph_{ctx.graph_number:02d}"
+    folder = Path(ctx.config.dump_dir) / "_".join(filter(None, (f"graph_{ctx.graph_number:02d}", ctx.phase)))
     folder.mkdir(parents=True, exist_ok=True)
     text = gm.print_readable(print_output=False)
     (folder / f"{number:02d}_{name}.py").write_text(text, encoding="utf-8")

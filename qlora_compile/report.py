@@ -18,6 +18,7 @@ from .foreign import ForeignLinear, foreign_linears
 from .kernel_report import KernelReport, kernel_reports
 from .memory_plan import MemoryPlan
 from .modules import AdapterSite, adapter_sites, prepared_state
+from .page_plan import PageTimeline
 from .pass_manager import NodeRecord, PassResult, PipelineResult
 from .repetition import Repeat
 from .sharding import stored_form
@@ -72,6 +73,7 @@ class CompileReport:
     code: dict[str, str] = field(default_factory=dict)
     repeats: list[Repeat] = field(default_factory=list)
     numerics: list[LayerError] = field(default_factory=list)
+    paging: list[PageTimeline] = field(default_factory=list)  # what paged optimizers do over each backward graph
 
     @classmethod
     def of_graph(
@@ -95,6 +97,7 @@ class CompileReport:
             "stages": list(self.stages),
             "graphs": self.graphs,
             "numerics": [asdict(layer) for layer in self.numerics],
+            "paging": [timeline.to_dict() for timeline in self.paging],
         }
 
     def to_networkx(self, pass_name: str) -> Any:
@@ -156,6 +159,7 @@ def explain(model: nn.Module) -> CompileReport:
             len(state.reports),
         )
         report.choices = best.choices
+        report.paging = best.paging
     groups: dict[str, tuple[str, ...]] = {}
     for stages in [*(r.stages for r in state.reports), report.stages]:  # a piece after a graph break has other sites
         groups |= _groups(stages)

@@ -7,18 +7,20 @@ holds, and is freed with its parameter. Results do not depend on the budget.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, ModelStateError, NoAdapterError
+from ..errors import ConfigError, ModelStateError, NoAdapterError, NonFiniteError
 from .memory import PagePool, PoolStatistics
 from .optimizer import NO_ADAPTERS
+from .paged_backward import BackwardPager
+from .paged_optimizer_checks import NO_SCALER, check_numbers, check_one_process, trainable
 from .paged_optimizer_layout import ParamState, layout_for
-from .paged_optimizer_state import from_dict, to_dict
+from .paged_optimizer_state import StateView, from_dict
 from .paged_optimizer_sweep import Numbers, Plan, Task, sweep
 from .sharded import local_part
 
@@ -32,6 +34,9 @@ class PagedOptimizer(torch.optim.Optimizer):
     `state_bits` 32 or 8; `device_budget` bytes or "24GiB" for the state on the parameters' device (None: all of it
     stays there); beyond it pages go to RAM, at most `host_budget` of it if that is given, or to a file in `page_folder`
     (with both: to so much RAM first).
+    `step_in_backward`: each parameter is updated as soon as its gradient is ready, in the backward pass, and `.grad` stays
+    None; `step()` after each `backward()` ends the step. Not with clipping by the global norm, accumulation, `GradScaler`
+    or several processes, which need all gradients first.
     `optimizer.pool` is the pool: its `budget` may be assigned while training, `statistics()` counts.
 
     Raises NoAdapterError for a list without a trainable parameter, MemoryBudgetError for a budget that cannot work,
@@ -49,19 +54,26 @@ class PagedOptimizer(torch.optim.Optimizer):
         device_budget: int | str | None,
         host_budget: int | str | None,
         page_folder: str | Path | None,
+        step_in_backward: bool,
     ) -> None:
         if state_bits not in (8, 32):
             raise ConfigError(f"state_bits must be 32 or 8, got {state_bits!r}.")
-        _check_numbers(defaults)
+        check_numbers(defaults)
         given = list(params)
-        first = next(_trainable(given), None)
+        first = next(trainable(given), None)
         if first is None:
             raise NoAdapterError(NO_ADAPTERS)
         self.state_bits = state_bits
         self.pool = PagePool(first.device, device_budget, folder=page_folder, host_budget=host_budget)
         self._states: dict[int, ParamState] = {}  # by id: a lookup by tensor costs more than its update
+        self._plans: dict[tuple[int, ...], Plan] = {}  # by the parameters' numbers; () for all that have a gradient
+        self.step_in_backward = step_in_backward
+        if step_in_backward:
+            check_one_process(type(self).__name__)
+        self.pager = BackwardPager(self)
         super().__init__(given, defaults)
-        self.state = _StateView(self)
+        self.pager.claim()
+        self.state = StateView(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; every parameter must be on the pool's device and of a floating-point type that is known here."""
@@ -72,6 +84,8 @@ class PagedOptimizer(torch.optim.Optimizer):
                 raise ModelStateError(
                     f"Optimizer states are for fp32, bf16 and fp16 parameters, not {parameter.dtype}."
                 )
+        if hasattr(self, "state"):  # after the constructor: a group of its own
+            self.pager.claim()
 
     def _check_place(self, parameter: Tensor) -> None:
         if parameter.device != self.pool.device:
@@ -82,50 +96,98 @@ class PagedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
-        """Update every parameter that has a gradient. Raises MemoryBudgetError before any of them is changed."""
+        """Update every parameter that has a gradient. Raises MemoryBudgetError before any of them is changed.
+
+        With `step_in_backward` the updates are done already, and this ends the step: NonFiniteError where a gradient was
+        not finite, whose parameter was left as it was.
+        """
+        if self.step_in_backward:
+            return self._end_step(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self.update()
+        if self.pager.planned:
+            self.pool.evict()  # nothing of it is needed before the backward pass brings it back
         return loss
 
-    def update(self, gradients: Mapping[nn.Parameter, Tensor] | None = None) -> None:
-        """One step of the parameters that have a `.grad`, or of those given alone, by the gradients given."""
+    def _end_step(self, closure: Closure | None) -> None:
+        if closure is not None:
+            raise ModelStateError("step_in_backward=True takes no closure: call backward(), then step().")
+        if hasattr(self, "found_inf"):
+            raise ModelStateError(NO_SCALER)
+        self._generation += 1
+        skipped = self.pager.finish()
+        if skipped:
+            raise NonFiniteError(
+                f"The gradients of {len(skipped)} parameters were not finite, number {skipped[0]} among them: these were "
+                "not updated, the others were. Lower the learning rate, or catch this error to go on."
+            )
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What torch.amp.GradScaler asks before anything else."""
+        if self.step_in_backward:
+            raise ModelStateError(NO_SCALER)
+        return False
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; pages of gradients are given back."""
+        super().zero_grad(set_to_none)
+        self.pager.gradients.release()
+
+    def update(self) -> None:
+        """One step of all parameters that have a `.grad`."""
+        room = self.pool.unheld_bytes()
+        if room is not None and room < 4 * self.pool.page_bytes and self.pager.gradients.alive_bytes:
+            self.pager.gradients.move_out()  # the budget was made smaller meanwhile
+        groups = self.param_groups
+        pairs = [(g, p, p.grad) for g in groups for p in g["params"] if p.grad is not None]
+        self.update_some(pairs)
+
+    @torch.no_grad()
+    def update_some(
+        self, pairs: Sequence[tuple[dict[str, Any], nn.Parameter, Tensor]], numbers: tuple[int, ...] = ()
+    ) -> None:
+        """One step of these (group, parameter, gradient). `numbers`, theirs, names the plan to use again."""
         tasks: list[Task] = []
         copies: list[tuple[Tensor, Tensor]] = []
-        numbers: dict[tuple[int, int], Numbers] = {}
+        written: list[Tensor] = []
+        known: dict[tuple[int, int], Numbers] = {}
         device = self.pool.device
-        for index, group in enumerate(self.param_groups):
-            for parameter in group["params"]:
-                gradient = parameter.grad if gradients is None else gradients.get(parameter)
-                if gradient is None:
-                    continue
-                if parameter.device != device:
-                    self._check_place(parameter)
-                state = self._states.get(id(parameter))
-                if state is None:
-                    state = self._new_state(parameter, (self._generation, index))
-                key = (index, state.step + 1)
-                if key not in numbers:
-                    numbers[key] = Numbers.of(group, state.step + 1, lion=self.lion)
-                mine = values = local_part(parameter)
-                if not mine.is_contiguous():
-                    values = mine.detach().contiguous()
-                    copies.append((mine, values))
-                tasks.append(Task(values, self._plain(local_part(gradient)), state, numbers[key]))
+        for group, parameter, gradient in pairs:
+            if parameter.device != device:
+                self._check_place(parameter)
+            state = self._states.get(id(parameter))
+            if state is None:
+                state = self._new_state(parameter, (self._generation, id(group)))
+            key = (id(group), state.step + 1)
+            if key not in known:
+                known[key] = Numbers.of(group, state.step + 1, lion=self.lion)
+            mine = values = local_part(parameter)
+            written.append(mine)
+            if not mine.is_contiguous():
+                values = mine.detach().contiguous()
+                copies.append((mine, values))
+            tasks.append(Task(values, self._plain(local_part(gradient)), state, known[key]))
         if not tasks:
             return
-        if self._plan is None or not self._plan.fits(tasks):
-            self._plan, self._generation = Plan(tasks), self._generation + 1
-        sweep(self.pool, tasks, self._plan)
+        sweep(self.pool, tasks, self._plan_for(tasks, numbers))
         for task in tasks:
             task.state.step += 1
         for mine, values in copies:
             mine.detach().copy_(values)
+        torch.autograd.graph.increment_version(written)
 
     _generation = 0  # pages are shared only by parameters of one group that were first used in the same step
-    _plan: Plan | None = None
+
+    def _plan_for(self, tasks: Sequence[Task], numbers: tuple[int, ...]) -> Plan:
+        plan = self._plans.get(numbers)
+        if plan is None or not plan.fits(tasks):
+            plan = self._plans[numbers] = Plan(tasks)
+            self._generation += not self.step_in_backward  # there one backward pass is one generation
+        return plan
 
     def _plain(self, gradient: Tensor) -> Tensor:
         if gradient.layout is not torch.strided:
@@ -153,11 +215,12 @@ class PagedOptimizer(torch.optim.Optimizer):
         loaded = from_dict(self, state_dict)
         groups = [dict(group, betas=tuple(group["betas"])) for group in state_dict["param_groups"]]
         super().load_state_dict({"state": {}, "param_groups": groups})
-        self.state = _StateView(self)
+        self.state = StateView(self)
         for state in self._states.values():
             self.pool.free(state.allocation)
         self._states.clear()
-        self._plan, self._generation = None, self._generation + 1
+        self._generation += 1
+        self._plans.clear()
         for parameter, (step, values) in loaded.items():
             state = self._new_state(parameter, (self._generation, 0))
             state.step = step
@@ -194,6 +257,7 @@ class PagedAdamW(PagedOptimizer):
         device_budget: int | str | None = None,
         host_budget: int | str | None = None,
         page_folder: str | Path | None = None,
+        step_in_backward: bool = False,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(
@@ -203,6 +267,7 @@ class PagedAdamW(PagedOptimizer):
             device_budget=device_budget,
             host_budget=host_budget,
             page_folder=page_folder,
+            step_in_backward=step_in_backward,
         )
 
 
@@ -222,6 +287,7 @@ class PagedLion(PagedOptimizer):
         device_budget: int | str | None = None,
         host_budget: int | str | None = None,
         page_folder: str | Path | None = None,
+        step_in_backward: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -230,49 +296,5 @@ class PagedLion(PagedOptimizer):
             device_budget=device_budget,
             host_budget=host_budget,
             page_folder=page_folder,
+            step_in_backward=step_in_backward,
         )
-
-
-class _StateView(MutableMapping):
-    """`optimizer.state`: parameter -> its state as ordinary tensors on the CPU, copied out of the pages when asked for."""
-
-    def __init__(self, optimizer: PagedOptimizer) -> None:
-        self._optimizer = optimizer
-
-    def __getitem__(self, parameter: Tensor) -> dict[str, Any]:
-        state = self._optimizer._states.get(id(parameter))
-        if state is None:
-            return {}
-        return to_dict(state, state.read(self._optimizer.pool), parameter, self._optimizer.state_bits)
-
-    def __setitem__(self, parameter: Tensor, value: Any) -> None:
-        raise ModelStateError("The state lies in pages: change it with load_state_dict.")
-
-    def __delitem__(self, parameter: Tensor) -> None:
-        self._optimizer.pool.free(self._optimizer._states.pop(id(parameter)).allocation)
-        self._optimizer._plan = None
-
-    def __iter__(self) -> Iterator[Tensor]:
-        owners = [state.owner() for state in self._optimizer._states.values()]
-        return iter([owner for owner in owners if owner is not None])
-
-    def __len__(self) -> int:
-        return len(self._optimizer._states)
-
-
-def _trainable(params: list[Any]) -> Iterator[Tensor]:
-    for item in params:
-        tensors = item["params"] if isinstance(item, dict) else item[1] if isinstance(item, tuple) else item
-        for tensor in [tensors] if isinstance(tensors, Tensor) else list(tensors):
-            tensor = tensor[1] if isinstance(tensor, tuple) else tensor
-            if tensor.requires_grad:
-                yield tensor
-
-
-def _check_numbers(defaults: dict[str, Any]) -> None:
-    for name, value in defaults.items():
-        numbers = value if name == "betas" else (value,)
-        least_ok = all(isinstance(float(number), float) and float(number) >= 0 for number in numbers)
-        if not least_ok or (name == "betas" and not (len(numbers) == 2 and all(number < 1 for number in numbers))):
-            wanted = "two numbers of at least 0 and below 1" if name == "betas" else "a number of at least 0"
-            raise ConfigError(f"{name} must be {wanted}, got {value!r}.")

@@ -12,13 +12,13 @@ parameter's own split: blocks of 256 of one rank's rows mean nothing to a run on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ModelStateError
 from ..nf4 import dynamic_map
 from .paged_optimizer_layout import (
     BLOCK,
@@ -152,3 +152,30 @@ def _flat(tensor: Tensor, parameter: Tensor, what: str) -> Tensor:
             f"{tuple(parameter.shape)} here."
         )
     return part_like(tensor.detach(), parameter).cpu().contiguous().view(-1)
+
+
+class StateView(MutableMapping):
+    """`optimizer.state`: parameter -> its state as ordinary tensors on the CPU, copied out of the pages when asked for."""
+
+    def __init__(self, optimizer: PagedOptimizer) -> None:
+        self._optimizer = optimizer
+
+    def __getitem__(self, parameter: Tensor) -> dict[str, Any]:
+        state = self._optimizer._states.get(id(parameter))
+        if state is None:
+            return {}
+        return to_dict(state, state.read(self._optimizer.pool), parameter, self._optimizer.state_bits)
+
+    def __setitem__(self, parameter: Tensor, value: Any) -> None:
+        raise ModelStateError("The state lies in pages: change it with load_state_dict.")
+
+    def __delitem__(self, parameter: Tensor) -> None:
+        self._optimizer.pool.free(self._optimizer._states.pop(id(parameter)).allocation)
+        self._optimizer._plans.clear()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        owners = [state.owner() for state in self._optimizer._states.values()]
+        return iter([owner for owner in owners if owner is not None])
+
+    def __len__(self) -> int:
+        return len(self._optimizer._states)

@@ -130,7 +130,8 @@ def _table(plan: Plan, chosen: np.ndarray, sources: np.ndarray) -> np.ndarray:
 
 
 def _windows(pool: PagePool, pages: Sequence[Page]) -> Iterator[Sequence[Page]]:
-    size = len(pages) if pool.budget is None else max(1, pool.budget // pool.page_bytes // _WINDOWS)
+    room = pool.unheld_bytes()  # gradients may lie in pages too
+    size = len(pages) if room is None else max(1, room // pool.page_bytes // _WINDOWS)
     for start in range(0, len(pages), max(1, size)):
         yield pages[start : start + size]
 

@@ -50,6 +50,11 @@ class Mover:
                 "host_budget is 0 and no folder is given, so pages have nowhere to go: give either."
             )
 
+    @property
+    def has_file(self) -> bool:
+        """Whether one of the host tiers is a file."""
+        return any(tier.kind == "file" for tier in self._tiers)
+
     def reserve_slots(self, pages: Sequence[Page]) -> None:
         """A place in a host tier for each page. Raises MemoryBudgetError, nothing reserved, where one finds none."""
         taken: list[Page] = []
@@ -98,6 +103,10 @@ class Mover:
         """Queue the end of a page."""
         self._run(self._discard, page)
 
+    def forget(self, page: Page) -> None:
+        """Queue taking the page's buffer away, without a copy."""
+        self._run(self._forget, page)
+
     def drop_spare(self) -> None:
         """Queue giving buffers without a page back to the system."""
         self._run(self._drop_spare)
@@ -142,6 +151,16 @@ class Mover:
             self._counts.moved_out_bytes += page.size if dirty else 0
             self._trace("page_out", page)
 
+    def _forget(self, page: Page) -> None:
+        with self._lock:
+            buffer, page.buffer = page.buffer, None
+            if buffer is None:
+                return
+            if _seen_elsewhere(buffer):  # a view of it lives on: that memory is its holder's now
+                self._counts.device_bytes -= page.size
+            else:
+                self._spare.append(buffer)
+
     def _discard(self, page: Page) -> None:
         with self._lock:
             if page.buffer is not None:
@@ -160,3 +179,8 @@ class Mover:
         self._spare.clear()
         for tier in self._tiers:
             tier.close()
+
+
+def _seen_elsewhere(buffer: Tensor) -> bool:
+    """Whether another tensor than `buffer` stands on its storage (which is then held by it, too, and by this look)."""
+    return torch._C._storage_Use_Count(buffer.untyped_storage()._cdata) > 2

@@ -31,6 +31,7 @@ from .page import Allocation, Page, Span, Where
 from .statistics import PoolEvent, PoolStatistics
 
 TRACED_EVENTS = 20_000
+GRADIENTS = "gradients"  # (GRADIENTS, ...) as `share`: pages that `gradient_bytes` counts
 
 
 class PagePool:
@@ -216,13 +217,18 @@ class PagePool:
             if self._budget is not None and self._planned_bytes > self._budget:
                 self._shrink(self._budget)
 
-    def prefetch(self, pages: Iterable[Page]) -> int:
-        """Begin to bring pages in, in this order, as far as there is room for them. Returns how many are on their way."""
+    def prefetch(self, pages: Iterable[Page], *, displace: bool = True) -> int:
+        """Begin to bring pages in, in this order, as far as there is room for them. Returns how many are on their way.
+
+        With `displace` False only into room that nothing is in.
+        """
         begun = 0
         with self._lock:
             self._reap()
             for page in pages:
                 if page.where is Where.HOST:
+                    if not displace and self._budget is not None and self._planned_bytes + page.size > self._budget:
+                        break
                     page.pins += 1  # not its own victim
                     try:
                         self._make_room(page.size)
@@ -236,15 +242,36 @@ class PagePool:
                     self._resident.move_to_end(page)
         return begun
 
-    def evict(self, pages: Iterable[Page] | None = None) -> int:
-        """Send pages (None: all) that nobody holds to the host tiers. Returns the bytes that leave the device."""
+    def evict(self, pages: Iterable[Page] | None = None, *, keep_spare: bool = False) -> int:
+        """Send pages (None: all) that nobody holds to the host tiers. Returns the bytes that leave the device.
+
+        `keep_spare`: their memory on the device stays, for pages that come next.
+        """
         with self._lock:
             self._reap()
             chosen = list(self._pages.values() if pages is None else pages)
             leaving = [p for p in chosen if p.where is Where.DEVICE and p.pins == 0]
             self._send_out(leaving)
-            self._mover.drop_spare()
+            if not keep_spare:
+                self._mover.drop_spare()
             return sum(page.size for page in leaving)
+
+    def forget(self, pages: Iterable[Page]) -> None:
+        """The contents of these pages are void: those that nobody holds leave the device without a copy."""
+        with self._lock:
+            for page in pages:
+                if page.where is Where.DEVICE and page.pins == 0:
+                    page.where = Where.NEW
+                    self._planned_bytes -= page.size
+                    del self._resident[page]
+                    self._mover.forget(page)
+
+    def unheld_bytes(self) -> int | None:
+        """What of the budget is not taken by pages that somebody holds; None without a budget."""
+        with self._lock:
+            if self._budget is None:
+                return None
+            return self._budget - sum(page.size for page in self._resident if page.pins)
 
     def reserve(self, pages: Sequence[Page]) -> None:
         """Find room in the host tiers now for all of these that may have to leave the device while others are used.
@@ -326,6 +353,11 @@ class PagePool:
                 f"of this size is {format_bytes(self.page_bytes)}."
             )
 
+    @property
+    def has_file(self) -> bool:
+        """Whether pages may lie in a file."""
+        return self._mover.has_file
+
     def wait(self) -> None:
         """Until all queued copies are done."""
         self._mover.copier.wait()
@@ -335,11 +367,13 @@ class PagePool:
         with self._lock:
             self._reap()
             resident = sum(page.where is Where.DEVICE for page in self._pages.values())
+            gradients = sum(p.size for p in self._resident if isinstance(p.share, tuple) and p.share[0] == GRADIENTS)
             return replace(
                 self._counts,
                 budget_bytes=self._budget,
                 pages=len(self._pages),
                 resident_pages=resident,
+                gradient_bytes=gradients,
                 paged_pages=sum(page.where is Where.HOST for page in self._pages.values()),
                 host_bytes=self._mover.used_bytes("ram"),
                 file_bytes=self._mover.used_bytes("file"),

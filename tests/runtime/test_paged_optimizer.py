@@ -211,7 +211,7 @@ def test_state_is_made_at_first_use_and_freed_with_its_parameter() -> None:
     optimizer.step()
     assert optimizer.statistics().pages == 1
     optimizer.param_groups.clear()
-    optimizer._plan = None
+    optimizer._plans.clear()
     del params
     gc.collect()
     assert optimizer.statistics().pages == 0 and len(optimizer.state) == 0

@@ -1,0 +1,80 @@
+"""What the pass over the backward graph may know of a paged optimizer, and what it planned: sizes and times, no tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """FLOP/s of products, bytes/s of memory, bytes/s of a copy between the tiers."""
+
+    flops: float
+    memory: float
+    copy: float
+
+
+# Guesses to place copies by, on the fast side for the computation: a prefetch that comes early waits in its page.
+# cuda: NVIDIA's H100 SXM data sheet, and pinned copies over PCIe 5; cpu: two to eight cores with AVX-512.
+SPEEDS = {"cuda": Speeds(990e12, 3.35e12, 25e9), "cpu": Speeds(200e9, 20e9, 4e9)}
+FILE_COPY = 1e9  # bytes/s where the host tier is a file
+
+
+@dataclass(frozen=True)
+class PagedParameter:
+    """`number` is its place in the optimizer; `state_bytes` what its update needs; `gradient_bytes` 0: not in a page."""
+
+    number: int
+    name: str
+    state_bytes: int
+    gradient_bytes: int
+
+
+@dataclass(frozen=True)
+class PageLink:
+    """One paged optimizer, as far as it has parameters of one graph. `parameters` by position among the graph's inputs."""
+
+    pager: int
+    optimizer: str
+    parameters: Mapping[int, PagedParameter]
+    step_in_backward: bool
+    budget: int | None
+    page_bytes: int
+    speeds: Speeds
+
+
+@dataclass(frozen=True)
+class PageMove:
+    """A prefetch: begun `issued_ms` into the backward pass, needed at `needed_ms`; what of its copy the nodes hide."""
+
+    parameters: tuple[str, ...]
+    bytes: int
+    after: str  # the node that it follows; "" at the start
+    issued_ms: float
+    needed_ms: float
+    copy_ms: float
+    hidden_ms: float
+
+
+@dataclass
+class PageTimeline:
+    """One optimizer's plan for one backward graph, in estimated ms. `resident` is [(ms, state bytes, gradient bytes)]."""
+
+    optimizer: str
+    budget: int | None
+    step_in_backward: bool
+    backward_ms: float
+    prefetches: list[PageMove] = field(default_factory=list)
+    resident: list[tuple[float, int, int]] = field(default_factory=list)
+    gradients_in_pages: int = 0
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that the plan has on the device."""
+        return max((state + gradient for _, state, gradient in self.resident), default=0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready values."""
+        return asdict(self) | {"peak_bytes": self.peak_bytes}

@@ -1,0 +1,151 @@
+"""What a paged optimizer does during the backward pass: the runtime behind the ops that `page_optimizer` inserts.
+
+    compiled    the graph's prefetch_page, accumulate_grad, step_page and evict_page end up here
+    eager       with step_in_backward, a hook on each parameter steps as soon as its gradient is accumulated
+
+A parameter belongs to the optimizer that was made last with it; an earlier one goes on with plain `step()` calls only.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelStateError
+from ..page_ops import PAGER, pager_of, register_pager
+from .gradient_pages import GradientPages
+from .memory import Page
+from .paged_optimizer_checks import check_one_process
+
+if TYPE_CHECKING:
+    from .paged_optimizer import PagedOptimizer
+
+_AHEAD = 4  # parameters whose state an eager backward pass prefetches
+
+
+class BackwardPager:
+    """See `qlora_compile.page_ops.Pager`. `numbers` count the optimizer's parameters over its groups in order."""
+
+    def __init__(self, optimizer: PagedOptimizer) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self.active = True
+        self.planned = False  # a compiled backward pass prefetches what the step begins with
+        self.gradients = GradientPages(optimizer.pool)
+        self.number = register_pager(self)
+        self._parameters: list[tuple[int, weakref.ref[nn.Parameter]]] = []  # (group, parameter), by number
+        self._handles: list[Any] = []
+        self._stepped: dict[int, None] = {}  # in this backward pass, in order
+        self._order: list[int] = []  # of the pass before
+        self.skipped: list[int] = []  # gradients that were not finite
+
+    @property
+    def optimizer(self) -> PagedOptimizer:
+        """Alive as long as anything calls this."""
+        found = self._optimizer()
+        assert found is not None
+        return found
+
+    def claim(self) -> None:
+        """Take over all parameters of the optimizer: at its start, and for a new group."""
+        known = len(self._parameters)
+        groups = self.optimizer.param_groups
+        flat = [(index, parameter) for index, group in enumerate(groups) for parameter in group["params"]]
+        self._parameters = [(index, weakref.ref(parameter)) for index, parameter in flat]
+        for number, (_, parameter) in [*enumerate(flat)][known:]:
+            before = pager_of(parameter)
+            if isinstance(before, BackwardPager) and before is not self:
+                before.retire()
+            setattr(parameter, PAGER, self.number)
+            if self.optimizer.step_in_backward:
+                self._handles.append(parameter.register_post_accumulate_grad_hook(self._hook(number)))
+
+    def retire(self) -> None:
+        """Another optimizer has the parameters now."""
+        self.active = False
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def number_of(self, parameter: Tensor) -> int:
+        """Its place in the optimizer."""
+        return next(number for number, (_, other) in enumerate(self._parameters) if other() is parameter)
+
+    def _parameter(self, number: int) -> nn.Parameter:
+        parameter = self._parameters[number][1]()
+        assert parameter is not None  # whoever asks has a gradient of it
+        return parameter
+
+    # --- what the ops call --------------------------------------------------------------------------------------------
+
+    def prefetch(self, numbers: Sequence[int]) -> None:
+        """Begin to bring state in, as far as there is room."""
+        if not self.optimizer.step_in_backward:
+            self.planned = True
+        self.optimizer.pool.prefetch(self._pages(numbers), displace=False)
+
+    def accumulate(self, gradients: Sequence[Tensor], numbers: Sequence[int]) -> list[Tensor]:
+        """The same values, in pages where that can be."""
+        pairs = zip(gradients, numbers, strict=True)
+        return [self.gradients.place(self._parameter(number), gradient) for gradient, number in pairs]
+
+    def step(self, gradients: Sequence[Tensor], numbers: Sequence[int]) -> None:
+        """Update these parameters. Raises ModelStateError where one of them was updated since the last `step()`."""
+        optimizer = self.optimizer
+        check_one_process(type(optimizer).__name__)
+        again = next((number for number in numbers if number in self._stepped), None)
+        if again is not None:
+            raise ModelStateError(
+                f"Parameter {again} got a second gradient before {type(optimizer).__name__}.step(): with "
+                "step_in_backward=True there is one backward pass to a step, in which each gradient is whole. Use "
+                "step_in_backward=False to accumulate, or for a model with graph breaks between uses of a parameter."
+            )
+        self._stepped |= dict.fromkeys(numbers)
+        finite = [bool(torch.isfinite(gradient.sum(dtype=torch.float32))) for gradient in gradients]
+        self.skipped += [number for number, good in zip(numbers, finite) if not good]
+        groups = [optimizer.param_groups[self._parameters[number][0]] for number in numbers]
+        given = zip(groups, numbers, gradients, finite)
+        chosen = [(group, self._parameter(n), g) for group, n, g, good in given if good]
+        optimizer.update_some(chosen, tuple(n for n, good in zip(numbers, finite) if good))
+
+    def evict(self, numbers: Sequence[int]) -> None:
+        """Send out the pages of these parameters in which nothing waits for its update."""
+        waiting = {page for n in range(len(self._parameters)) if n not in self._stepped for page in self._pages([n])}
+        self.optimizer.pool.evict([p for p in self._pages(numbers) if p not in waiting], keep_spare=True)
+
+    # --- eager --------------------------------------------------------------------------------------------------------
+
+    def _hook(self, number: int) -> Any:
+        me = weakref.ref(self)
+
+        def hook(parameter: Tensor) -> None:
+            pager = me()
+            gradient = parameter.grad  # None where a compiled graph has used it up
+            if gradient is not None and pager is not None and pager._optimizer() is not None:
+                parameter.grad = None
+                pager.step_eagerly(number, gradient)
+
+        return hook
+
+    def step_eagerly(self, number: int, gradient: Tensor) -> None:
+        """One parameter's step, with what came after it in the pass before prefetched."""
+        self.step([gradient], [number])
+        if self.optimizer.pool.budget is None:
+            return
+        self.evict([number])
+        at = self._order.index(number) + 1 if number in self._order else len(self._order)
+        self.prefetch([n for n in self._order[at : at + _AHEAD] if n not in self._stepped])
+
+    def finish(self) -> list[int]:
+        """The end of a backward pass -> the numbers of parameters whose gradient was not finite."""
+        self._order, self._stepped = list(self._stepped), {}
+        skipped, self.skipped = self.skipped, []
+        return skipped
+
+    def _pages(self, numbers: Iterable[int]) -> list[Page]:
+        states = self.optimizer._states
+        found = [states.get(id(self._parameters[number][1]())) for number in numbers]
+        return list(dict.fromkeys(span.page for state in found if state is not None for span in state.spans))

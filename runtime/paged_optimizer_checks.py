@@ -1,0 +1,46 @@
+"""What is wrong with what a paged optimizer was given, said before anything is made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, ModelStateError
+
+NO_SCALER = "step_in_backward=True updates before a GradScaler could unscale: train in bfloat16, or without it."
+
+
+def trainable(params: list[Any]) -> Iterator[Tensor]:
+    """The parameters that train, of what `torch.optim.Optimizer` takes: tensors, (name, tensor) or groups of either."""
+    for item in params:
+        tensors = item["params"] if isinstance(item, dict) else item[1] if isinstance(item, tuple) else item
+        for tensor in [tensors] if isinstance(tensors, Tensor) else list(tensors):
+            tensor = tensor[1] if isinstance(tensor, tuple) else tensor
+            if tensor.requires_grad:
+                yield tensor
+
+
+def check_numbers(defaults: dict[str, Any]) -> None:
+    """Raises ConfigError naming the hyperparameter that is out of range."""
+    for name, value in defaults.items():
+        numbers = value if name == "betas" else (value,)
+        least_ok = all(isinstance(float(number), float) and float(number) >= 0 for number in numbers)
+        if not least_ok or (name == "betas" and not (len(numbers) == 2 and all(number < 1 for number in numbers))):
+            wanted = "two numbers of at least 0 and below 1" if name == "betas" else "a number of at least 0"
+            raise ConfigError(f"{name} must be {wanted}, got {value!r}.")
+
+
+def check_one_process(name: str) -> None:
+    """Raises ModelStateError where gradients are averaged over several processes after an update would have used them."""
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
+        raise ModelStateError(
+            f"{name} with step_in_backward=True updates before gradients are averaged over "
+            f"{torch.distributed.get_world_size()} processes: DDP and FSDP need step_in_backward=False."
+        )

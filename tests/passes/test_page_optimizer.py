@@ -1,0 +1,176 @@
+"""Backward graphs with a paged optimizer: same numbers by every way to step, what is planned, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qlora_compile as qc
+from qlora_compile.errors import ModelStateError, NonFiniteError
+from qlora_compile.runtime.optimizer import trainable_parameters
+
+CONFIG = {"r": 5, "compute_dtype": "float32", "init_lora_weights": False, "lowering": "aot_eager"}
+Maker = Callable[..., nn.Module]
+
+
+def train(make: Maker, steps: int = 3, *, compiled: bool = True, **options: Any) -> tuple[Any, ...]:
+    """-> (losses, trained parameters, optimizer, model)."""
+    model = qc.prepare(make(num_hidden_layers=2), CONFIG).train()
+    optimizer = qc.PagedAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, **options)
+    if compiled:
+        model.compile(backend="qlora")
+    losses = []
+    for step in range(steps):
+        ids = torch.randint(3, 211, (2, 13), generator=torch.Generator().manual_seed(step))
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, {name: p.detach().clone() for name, p in trainable_parameters(model).items()}, optimizer, model
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_every_way_to_step_gives_the_same_bits(tiny_llama: Maker) -> None:
+    losses, wanted, plain, model = train(tiny_llama)
+    assert qc.explain(model).paging == [] and plain.statistics().moved_in_bytes == 0
+    ways: dict[str, dict[str, Any]] = {
+        "gradients in pages": {"device_budget": "256KiB"},
+        "gradients beside them": {"device_budget": "32KiB"},
+        "in backward": {"device_budget": "64KiB", "step_in_backward": True},
+        "in backward, all resident": {"step_in_backward": True},
+    }
+    for name, options in ways.items():
+        found, parameters, optimizer, model = train(tiny_llama, **options)
+        assert found == losses and same(wanted, parameters), name
+        timelines = qc.explain(model).paging
+        statistics = optimizer.statistics()
+        assert len(timelines) == 1 and timelines[0].step_in_backward == ("backward" in name), name
+        if "device_budget" in options:
+            assert statistics.moved_in_bytes > 0 and statistics.peak_device_bytes <= statistics.budget_bytes, name
+            assert timelines[0].prefetches and timelines[0].peak_bytes <= 1.5 * statistics.budget_bytes, name
+            assert any(move.hidden_ms > 0 for move in timelines[0].prefetches), name
+    eager, parameters, *_ = train(tiny_llama, compiled=False, device_budget="64KiB", step_in_backward=True)
+    without, others, *_ = train(tiny_llama, compiled=False)
+    assert eager == without and same(parameters, others)
+
+
+def test_a_gradient_is_a_view_of_its_page_and_outlives_it(tiny_llama: Maker) -> None:
+    model = qc.prepare(tiny_llama(num_hidden_layers=1), CONFIG).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = qc.PagedAdamW(parameters, lr=1e-2, device_budget="256KiB")
+    model.compile(backend="qlora")
+    ids = torch.randint(3, 211, (2, 13))
+
+    def backward() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+
+    backward()
+    storages = {p.grad.untyped_storage().data_ptr() for p in parameters if p.grad is not None}
+    assert len(storages) < len(parameters)
+    assert optimizer.statistics().gradient_bytes == len(storages) * optimizer.pool.page_bytes
+    once = [p.grad.clone() for p in parameters if p.grad is not None]
+    backward()  # accumulates: the pages are there already
+    for p, before in zip(parameters, once, strict=True):
+        assert p.grad is not None and torch.equal(p.grad, 2 * before)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1e-3)
+    assert float(norm) > 1e-3
+    kept = parameters[0].grad
+    assert kept is not None
+    copy = kept.clone()
+    optimizer.zero_grad()
+    assert optimizer.statistics().gradient_bytes == 0
+    backward()
+    assert torch.equal(kept, copy) and parameters[0].grad is not None and not torch.equal(parameters[0].grad, copy)
+    for p in parameters:  # dropped without our zero_grad
+        p.grad = None
+    backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(parameters, once) if p.grad is not None)
+
+
+def test_an_equal_model_and_a_later_optimizer_get_code_of_their_own(tiny_llama: Maker) -> None:
+    """Both pass every guard of the first model's code, whose ops name the first optimizer."""
+    *_, first, _ = train(tiny_llama, 1, step_in_backward=True)
+    _, wanted, _, _ = train(tiny_llama, 2)
+    _, found, second, model = train(tiny_llama, 2, step_in_backward=True)
+    assert first.pager.active and second.pager.active and same(wanted, found)
+    ids = torch.randint(3, 211, (2, 13))
+    third = qc.PagedAdamW([p for p in model.parameters() if p.requires_grad], step_in_backward=True)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert not second.pager.active and len(third.state) == len(found)
+    assert all(p.grad is None for p in model.parameters())
+
+
+class TestRefusals:
+    def backward(self, tiny_llama: Maker) -> tuple[qc.PagedAdamW, Callable[[], None]]:
+        model = qc.prepare(tiny_llama(num_hidden_layers=1), CONFIG).train()
+        optimizer = qc.PagedAdamW([p for p in model.parameters() if p.requires_grad], step_in_backward=True)
+        ids = torch.randint(3, 211, (2, 13))
+        return optimizer, lambda: model(input_ids=ids, labels=ids).loss.backward()
+
+    def test_accumulation(self, tiny_llama: Maker) -> None:
+        _, backward = self.backward(tiny_llama)
+        backward()
+        with pytest.raises(ModelStateError, match="second gradient before PagedAdamW"):
+            backward()
+
+    def test_a_scaler(self, tiny_llama: Maker) -> None:
+        optimizer, backward = self.backward(tiny_llama)
+        backward()
+        scaler = torch.amp.GradScaler("cpu")
+        scaler.scale(torch.ones(()))
+        with pytest.raises(ModelStateError, match="before a GradScaler could unscale"):
+            scaler.step(optimizer)
+
+    def test_several_processes(self, tiny_llama: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+        _, backward = self.backward(tiny_llama)
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+        with pytest.raises(ModelStateError, match="averaged over 3 processes"):
+            backward()
+
+    def test_what_is_not_finite_is_left_out_and_named(self, tiny_llama: Maker) -> None:
+        optimizer, backward = self.backward(tiny_llama)
+        parameters = optimizer.param_groups[0]["params"]
+        parameters[3].register_hook(lambda gradient: gradient * float("nan"))
+        before = [p.detach().clone() for p in parameters]
+        backward()
+        with pytest.raises(NonFiniteError, match="of 1 parameters were not finite, number 3"):
+            optimizer.step()
+        changed = [not torch.equal(p, q) for p, q in zip(parameters, before, strict=True)]
+        assert changed == [number != 3 for number in range(len(parameters))]
+
+
+@pytest.mark.parametrize("step_in_backward", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_inductor_keeps_the_ops_and_their_order(tiny_llama: Maker, step_in_backward: bool) -> None:
+    config = CONFIG | {"lowering": "inductor"}
+    results = []
+    for options in ({}, {"device_budget": "256KiB", "step_in_backward": step_in_backward}):
+        model = qc.prepare(tiny_llama(num_hidden_layers=1), config).train()
+        optimizer = qc.PagedAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, **options)
+        model.compile(backend="qlora")
+        for step in range(3):
+            ids = torch.randint(3, 211, (2, 13), generator=torch.Generator().manual_seed(step))
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append({name: p.detach().clone() for name, p in trainable_parameters(model).items()})
+    kinds = [event.kind for event in optimizer.pool.events]
+    assert "page_in" in kinds and same(*results)
+
+
+def test_ops_are_what_their_schemas_say() -> None:
+    token, g = torch.empty(1, dtype=torch.uint8), torch.randn(3, 5)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.qlora.prefetch_page.default, (token, [g], -1, [0]), test_utils=tests)
+    torch.library.opcheck(torch.ops.qlora.accumulate_grad.default, ([g, g], -1, [0, 1]), test_utils=tests)
+    torch.library.opcheck(torch.ops.qlora.evict_page.default, (token, -1, [0]), test_utils=tests)
+    with pytest.raises(ModelStateError, match="gone or was replaced"):
+        torch.ops.qlora.step_page(token, [g], [], -1, [0])
