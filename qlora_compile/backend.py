@@ -35,6 +35,7 @@ from .regions import CACHEABLE, call_region, return_operands_directly
 from .report import CompileReport
 from .state import (
     ModelEdits,
+    ParamInfo,
     check_not_wrapped,
     check_one_device,
     check_same_config,
@@ -121,7 +122,7 @@ def _compile(
         if node.name in ctx.params and (site := ctx.params[node.name].site) is not None and site.info.dropout:
             guard_training(node)
     _freeze_examples(work, original, position)
-    trained = {n: p for n, p in zip(nodes, original) if isinstance(p, nn.Parameter) and p.requires_grad}
+    trained = {n: p for n, p in zip(nodes, original) if _trains(p, ctx.params.get(n.name))}
     guard_pagers(trained.items())
     del original
     state = edits.remember()
@@ -199,6 +200,11 @@ def _check_hidden(node: fx.Node, ctx: PassContext) -> None:
                 f"{entry.name} is used inside {node.target} (activation checkpointing, for example), where the backend "
                 "cannot change it: call qlora_compile.prepare(model, config) before compiling."
             )
+
+
+def _trains(value: Any, entry: ParamInfo | None) -> bool:
+    """Whether this input is a parameter that trains, and still the one that its module holds."""
+    return isinstance(value, nn.Parameter) and value.requires_grad and (entry is None or entry.param is value)
 
 
 def _freeze_examples(work: fx.GraphModule, original: list[Any], position: dict[str, int]) -> None:

@@ -150,6 +150,7 @@ class _Run:
             scaler=scaler,
             call=call,
             processes=self.processes,
+            notice=self.reporter.notice,
         )
         self.paging = PagingMeter(optimizer)
         self.order = BlockOrder(len(self.data), config.data_seed)

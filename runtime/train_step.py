@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from ..errors import NonFiniteError
+from ..errors import ConfigError, NonFiniteError
 from .data import Batch
 from .distributed import Processes
+from .micro_batches import MicroBatches, is_out_of_memory
 from .optimizer import trainable_parameters
+from .paged_optimizer import PagedOptimizer
 from .sharded import gathered
+from .training_state import restore_rng, rng_state
 
 MAX_BAD_STEPS = 5
 
@@ -35,6 +38,13 @@ class TrainStep:
     is scaled, and an overflow skips the step and halves the scale. Any other step with non-finite gradients is skipped
     and counted; after five in a row NonFiniteError names a parameter.
 
+    Batches may have any number of rows and any length, from step to step. Where memory runs out, what the step has done is
+    undone, a paged optimizer's state leaves the device, and the step is done again; then in parts of half as many rows,
+    which later steps keep to. `notice` is told once. MemoryBudgetError where a single row does not fit. With several
+    processes, which would wait for each other's gradients, the error passes.
+
+    An optimizer with `step_in_backward` takes one batch a step, no clipping and no scaler: ConfigError otherwise.
+
     With several `processes`, each is called with its own micro-batches, `call` is what `processes.wrap` made of the
     model, and all of theirs count as one batch.
     """
@@ -48,7 +58,14 @@ class TrainStep:
         scaler: torch.amp.GradScaler | None = None,
         call: nn.Module | None = None,
         processes: Processes | None = None,
+        notice: Callable[[str], None] = lambda text: None,
     ) -> None:
+        self.in_backward = bool(getattr(optimizer, "step_in_backward", False))
+        if self.in_backward and (max_grad_norm > 0 or scaler is not None):
+            what = "clipping by the global norm (max_grad_norm)" if max_grad_norm > 0 else "a GradScaler (float16)"
+            raise ConfigError(
+                f"step_in_backward=True does not go with {what}: it needs all gradients before an update."
+            )
         self.call = model if call is None else call
         self.processes = processes or Processes()
         self.optimizer = optimizer
@@ -56,19 +73,19 @@ class TrainStep:
         self.scaler = scaler
         self.parameters = trainable_parameters(model)
         self.bad_steps = 0
+        self.micro_batches = MicroBatches()
+        self._notice = notice
+        self._told = False
 
     def __call__(self, batches: Sequence[Batch], lr: float) -> StepResult:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         processes, device = self.processes, batches[0].input_ids.device
         loss_tokens = int(processes.total(sum(batch.loss_tokens for batch in batches), device))
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), device=device)
-        for number, batch in enumerate(batches, start=1):
-            # gradients are averaged over the processes, where the mean over all tokens is their sum
-            with processes.reducing(self.call, number == len(batches)):
-                loss = loss + self._backward(batch, processes.count * batch.loss_tokens / loss_tokens)
-        mean_loss = processes.total(float(loss), device) / processes.count
+        if self.in_backward and len(batches) > 1:
+            raise ConfigError("step_in_backward=True takes one batch a step: set grad_accum to 1.")
+        loss = self._all_gradients(batches, loss_tokens)
+        mean_loss = processes.total(loss, device) / processes.count
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
@@ -77,14 +94,45 @@ class TrainStep:
         if result.skipped:
             self._count_bad_step(result)
         else:
-            self.bad_steps = 0
             if self.max_grad_norm > 0:
                 torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.max_grad_norm, norm)
-            self._optimizer_step()
+            result = self._optimizer_step(result)
         if self.scaler is not None:
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return result
+
+    def _all_gradients(self, batches: Sequence[Batch], loss_tokens: int) -> float:
+        """Accumulate over all micro-batches, smaller ones where they do not fit; -> this process's share of the loss."""
+        alone = self.processes.count == 1
+        state, remedy = rng_state(), ""
+        while True:
+            self.optimizer.zero_grad(set_to_none=True)
+            parts, at = self.micro_batches.split(batches) if alone else list(batches), 0
+            loss = torch.zeros((), device=batches[0].input_ids.device)
+            try:
+                for at, batch in enumerate(parts):
+                    # gradients are averaged over the processes, where the mean over all tokens is their sum
+                    with self.processes.reducing(self.call, at + 1 == len(parts)):
+                        loss = loss + self._backward(batch, self.processes.count * batch.loss_tokens / loss_tokens)
+                self._tell(remedy)
+                return float(loss)
+            except (RuntimeError, MemoryError) as error:
+                # in backward some parameters may have been updated already
+                if not is_out_of_memory(error) or self.in_backward or not alone:
+                    raise
+            self.optimizer.zero_grad(set_to_none=True)
+            if not remedy and isinstance(self.optimizer, PagedOptimizer) and self.optimizer.evict():
+                remedy = "the optimizer's pages were sent to the host"
+            else:
+                self.micro_batches.shrink(parts[at])
+                remedy = f"steps are split into micro-batches of at most {self.micro_batches.most_tokens} tokens"
+            restore_rng(state)  # dropout draws the same numbers again
+
+    def _tell(self, remedy: str) -> None:
+        if remedy and not self._told:
+            self._told = True
+            self._notice(f"memory ran out in a step, which was undone and done again: {remedy}")
 
     def _backward(self, batch: Batch, share: float) -> torch.Tensor:
         """Adds this micro-batch's gradients; returns its part of the loss, on the device and without a graph."""
@@ -92,11 +140,19 @@ class TrainStep:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         return loss.detach()
 
-    def _optimizer_step(self) -> None:
-        if self.scaler is None:
-            self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)
+    def _optimizer_step(self, result: StepResult) -> StepResult:
+        try:
+            if self.scaler is None:
+                self.optimizer.step()
+            else:
+                self.scaler.step(self.optimizer)
+        except NonFiniteError:  # of an optimizer that steps in backward, which has left these parameters as they were
+            self.bad_steps += 1
+            if self.bad_steps >= MAX_BAD_STEPS:
+                raise
+            return result._replace(skipped=True)
+        self.bad_steps = 0
+        return result
 
     def _count_bad_step(self, result: StepResult) -> None:
         # A finite loss whose scaled gradients overflow fp16 is what the scale is there to find: it is halved, and the

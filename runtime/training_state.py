@@ -35,7 +35,7 @@ def capture(
     tensors = {
         "parameters": {name: gathered(parameter.detach()) for name, parameter in parameters.items()},
         "optimizer": moments,
-        "rng": _rng_tensors(),
+        "rng": rng_state(),
     }
     state = {
         "optimizer": {"class": type(optimizer).__name__, "groups": groups, "scalars": scalars},
@@ -72,7 +72,7 @@ def restore(
     _restore_optimizer(optimizer, parameters, packed, moments)
     if scaler is not None and scaler_state is not None:
         scaler.load_state_dict(scaler_state)
-    _restore_rng(rng)
+    restore_rng(rng)
     version, internal, gauss = python_rng
     random.setstate((version, tuple(internal), gauss))
 
@@ -105,14 +105,16 @@ def _restore_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _rng_tensors() -> dict[str, Tensor]:
+def rng_state() -> dict[str, Tensor]:
+    """torch's generators, by device."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states |= {f"cuda:{i}": value for i, value in enumerate(torch.cuda.get_rng_state_all())}
     return states
 
 
-def _restore_rng(states: Mapping[str, Tensor]) -> None:
+def restore_rng(states: Mapping[str, Tensor]) -> None:
+    """`rng_state`'s reverse; devices that are not here are passed over."""
     torch.set_rng_state(states["cpu"])
     for name, value in states.items():
         if name.startswith("cuda:") and int(name[5:]) < torch.cuda.device_count():

@@ -55,5 +55,5 @@ def test_a_budget_keeps_what_is_dear_to_compute(tiny_llama: Callable[..., nn.Mod
 
 def test_attention_is_counted_by_queries_and_keys() -> None:
     q, k = torch.randn(2, 3, 7, 18), torch.randn(2, 3, 11, 18)
-    found = count(lambda: torch.ops.qlora.attention(q, k, k, None, False, 0.2, "library"))
+    found = count(lambda: torch.ops.qlora.attention(q, k, k, None, False, 0.2, "fp32"))
     assert found == 2 * 2 * (2 * 3) * 7 * 11 * 18

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import qlora_compile as qc
-from qlora_compile.errors import NoAdapterError, NonFiniteError
+from qlora_compile.errors import ConfigError, MemoryBudgetError, NoAdapterError, NonFiniteError
 from qlora_compile.runtime.data import IGNORE, Batch, count_loss_tokens
 from qlora_compile.runtime.optimizer import make_optimizer, trainable_parameters
 from qlora_compile.runtime.train_step import TrainStep
@@ -180,3 +180,81 @@ def test_at_a_scale_of_one_overflow_counts_as_bad(model: nn.Module) -> None:
     with pytest.raises(NonFiniteError, match="float16"):
         for _ in range(5):
             step([make_batch(2, [12, 9])], lr=1e-3)
+
+
+class Tight(nn.Module):
+    """Runs out of memory on more than `most` tokens, after `once` on anything."""
+
+    def __init__(self, model: nn.Module, most: int, fails: int = 0) -> None:
+        super().__init__()
+        self.model, self.most, self.fails, self.seen = model, most, fails, list[int]()
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> Any:
+        self.seen.append(input_ids.numel())
+        self.fails -= 1
+        if input_ids.numel() > self.most or self.fails >= 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return self.model(input_ids=input_ids, labels=labels)
+
+
+def test_a_batch_that_does_not_fit_is_split_with_the_same_gradient(tiny_llama: Callable[..., nn.Module]) -> None:
+    model = qc.prepare(tiny_llama(num_hidden_layers=1), CONFIG | {"lora_dropout": 0.0}).train()
+    batch = make_batch(7, [11, 2, 0, 5, 12, 1, 3])
+    wanted = gradients_of(model, [batch])
+    tight, told = Tight(model, 2 * 13), list[str]()
+    found = gradients_of(tight, [batch], notice=told.append)
+    for name, gradient in wanted.items():
+        # fp32 sums over 34 tokens in another order
+        torch.testing.assert_close(found[f"model.{name}"], gradient, rtol=0, atol=2e-5 * float(gradient.abs().max()))
+    assert tight.seen == [91, 39, 13, 13, 13, 13, 13, 13] and len(told) == 1
+    assert "undone and done again: steps are split into micro-batches of at most 13 tokens" in told[0]
+
+
+def test_later_steps_keep_to_what_fits_and_any_length_may_come(model: nn.Module) -> None:
+    tight = Tight(model, 4 * 13)
+    step = TrainStep(tight, make_optimizer(model), max_grad_norm=0.3)
+    step([make_batch(6, [3] * 6)], lr=1e-3)
+    tight.seen.clear()
+    step([make_batch(6, [3] * 6), make_batch(3, [2, 0, 4], seq_len=17), make_batch(1, [30], seq_len=38)], lr=1e-3)
+    assert tight.seen == [39, 39, 34, 17, 38]
+    with pytest.raises(MemoryBudgetError, match="One sequence of 60 tokens does not fit"):
+        step([make_batch(2, [9, 9], seq_len=60)], lr=1e-3)
+
+
+def test_pages_leave_before_a_step_is_split_and_dropout_draws_the_same(tiny_llama: Callable[..., nn.Module]) -> None:
+    losses = []
+    for fails in (0, 1):
+        model = qc.prepare(tiny_llama(num_hidden_layers=1), CONFIG | {"lora_dropout": 0.3}).train()
+        optimizer = qc.PagedAdamW(trainable_parameters(model).values(), lr=1e-3, device_budget="1MiB")
+        told = list[str]()
+        tight = Tight(model, 1000)
+        step = TrainStep(tight, optimizer, max_grad_norm=0.0, notice=told.append)
+        torch.manual_seed(5)
+        step([make_batch(3, [4, 5, 6])], lr=1e-3)
+        tight.fails = fails
+        losses.append([step([make_batch(3, [4, 5, 6])], lr=1e-3).loss for _ in range(2)])
+        assert len(told) == fails and all("pages were sent to the host" in text for text in told)
+        assert (optimizer.statistics().moved_out_bytes > 0) == bool(fails)
+        assert step.micro_batches.most_tokens is None
+    assert losses[0] == losses[1]
+
+
+def test_other_errors_pass(model: nn.Module) -> None:
+    class Broken(nn.Module):
+        def forward(self, **_: Any) -> Any:
+            raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        TrainStep(Broken(), make_optimizer(model), max_grad_norm=0.0)([make_batch(2, [3, 3])], lr=0.0)
+
+
+def test_what_steps_in_backward_takes_one_batch_and_no_clipping(model: nn.Module) -> None:
+    optimizer = qc.PagedAdamW(trainable_parameters(model).values(), step_in_backward=True)
+    with pytest.raises(ConfigError, match="does not go with clipping by the global norm"):
+        TrainStep(model, optimizer, max_grad_norm=0.3)
+    step = TrainStep(model, optimizer, max_grad_norm=0.0)
+    before = {name: p.detach().clone() for name, p in step.parameters.items()}
+    result = step([make_batch(2, [3, 5])], lr=1e-2)
+    assert not result.skipped and all(not torch.equal(p, before[name]) for name, p in step.parameters.items())
+    with pytest.raises(ConfigError, match="one batch a step: set grad_accum to 1"):
+        step([make_batch(2, [3, 5])] * 2, lr=1e-2)

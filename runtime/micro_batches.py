@@ -1,0 +1,50 @@
+"""Micro-batches that fit: a batch of any size is split by rows, and split again where memory runs out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from ..errors import MemoryBudgetError
+from .data import Batch, count_loss_tokens
+
+# what torch's CPU allocator says, in a plain RuntimeError
+_CPU_MESSAGES = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory of the device or of the machine ran out."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU_MESSAGES)
+
+
+class MicroBatches:
+    """Splits batches by rows so that none has more than `most_tokens` tokens (None: no limit is known yet)."""
+
+    def __init__(self) -> None:
+        self.most_tokens: int | None = None
+
+    def split(self, batches: Iterable[Batch]) -> list[Batch]:
+        """Every row once, in order. Parts without a token to learn are left out: their mean loss is 0 / 0."""
+        parts = []
+        for batch in batches:
+            rows, seq_len = batch.input_ids.shape
+            size = rows if self.most_tokens is None else max(1, min(rows, self.most_tokens // seq_len))
+            for at in range(0, rows, size):
+                labels = batch.labels[at : at + size]
+                tokens = batch.loss_tokens if size == rows else count_loss_tokens(labels)
+                if tokens:
+                    parts.append(Batch(batch.input_ids[at : at + size], labels, tokens))
+        return parts
+
+    def shrink(self, batch: Batch) -> None:
+        """After `batch` did not fit: half of its rows from now on. Raises MemoryBudgetError for a single row."""
+        rows, seq_len = batch.input_ids.shape
+        if rows == 1:
+            raise MemoryBudgetError(
+                f"One sequence of {seq_len} tokens does not fit the memory, even with the optimizer's pages sent out: give "
+                "a smaller seq_len, or an activation_budget below 1."
+            )
+        self.most_tokens = (rows // 2) * seq_len
