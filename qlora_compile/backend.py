@@ -36,6 +36,7 @@ from .report import CompileReport
 from .state import (
     ModelEdits,
     ParamInfo,
+    ParamInfo,
     check_not_wrapped,
     check_one_device,
     check_same_config,
