@@ -36,7 +36,6 @@ from .report import CompileReport
 from .state import (
     ModelEdits,
     ParamInfo,
-    ParamInfo,
     check_not_wrapped,
     check_one_device,
     check_same_config,
