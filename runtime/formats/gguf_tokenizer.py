@@ -58,6 +58,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> GgufTokenizer:
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
         kind = model.get("type") if isinstance(model, dict) else None
         raise CheckpointError(f"{file} is a {kind or 'broken'} tokenizer; only BPE vocabularies go into GGUF here.")
+    _check_shape(content, model, file)
     tokens, types = _tokens(content, model, vocab_size, file)
     steps = list(_steps(content.get("pre_tokenizer")))
     if any(step.get("type") == "ByteLevel" for step in steps):
@@ -66,6 +67,42 @@ def read_tokenizer(folder: Path, vocab_size: int) -> GgufTokenizer:
         raise CheckpointError(f"{file} is neither byte-level BPE nor BPE with byte fallback: GGUF has no name for it.")
     scores = _scores(tokens, model.get("merges") or [])
     return GgufTokenizer("llama", "default", tokens, types, scores, _adds_space(content, steps))
+
+
+def _check_shape(content: Mapping[str, Any], model: Mapping[str, Any], file: Path) -> None:
+    """What is read below has the types that `tokenizers` writes. Raises CheckpointError naming what has not."""
+
+    def is_id(value: object) -> bool:
+        return type(value) is int and value >= 0
+
+    def is_merge(value: object) -> bool:
+        if isinstance(value, str):
+            return " " in value
+        return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
+
+    added, merges = content.get("added_tokens") or [], model.get("merges") or []
+    good = {
+        "model.vocab": all(map(is_id, model["vocab"].values())),
+        "model.merges": isinstance(merges, list) and all(map(is_merge, merges)),
+        "added_tokens": isinstance(added, list)
+        and all(isinstance(e, dict) and is_id(e.get("id")) and isinstance(e.get("content"), str) for e in added),
+        "pre_tokenizer": _is_step(content.get("pre_tokenizer")),
+        "normalizer": _is_step(content.get("normalizer")),
+    }
+    for name, is_good in good.items():
+        if not is_good:
+            raise CheckpointError(f"{file} is corrupt: its {name} is not what a tokenizer has there.")
+
+
+def _is_step(part: Any) -> bool:
+    """Nothing, or an object with a type whose inner steps are such objects."""
+    if part is None:
+        return True
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        return False
+    inner = part.get("pretokenizers", part.get("normalizers", []))
+    pattern = part.get("pattern", {})
+    return isinstance(inner, list) and all(map(_is_step, inner)) and isinstance(pattern, dict | str)
 
 
 def _tokens(content: Mapping[str, Any], model: Mapping[str, Any], size: int, file: Path) -> tuple[list[str], list[int]]:
@@ -109,8 +146,9 @@ def _split_name(steps: list[Mapping[str, Any]], file: Path) -> str:
         return "gpt-2"
     if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):
         return "smollm"
-    pattern = (steps[0].get("pattern") or {}).get("Regex") if kinds == ["Split", "ByteLevel"] else None
-    if pattern in _SPLITS and not steps[1].get("use_regex", True):
+    given = steps[0].get("pattern") if kinds == ["Split", "ByteLevel"] else None
+    pattern = given.get("Regex") if isinstance(given, dict) else None
+    if isinstance(pattern, str) and pattern in _SPLITS and not steps[1].get("use_regex", True):
         return _SPLITS[pattern]
     raise CheckpointError(
         f"{file} cuts text by {'+'.join(map(str, kinds))} in a way that llama.cpp has no name for; known: "
