@@ -32,6 +32,7 @@ def export(
     verify: Annotated[bool, typer.Option(help="Load with transformers and compare with base + adapter.")] = False,
     report: Annotated[bool, typer.Option(help="Print each layer's rounding error.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace what is in OUT.")] = False,
+    resume: Annotated[bool, typer.Option(help="Keep finished shards if killed, and go on from them.")] = False,
     allow_pickle: Annotated[bool, typer.Option(help="Read a .bin adapter (weights only).")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
@@ -57,6 +58,7 @@ def export(
             report=report,
             overwrite=overwrite,
             allow_pickle=allow_pickle,
+            resume=resume,
             progress=progress,
         )
     done.adapters = weights

@@ -16,6 +16,7 @@ from ..errors import AdapterMismatchError, ConfigError
 from .export_gguf import check_gguf_output, gguf_type, write_gguf_export
 from .export_inputs import Adapters, PathLike, check_not_an_input, dense_folder, lora_only, read_adapters
 from .export_report import ExportReport
+from .export_resume import fingerprint
 from .export_sources import FolderSource, ModelSource, WeightSource, unwrap
 from .export_write import ExportJob, Progress, write_export
 from .fold_plan import FoldPlan, WeightedAdapter, mark_requantized, plan_fold
@@ -45,6 +46,7 @@ def export(
     overwrite: bool = False,
     quant: Mapping[str, Any] | None = None,
     allow_pickle: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Fold adapters into a base and write a checkpoint that stock transformers loads.
@@ -58,10 +60,13 @@ def export(
     With `format="gguf"`, `out` is a .gguf file or a folder for one, and `dtype` its type: F32, F16, BF16 or Q8_0.
 
     `verify` compares logits with base + adapters before the result appears, `report` measures each layer's error,
+    `resume=True` keeps finished shards when the run is killed, for the next one with `resume=True` (safetensors only).
     `progress(done_bytes, total_bytes)` is called after each tensor. One tensor is in memory at a time, and `out`
     appears at the end, whole, or not at all. Raises ConfigError, CheckpointError, AdapterMismatchError, OutputError.
     """
     _check_choices(format, base_precision, verify)
+    if resume and (format != "safetensors" or (base is None and isinstance(model_or_dir, nn.Module))):
+        raise ConfigError("resume is for format='safetensors' and a base in a folder.")
     out = Path(out)
     kind = gguf_type(dtype) if format == "gguf" else None
     out_dtype = None if dtype is None or kind is not None else parse_dtype(dtype)
@@ -72,6 +77,8 @@ def export(
     weighted = read_adapters(model, adapters, allow_pickle, plain=folder is not None)
     check_not_an_input(out, [p for p in (folder, *(adapter.folder for adapter in weighted)) if p is not None])
     (check_gguf_output if format == "gguf" else check_output_folder)(out, overwrite=overwrite)
+    options = [base_precision, dtype, size, report, quant]
+    mark = fingerprint(folder, weighted, {"options": options}) if resume and folder is not None else None
     with dense_folder(folder) as dense:
         job = ExportJob(
             *_plan(model, dense, weighted, base_precision, quant),
@@ -83,6 +90,7 @@ def export(
             report=report,
             progress=progress,
             verify=_verifier(model, dense, weighted) if verify else None,
+            mark=mark,
         )
         result = (write_gguf_export if format == "gguf" else write_export)(job, out, overwrite)
     return replace(result, seconds=time.perf_counter() - start)

@@ -15,6 +15,7 @@ from ..errors import CheckpointError, InvalidWeightError
 from ..tensor import QuantizedTensor
 from .export_nf4 import Produce, linear_weights, quantized_tensors
 from .export_report import ExportReport
+from .export_resume import NOTE, note_layers, noted_layers, resumable_folder
 from .export_sources import WeightSource
 from .fold import fold, measure
 from .fold_plan import FoldPlan, Target, WeightedAdapter
@@ -48,6 +49,7 @@ class ExportJob:
     report: bool
     progress: Progress | None
     verify: Callable[[Path, float, FoldPlan, QuantizedBase | None], Any] | None
+    mark: str | None = None  # of a resumable export
 
 
 def write_export(job: ExportJob, out: Path, overwrite: bool) -> ExportReport:
@@ -66,7 +68,10 @@ def write_export(job: ExportJob, out: Path, overwrite: bool) -> ExportReport:
         return _quantize_one(job, key, specs[key].dtype, is_conv1d, result)
 
     # `dense` and `quantize` are called by the writer, once a tensor, in the order of the files.
-    with new_folder(out, overwrite=overwrite) as folder, contextlib.ExitStack() as stack:
+    place = new_folder(out, overwrite=overwrite)
+    if job.mark is not None:
+        place = resumable_folder(out, job.mark, overwrite=overwrite)
+    with place as folder, contextlib.ExitStack() as stack:
         job.source.write_side_files(folder)
         changes = _config_changes(job)
         produce: Produce = dense
@@ -78,29 +83,49 @@ def write_export(job: ExportJob, out: Path, overwrite: bool) -> ExportReport:
             specs_out = specs
         _edit_config(folder / "config.json", changes)
         result.total_bytes = sum(spec.nbytes for spec in specs_out.values())
-        write_checkpoint(folder, specs_out, _counted(produce, specs_out, job.progress), job.max_shard_size_bytes)
+        counted = _Counted(produce, specs_out, job.progress)
+        shard_done = None if job.mark is None else _shard_keeper(folder, result, counted)
+        write_checkpoint(folder, specs_out, counted, job.max_shard_size_bytes, shard_done)
         if job.verify is not None:
             rounded = [specs[key].dtype for key in job.plan.targets] or [torch.float32]
             coarsest_eps = max(torch.finfo(dtype).eps for dtype in rounded)
             result.verification = job.verify(folder, coarsest_eps, job.plan, job.quantized)
-        result.files = sorted(file.name for file in folder.iterdir())
+        result.files = sorted(file.name for file in folder.iterdir() if file.name != NOTE)
     result.layers.sort(key=lambda layer: (-layer.relative, layer.name))
     return result
 
 
-def _counted(produce: Produce, specs: Mapping[str, TensorSpec], progress: Progress | None) -> Produce:
+class _Counted:
     """`produce`, telling `progress` how many of all bytes are done."""
-    total_bytes, done_bytes = sum(spec.nbytes for spec in specs.values()), 0
 
-    def counted(key: str) -> torch.Tensor:
-        nonlocal done_bytes
-        tensor = produce(key)
-        done_bytes += specs[key].nbytes
-        if progress is not None:
-            progress(done_bytes, total_bytes)
+    def __init__(self, produce: Produce, specs: Mapping[str, TensorSpec], progress: Progress | None) -> None:
+        self.produce, self.specs, self.progress = produce, specs, progress
+        self.total_bytes, self.done_bytes = sum(spec.nbytes for spec in specs.values()), 0
+
+    def __call__(self, key: str) -> torch.Tensor:
+        tensor = self.produce(key)
+        self.count(key)
         return tensor
 
-    return counted
+    def count(self, key: str) -> None:
+        self.done_bytes += self.specs[key].nbytes
+        if self.progress is not None:
+            self.progress(self.done_bytes, self.total_bytes)
+
+
+def _shard_keeper(folder: Path, result: ExportReport, counted: _Counted) -> Callable[[list[str], bool], None]:
+    """What happens after each shard of a resumable export: its errors are noted; of one that is kept, they are read."""
+    noted = {layer.name: layer for layer in noted_layers(folder)}
+
+    def shard_done(keys: list[str], was_written: bool) -> None:
+        if was_written:
+            note_layers(folder, result.layers)
+            return
+        for key in keys:
+            counted.count(key)
+            result.layers += [noted[key]] if key in noted else []
+
+    return shard_done
 
 
 def start_of(job: ExportJob, key: str, target: Target) -> torch.Tensor:

@@ -62,10 +62,7 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
     try:
         with output_errors(path):
             yield temporary
-            os.chmod(temporary, 0o777 & ~_umask())
-            _sync_tree(temporary)
-            _replace_folder(temporary, path)
-            _sync_folder(path.parent)
+            install_folder(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -90,6 +87,14 @@ def new_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterat
             _sync_folder(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def install_folder(temporary: Path, path: Path) -> None:
+    """A finished folder -> `path`, on the disk before it has that name. Raises OSError."""
+    os.chmod(temporary, 0o777 & ~_umask())
+    _sync_tree(temporary)
+    _replace_folder(temporary, path)
+    _sync_folder(path.parent)
 
 
 def check_output_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ...errors import CheckpointError, ConfigError
+from .atomic import sync
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -152,18 +153,31 @@ def write_checkpoint(
     specs: Mapping[str, TensorSpec],
     produce: Callable[[str], torch.Tensor],
     max_shard_size_bytes: int = MAX_SHARD_SIZE_BYTES,
+    shard_done: Callable[[list[str], bool], None] | None = None,
 ) -> list[Path]:
     """Write safetensors shards (and an index where there are several) into `folder`; returns the shards' paths.
 
     `produce(key)` is called once a tensor, in the order of the file, and its result is dropped after it was written:
     one tensor is in memory at a time. Same tensors, same bytes. A tensor larger than the limit gets its own shard.
+    With `shard_done`, a shard that is there already is kept (it got its name when it was whole, and on the disk), and
+    `shard_done(its names, whether it was written now)` is called for each.
     Raises CheckpointError where `produce` returns another dtype or shape than `specs` says; OSError from writing.
     """
     plan = plan_shards(specs, max_shard_size_bytes)
     names = [SINGLE_FILE] if len(plan) == 1 else _shard_names(len(plan))
     for name, keys in zip(names, plan, strict=True):
-        with open(folder / name, "wb") as file:
+        if shard_done is not None and (folder / name).is_file():
+            shard_done(keys, False)
+            continue
+        part = folder / (name if shard_done is None else f"{name}.part")
+        with open(part, "wb") as file:
             _write_shard(file, {key: specs[key] for key in keys}, produce)
+            if shard_done is not None:
+                file.flush()
+                sync(file.fileno())
+        if shard_done is not None:
+            os.replace(part, folder / name)
+            shard_done(keys, True)
     if len(plan) > 1:
         weight_map = {key: name for name, keys in zip(names, plan, strict=True) for key in keys}
         metadata = {"total_size": sum(spec.nbytes for spec in specs.values())}
@@ -199,7 +213,7 @@ def copy_side_files(source: Path, target: Path) -> list[str]:
             copied.append(name)
     for folder in (source / name for name in _SIDE_FOLDERS):
         if folder.is_dir():
-            shutil.copytree(folder, target / folder.name)
+            shutil.copytree(folder, target / folder.name, dirs_exist_ok=True)
             copied.append(folder.name)
     return sorted(copied)
 
