@@ -29,6 +29,9 @@ def export(
         str | None, typer.Option(help="Of the result (as the base if not given); gguf: bf16, f16, q8_0.")
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file, such as 5GB.")] = "5GB",
+    correction_rank: Annotated[
+        int | None, typer.Option(help="nf4: also an adapter of this rank for what requantizing lost.")
+    ] = None,
     verify: Annotated[bool, typer.Option(help="Load with transformers and compare with base + adapter.")] = False,
     report: Annotated[bool, typer.Option(help="Print each layer's rounding error.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace what is in OUT.")] = False,
@@ -59,6 +62,7 @@ def export(
             overwrite=overwrite,
             allow_pickle=allow_pickle,
             resume=resume,
+            correction_rank=correction_rank,
             progress=progress,
         )
     done.adapters = weights

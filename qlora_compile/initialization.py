@@ -80,17 +80,15 @@ def spectral_start(
         rest = weight
         for _ in range(loftq_iter):
             base, values = store(rest)
-            a, b = _top_singular(wide - values.float(), rank, scaling, None)
+            a, b = top_singular(wide - values.float(), rank, scaling, None)
             rest = wide - scaling * (b @ a)
         return SpectralStart(base, a, b)
     name, _, rounds = method.partition("_niter_")
-    a, b = (
-        _olora(wide, rank) if name == "olora" else _top_singular(wide, rank, scaling, int(rounds) if rounds else None)
-    )
+    a, b = _olora(wide, rank) if name == "olora" else top_singular(wide, rank, scaling, int(rounds) if rounds else None)
     return SpectralStart(store(wide - scaling * (b @ a))[0], a, b)
 
 
-def _top_singular(matrix: Tensor, rank: int, scaling: float, rounds: int | None) -> tuple[Tensor, Tensor]:
+def top_singular(matrix: Tensor, rank: int, scaling: float, rounds: int | None) -> tuple[Tensor, Tensor]:
     """The r largest singular values of `matrix`, divided by s, their square roots on either side."""
     if rounds is None:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)

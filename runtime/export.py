@@ -13,6 +13,7 @@ from torch import nn
 
 from ..config import parse_dtype
 from ..errors import AdapterMismatchError, ConfigError
+from .export_correction import Correction
 from .export_gguf import check_gguf_output, gguf_type, write_gguf_export
 from .export_inputs import Adapters, PathLike, check_not_an_input, dense_folder, lora_only, read_adapters
 from .export_report import ExportReport
@@ -47,6 +48,7 @@ def export(
     quant: Mapping[str, Any] | None = None,
     allow_pickle: bool = False,
     resume: bool = False,
+    correction_rank: int | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Fold adapters into a base and write a checkpoint that stock transformers loads.
@@ -60,11 +62,15 @@ def export(
     With `format="gguf"`, `out` is a .gguf file or a folder for one, and `dtype` its type: F32, F16, BF16 or Q8_0.
 
     `verify` compares logits with base + adapters before the result appears, `report` measures each layer's error,
-    `resume=True` keeps finished shards when the run is killed, for the next one with `resume=True` (safetensors only).
-    `progress(done_bytes, total_bytes)` is called after each tensor. One tensor is in memory at a time, and `out`
-    appears at the end, whole, or not at all. Raises ConfigError, CheckpointError, AdapterMismatchError, OutputError.
+    `progress(done_bytes, total_bytes)` is called after each tensor. `correction_rank` (with format "nf4") also writes
+    `out`/correction, an adapter of that rank that takes back part of what requantizing lost. `resume=True` keeps finished
+    shards when the run is killed, for the next one with `resume=True` (safetensors only). One tensor is in memory at a
+    time, and `out` appears at the end, whole, or not at all. Raises ConfigError, CheckpointError, AdapterMismatchError,
+    OutputError.
     """
     _check_choices(format, base_precision, verify)
+    if correction_rank is not None and (format != "nf4" or correction_rank < 1):
+        raise ConfigError(f"correction_rank is a rank of at least 1, for format='nf4', got {correction_rank}.")
     if resume and (format != "safetensors" or (base is None and isinstance(model_or_dir, nn.Module))):
         raise ConfigError("resume is for format='safetensors' and a base in a folder.")
     out = Path(out)
@@ -91,6 +97,7 @@ def export(
             progress=progress,
             verify=_verifier(model, dense, weighted) if verify else None,
             mark=mark,
+            correction=None if correction_rank is None else Correction(correction_rank),
         )
         result = (write_gguf_export if format == "gguf" else write_export)(job, out, overwrite)
     return replace(result, seconds=time.perf_counter() - start)

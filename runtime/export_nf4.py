@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,8 +21,16 @@ from .formats.checkpoint_dir import Checkpoint, TensorSpec, open_checkpoint
 Produce = Callable[[str], torch.Tensor]
 
 
-def linear_weights(config_folder: Path, specs: Mapping[str, TensorSpec]) -> tuple[dict[str, bool], list[str]]:
-    """What transformers would turn into 4-bit linears -> ({key: is Conv1D}, names of the linears that stay dense).
+@dataclass(frozen=True)
+class LinearWeight:
+    """A weight that becomes 4-bit: its parameter's name in the model, and whether it is stored as [in, out] (Conv1D)."""
+
+    name: str
+    is_conv1d: bool
+
+
+def linear_weights(config_folder: Path, specs: Mapping[str, TensorSpec]) -> tuple[dict[str, LinearWeight], list[str]]:
+    """What transformers would turn into 4-bit linears, by key -> (them, names of the linears that stay dense).
 
     The output head stays dense, as bitsandbytes' users have it, and so does the last layer of any other model.
     Raises MissingDependencyError, CheckpointError (no such architecture), ConfigError (nothing to quantize).
@@ -44,7 +53,7 @@ def linear_weights(config_folder: Path, specs: Mapping[str, TensorSpec]) -> tupl
     dense = [name for name, module in linears.items() if module is head or name == last]
     skipped = [*dense, *(model._keep_in_fp32_modules or ())]
     keys = {
-        key: isinstance(module, Conv1D)
+        key: LinearWeight(f"{name}.weight", isinstance(module, Conv1D))
         for name, module in linears.items()
         if should_convert_module(name, skipped) and (key := resolve_key(f"{name}.weight", specs)) is not None
     }
@@ -55,9 +64,9 @@ def linear_weights(config_folder: Path, specs: Mapping[str, TensorSpec]) -> tupl
 
 @contextmanager
 def quantized_tensors(
-    keys: Mapping[str, bool],
+    keys: Mapping[str, LinearWeight],
     specs: Mapping[str, TensorSpec],
-    quantize: Callable[[str, bool], QuantizedTensor],
+    quantize: Callable[[str, LinearWeight], QuantizedTensor],
     dense: Produce,
     beside: Path,
 ) -> Iterator[tuple[dict[str, TensorSpec], Produce]]:
@@ -69,9 +78,9 @@ def quantized_tensors(
     out = {key: spec for key, spec in specs.items() if key not in keys}
     parts: dict[str, Checkpoint] = {}
     with tempfile.TemporaryDirectory(prefix=f"{beside.name}.parts.", dir=beside.parent) as temporary:
-        for number, (key, is_conv1d) in enumerate(sorted(keys.items())):
+        for number, (key, linear) in enumerate(sorted(keys.items())):
             file = Path(temporary) / f"{number}.safetensors"
-            save_file(pack_weight(key, quantize(key, is_conv1d), specs[key].dtype), file)
+            save_file(pack_weight(key, quantize(key, linear), specs[key].dtype), file)
             parts |= dict.fromkeys((checkpoint := open_checkpoint(file)).specs, checkpoint)
             checkpoint.close()
         out |= {name: checkpoint.specs[name] for name, checkpoint in parts.items()}

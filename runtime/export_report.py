@@ -16,7 +16,8 @@ class ExportReport:
 
     `layers` (with `report=True`) holds one LayerError for each folded tensor, the largest relative error first: the
     written tensor against the fp64 sum of the base that was folded into and all adapters. `folded` counts the tensors
-    that changed, `copied` those that did not. `verification` is set with `verify=True`.
+    that changed, `copied` those that did not. `verification` is set with `verify=True`, `corrected` with a
+    `correction_rank`: each 4-bit layer's error with the correction on it.
     """
 
     out: Path
@@ -30,6 +31,7 @@ class ExportReport:
     seconds: float = 0.0
     layers: list[LayerError] = field(default_factory=list)
     verification: VerifyResult | None = None
+    corrected: list[LayerError] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready values."""
@@ -44,6 +46,7 @@ class ExportReport:
             "files": list(self.files),
             "seconds": self.seconds,
             "layers": [layer.to_dict() for layer in self.layers],
+            "corrected": [layer.to_dict() for layer in self.corrected],
             "verification": self.verification.to_dict() if self.verification else None,
         }
 
@@ -61,16 +64,18 @@ class ExportReport:
             highlight=False,
             markup=False,
         )
-        if self.layers:
-            table = Table(title="Error against the exact sum, worst first")
+        for title, layers in (("", self.layers), (" with the correction", self.corrected)):
+            if not layers:
+                continue
+            table = Table(title=f"Error against the exact sum{title}, worst first")
             table.add_column("layer", overflow="fold")
             for column in ("max", "mean", "relative", "1 - cosine"):
                 table.add_column(column, justify="right")
-            for layer in self.layers[:limit]:
+            for layer in layers[:limit]:
                 values = (layer.max_abs, layer.mean_abs, layer.relative, max(0.0, 1 - layer.cosine))
                 table.add_row(layer.name, *(f"{value:.2e}" for value in values))
             console.print(table)
-            if len(self.layers) > limit:
-                console.print(f"... and {len(self.layers) - limit} layers with less.", highlight=False)
+            if len(layers) > limit:
+                console.print(f"... and {len(layers) - limit} layers with less.", highlight=False)
         if self.verification:
             console.print(self.verification.sentence(), highlight=False, markup=False)

@@ -13,7 +13,8 @@ import torch
 
 from ..errors import CheckpointError, InvalidWeightError
 from ..tensor import QuantizedTensor
-from .export_nf4 import Produce, linear_weights, quantized_tensors
+from .export_correction import Correction
+from .export_nf4 import LinearWeight, Produce, linear_weights, quantized_tensors
 from .export_report import ExportReport
 from .export_resume import NOTE, note_layers, noted_layers, resumable_folder
 from .export_sources import WeightSource
@@ -50,6 +51,7 @@ class ExportJob:
     progress: Progress | None
     verify: Callable[[Path, float, FoldPlan, QuantizedBase | None], Any] | None
     mark: str | None = None  # of a resumable export
+    correction: Correction | None = None  # of a 4-bit output
 
 
 def write_export(job: ExportJob, out: Path, overwrite: bool) -> ExportReport:
@@ -64,8 +66,8 @@ def write_export(job: ExportJob, out: Path, overwrite: bool) -> ExportReport:
             return job.source.tensor(key).to(specs[key].dtype)
         return _fold_one(job, key, target, specs[key].dtype, result)
 
-    def quantize(key: str, is_conv1d: bool) -> QuantizedTensor:
-        return _quantize_one(job, key, specs[key].dtype, is_conv1d, result)
+    def quantize(key: str, linear: LinearWeight) -> QuantizedTensor:
+        return _quantize_one(job, key, specs[key].dtype, linear, result)
 
     # `dense` and `quantize` are called by the writer, once a tensor, in the order of the files.
     place = new_folder(out, overwrite=overwrite)
@@ -86,6 +88,9 @@ def write_export(job: ExportJob, out: Path, overwrite: bool) -> ExportReport:
         counted = _Counted(produce, specs_out, job.progress)
         shard_done = None if job.mark is None else _shard_keeper(folder, result, counted)
         write_checkpoint(folder, specs_out, counted, job.max_shard_size_bytes, shard_done)
+        if job.correction is not None:
+            job.correction.write(folder)
+            result.corrected = sorted(job.correction.layers, key=lambda layer: (-layer.relative, layer.name))
         if job.verify is not None:
             rounded = [specs[key].dtype for key in job.plan.targets] or [torch.float32]
             coarsest_eps = max(torch.finfo(dtype).eps for dtype in rounded)
@@ -161,21 +166,23 @@ def _fold_one(job: ExportJob, key: str, target: Target, dtype: torch.dtype, resu
 
 
 def _quantize_one(
-    job: ExportJob, key: str, dtype: torch.dtype, is_conv1d: bool, result: ExportReport
+    job: ExportJob, key: str, dtype: torch.dtype, linear: LinearWeight, result: ExportReport
 ) -> QuantizedTensor:
     """One 4-bit tensor of the output, quantized from the fp32 sum (without an adapter: from what is stored)."""
     assert job.output is not None
     target = job.plan.targets.get(key)
     weight = job.source.tensor(key).to(dtype) if target is None else start_of(job, key, target)
     terms = target.terms if target else []
-    options = target.fold_options if target else {"transposed": is_conv1d}
+    options = target.fold_options if target else {"transposed": linear.is_conv1d}
     dense = fold(weight, terms, dtype=torch.float32, **options) if terms else weight.to(dtype)
     try:
-        quantized = job.output.quantize(dense, transposed=is_conv1d)
+        quantized = job.output.quantize(dense, transposed=linear.is_conv1d)
     except InvalidWeightError as error:
         raise InvalidWeightError(f"{key}: {error}") from None
     if job.report:
         result.layers.append(measure(key, quantized.dequantize(), weight, terms, **options))
+    if job.correction is not None:
+        job.correction.add(linear.name, quantized, weight, terms, dense)
     return quantized
 
 

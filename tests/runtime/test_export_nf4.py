@@ -113,3 +113,29 @@ class TestNF4:
         with pytest.raises(ConfigError, match="use report=True instead"):
             export(tiny_checkpoint, tmp_path / "out", format="nf4", verify=True)
         assert not (tmp_path / "out").exists()
+
+    def test_a_correction_takes_back_part_of_the_error(
+        self, tmp_path: Path, tiny_llama: MakeModel, make_adapter: MakeAdapter
+    ) -> None:
+        """On weights with directions to find: random ones have none. Stock peft puts it onto the 4-bit model."""
+        peft = pytest.importorskip("peft")
+        pytest.importorskip("bitsandbytes")
+        from transformers import AutoModelForCausalLM
+
+        source = tiny_llama(torch.bfloat16, hidden_size=192, intermediate_size=128, head_dim=64)
+        base = save_base(tmp_path / "base", source)
+        adapter = make_adapter(tmp_path / "adapter", source)
+        result = export(base, tmp_path / "out", adapter, format="nf4", report=True, correction_rank=48)
+        corrected = {layer.name: layer.relative for layer in result.corrected}
+        assert len(corrected) == len(result.layers) == 21
+        assert all(corrected[layer.name] < 0.9 * layer.relative for layer in result.layers)
+        export(base, tmp_path / "dense", adapter, dtype="float32")
+        wanted = logits(load(tmp_path / "dense"))
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        plain = (logits(model).float() - wanted).norm()
+        better = (
+            logits(peft.PeftModel.from_pretrained(model, tmp_path / "out" / "correction")).float() - wanted
+        ).norm()
+        assert better < 0.95 * plain
+        with pytest.raises(ConfigError, match="correction_rank is a rank of at least 1, for format='nf4', got 4"):
+            export(base, tmp_path / "other", adapter, correction_rank=4)
