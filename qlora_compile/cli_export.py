@@ -34,6 +34,7 @@ def export(
     ] = None,
     verify: Annotated[bool, typer.Option(help="Load with transformers and compare with base + adapter.")] = False,
     report: Annotated[bool, typer.Option(help="Print each layer's rounding error.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write the report, with each layer's error, to this file.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what is in OUT.")] = False,
     resume: Annotated[bool, typer.Option(help="Keep finished shards if killed, and go on from them.")] = False,
     allow_pickle: Annotated[bool, typer.Option(help="Read a .bin adapter (weights only).")] = False,
@@ -58,7 +59,7 @@ def export(
             dtype=dtype,
             max_shard_size=max_shard_size,
             verify=verify,
-            report=report,
+            report=report or html is not None,
             overwrite=overwrite,
             allow_pickle=allow_pickle,
             resume=resume,
@@ -66,6 +67,8 @@ def export(
             progress=progress,
         )
     done.adapters = weights
+    if html is not None:
+        done.to_html(html)
     if as_json:
         print_json(done.to_dict())
     else:

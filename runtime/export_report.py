@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .fold import LayerError
+from .formats.atomic import write_file
 from .verify import VerifyResult
 
 
@@ -49,6 +50,14 @@ class ExportReport:
             "corrected": [layer.to_dict() for layer in self.corrected],
             "verification": self.verification.to_dict() if self.verification else None,
         }
+
+    def to_html(self, path: Path | str) -> Path:
+        """The same as one HTML file without scripts. Raises OutputError."""
+        import jinja2
+
+        text = Path(__file__).with_name("export_report.html.jinja").read_text(encoding="utf-8")
+        environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+        return write_file(path, environment.from_string(text).render(report=self))
 
     def print(self, file: IO[str] | None = None, limit: int = 20) -> None:
         """A summary, and with `report=True` a table of the `limit` worst layers."""

@@ -109,9 +109,13 @@ def test_export_folds_what_combine_makes(
     model = load(tiny_checkpoint)
     a, b = (str(make_adapter(tmp_path / name, model, seed=seed)) for name, seed in (("a", 1), ("b", 2)))
     base = ["export", "--base", str(tiny_checkpoint), "--adapter", f"{a}=0.7", "--adapter", f"{b}=-0.4"]
-    options = ["--combine", "svd", "--rank", "2", "--dtype", "float32", "--json"]
+    page = tmp_path / "export.html"
+    options = ["--combine", "svd", "--rank", "2", "--dtype", "float32", "--json", "--html", str(page)]
     assert main([*base, "--out", str(tmp_path / "out"), *options]) == 0
     assert json.loads(capsys.readouterr().out)["adapters"] == {a: 0.7, b: -0.4}
+    text = page.read_text()
+    assert "6 folded and 23 copied tensors" in text and text.count("<tr><td>model.layers.") == 6
+    assert f"{a} × 0.7" in text and "with the correction" not in text
     combine_folders({a: 0.7, b: -0.4}, tmp_path / "both", "svd", rank=2)
     export(tiny_checkpoint, tmp_path / "wanted", tmp_path / "both", dtype="float32")
     got, wanted = weights_of(tmp_path / "out"), weights_of(tmp_path / "wanted")
