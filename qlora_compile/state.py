@@ -216,7 +216,10 @@ class ModelEdits:
             raise InvalidWeightError(f"{entry.name}: {error}") from None
 
     def _spectral_start(self, entry: ParamInfo, fan_in_fan_out: bool) -> SpectralStart | None:
-        """The base and the adapter that PiSSA, OLoRA or LoftQ make of a weight; None where they have no say."""
+        """The base and the adapter that PiSSA, OLoRA or LoftQ make of a weight; None where they have no say: experts
+        start from zero, as with `init_lora_weights=True`."""
+        if entry.is_experts:
+            return None
         param, rank = entry.param, self.config.rank_for(entry.name)
         if not is_spectral(self.config.init_lora_weights) or self.is_foreign or rank == 0 or param.is_meta:
             return None

@@ -26,21 +26,26 @@ def peft_config(
     rank, rank_pattern = default_and_pattern(ranks)
     alpha, alpha_pattern = default_and_pattern(alphas)
     base = getattr(getattr(model, "config", None), "_name_or_path", None)
+    linears = {n: site for n, site in sites.items() if site.experts is None}
+    experts = {n for n in sites if n not in linears}
+    # peft refuses dropout beside target_parameters, which only training would use
+    dropout = float(config.lora_dropout) if config and not experts else 0.0
     causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
     return {
         "alpha_pattern": alpha_pattern,
         "base_model_name_or_path": base or None,
         "bias": "none",
-        "fan_in_fan_out": any(site.fan_in_fan_out for site in sites.values()),
+        "fan_in_fan_out": any(site.fan_in_fan_out for site in linears.values()),
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": alpha,
-        "lora_dropout": float(config.lora_dropout) if config else 0.0,
+        "lora_dropout": dropout,
         "modules_to_save": saved or None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": rank_pattern,
-        "target_modules": _target_modules(model, sites),
+        "target_modules": _target_modules(model, linears),
+        **({"target_parameters": _target_parameters(model, experts)} if experts else {}),
         "task_type": "CAUSAL_LM" if causal else None,
         "use_dora": False,
         "use_rslora": use_rslora,
@@ -70,6 +75,13 @@ def _target_modules(model: nn.Module, sites: Mapping[str, AdapterSite]) -> list[
     last = {name: name.rpartition(".")[2] for name in sites}
     elsewhere = {n.rpartition(".")[2] for n, _ in model.named_modules() if n not in sites}
     return sorted({name if part in elsewhere else part for name, part in last.items()})
+
+
+def _target_parameters(model: nn.Module, experts: set[str]) -> list[str]:
+    """`experts.gate_up_proj` where every parameter that ends so has an adapter, else the whole name, sorted."""
+    elsewhere = [n for n, _ in model.named_parameters() if n not in experts]
+    short = {name: ".".join(name.split(".")[-2:]) for name in experts}
+    return sorted({name if any(n.endswith(f".{s}") for n in elsewhere) else s for name, s in short.items()})
 
 
 def modules_saved_in_full(model: nn.Module) -> list[str]:

@@ -23,6 +23,7 @@ from ..modules import (
 from .adapter_config import modules_saved_in_full, peft_config
 from .export_sources import unwrap
 from .fold_plan import first_few
+from .formats.expert_files import flatten, module_paths
 from .formats.peft_files import PREFIX, AdapterFiles, LoraLayer, only_foldable, read_adapter, write_adapter
 from .quantized_base import SIDE_FILE, QuantizedBase
 from .sharded import gathered, has_shards
@@ -165,13 +166,16 @@ def adapter_files(model: nn.Module, name: str, *, plain: bool = False) -> Adapte
         known = sorted({adapter for site in _sites(model).values() for adapter in site.adapters})
         _check_name(name, known)
     tensors: dict[str, torch.Tensor] = {}
+    modules = module_paths({n: site.param_name for n, site in sites.items() if site.experts is not None})
     for site_name, site in sites.items():
         a, b = gathered(site.a(name).detach()), gathered(site.b(name).detach())
         if plain and name in site.info.start:
             start_a, start_b = (tensor.to(a.device, a.dtype) for tensor in site.info.start[name])
-            a, b = torch.cat([a, start_a]), torch.cat([b, -start_b], dim=1)
-        tensors[f"{PREFIX}{site_name}.lora_A.weight"] = a
-        tensors[f"{PREFIX}{site_name}.lora_B.weight"] = b
+            a, b = torch.cat([a, start_a], dim=-2), torch.cat([b, -start_b], dim=-1)
+        if site.experts is not None:
+            a, b = flatten(a, b)
+        module = modules.get(site_name, site_name)
+        tensors[f"{PREFIX}{module}.lora_A.weight"], tensors[f"{PREFIX}{module}.lora_B.weight"] = a, b
     saved = modules_saved_in_full(model)
     for module_name in saved:
         for key, tensor in model.get_submodule(module_name).state_dict().items():
@@ -209,7 +213,8 @@ def _layer_problem(sites: Mapping[str, AdapterSite], module: str, layer: LoraLay
     site = sites.get(module)
     if site is None:
         return f"the model has no adaptable layer {module}"
-    model_shape, shape = (site.out_features, site.in_features), (layer.b.shape[0], layer.a.shape[1])
+    model_shape = *([site.experts] if site.experts else []), site.out_features, site.in_features
+    shape = *layer.b.shape[:-1], layer.a.shape[-1]
     if layer.embedding or model_shape != shape:
         return f"{module} is {list(model_shape)} in the model, {list(shape)} in the adapter"
     return None

@@ -7,7 +7,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import IO, Any
 
 import torch
@@ -148,11 +148,11 @@ def combine_layers(
         ]
         if not terms:
             continue
-        if method == _NEEDS_EQUAL_RANKS and len({term.a.shape[0] for term in terms}) > 1:
+        if method == _NEEDS_EQUAL_RANKS and len({term.a.shape[-2] for term in terms}) > 1:
             ranks = ", ".join(f"{label}: {layer.rank}" for label, layer in found.items())
             raise ConfigError(f"method='linear' needs equal ranks, at {module} they are {ranks}; use 'cat' or 'svd'.")
-        (a, b), residual = combine_terms(method, terms, options, dtype)
-        new_rank = a.shape[0]
+        a, b, residual = _combine_terms(method, terms, options, dtype)
+        new_rank = a.shape[-2]
         layers[module] = LoraLayer(a, b, float(new_rank), 1.0, next(iter(found.values())).embedding)
         report.layers.append(CombinedLayer(module, new_rank, residual))
     if not layers:
@@ -165,6 +165,19 @@ def combine_layers(
             f"off the weighted sum by up to {worst.residual:.0%} ({worst.name}); 'cat' is exact."
         )
     return layers, report
+
+
+def _combine_terms(
+    method: str, terms: list[Term], options: CombineOptions, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """(A, B, residual) of one layer; of fused experts one after the other, with the largest residual."""
+    if terms[0].a.dim() == 2:
+        (a, b), residual = combine_terms(method, terms, options, dtype)
+        return a, b, residual
+    experts = range(terms[0].a.shape[0])
+    done = [combine_terms(method, [replace(t, a=t.a[e], b=t.b[e]) for t in terms], options, dtype) for e in experts]
+    factors = [torch.stack(parts) for parts in zip(*(pair for pair, _ in done), strict=True)]
+    return factors[0], factors[1], max(residual for _, residual in done)
 
 
 def weight_at(weight: Weight, module: str) -> float:
@@ -188,9 +201,9 @@ def _check_weight(label: str, weight: Weight, layers: Iterable[str]) -> None:
 
 
 def _check_same_shape(module: str, found: Mapping[str, LoraLayer]) -> None:
-    shapes = {label: (layer.b.shape[0], layer.a.shape[1], layer.embedding) for label, layer in found.items()}
+    shapes = {label: (*layer.b.shape[:-1], layer.a.shape[-1], layer.embedding) for label, layer in found.items()}
     if len(set(shapes.values())) > 1:
-        texts = [f"[{n}, {k}] in {label}" for label, (n, k, _) in shapes.items()]
+        texts = [f"{list(shape[:-1])} in {label}" for label, shape in shapes.items()]
         raise AdapterMismatchError(f"The adapters are of different models: {module} is {first_few(texts)}.")
 
 

@@ -15,6 +15,7 @@ from .adapter_config import default_and_pattern
 from .combine import CombineReport, Weight, checked_options, combine_layers, weight_at
 from .export_inputs import check_not_an_input
 from .formats.atomic import check_output_folder, new_folder
+from .formats.expert_files import flatten, module_paths, registration_order
 from .formats.peft_files import PREFIX, AdapterFiles, LoraLayer, only_foldable, read_adapter, write_adapter
 from .quantized_base import SIDE_FILE, read_side_file
 
@@ -48,10 +49,12 @@ def combine_folders(
             raise AdapterMismatchError(f"The adapter {label} cannot be combined: {special}.")
     layers, report = combine_layers(str(out), parts, dict(adapters), method, options, seed, torch.float32)
     tensors = _full_tensors(files, adapters)
+    paths = module_paths(registration_order(module for module, layer in layers.items() if layer.experts))
     for module, layer in layers.items():
         names = ("lora_embedding_A", "lora_embedding_B") if layer.embedding else ("lora_A.weight", "lora_B.weight")
-        tensors[f"{PREFIX}{module}.{names[0]}"] = layer.a
-        tensors[f"{PREFIX}{module}.{names[1]}"] = layer.b
+        factors = flatten(layer.a, layer.b) if layer.experts else (layer.a, layer.b)
+        for factor, tensor in zip(names, factors, strict=True):
+            tensors[f"{PREFIX}{paths.get(module, module)}.{factor}"] = tensor
     extra = _side_file(list(adapters), report)
     with new_folder(out, overwrite=overwrite) as folder:
         write_adapter(folder, _config(files, layers), tensors, extra)
@@ -97,6 +100,8 @@ def _config(files: Mapping[str, AdapterFiles], layers: Mapping[str, LoraLayer]) 
 
     rank, patterns = default_and_pattern({module: layer.rank for module, layer in layers.items()})
     saved = {name for config in configs for name in config.get("modules_to_save") or ()}
+    experts = sorted(module for module, layer in layers.items() if layer.experts)
+    linears = sorted(set(layers) - set(experts))
     same_layers = all(set(adapter.layers()) == set(layers) for adapter in files.values())
     biases = {config.get("bias", "none") for config in configs} - {"none"}
     return {
@@ -112,7 +117,8 @@ def _config(files: Mapping[str, AdapterFiles], layers: Mapping[str, LoraLayer]) 
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": patterns,
-        "target_modules": (common("target_modules") if same_layers else None) or sorted(layers),
+        "target_modules": (common("target_modules") if same_layers else None) or linears,
+        **({"target_parameters": experts} if experts else {}),
         "task_type": common("task_type"),
         "use_dora": False,
         "use_rslora": False,

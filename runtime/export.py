@@ -133,7 +133,7 @@ def _plan(
             f"init_lora_weights={quantized.init_lora_weights!r} changed the 4-bit base that the adapter was trained on: "
             "export the prepared model itself, or with base_precision='original'."
         )
-    mark_requantized(plan, source.specs, quantized.weights, quantized.transposed, renamed)
+    mark_requantized(plan, source.specs, quantized.weights, quantized.transposed, source.config, renamed)
     return source, plan, adapters, base_precision, quantized
 
 

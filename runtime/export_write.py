@@ -13,13 +13,14 @@ import torch
 
 from ..errors import CheckpointError, InvalidWeightError
 from ..tensor import QuantizedTensor
+from .expert_layout import ExpertRows
 from .export_correction import Correction
 from .export_nf4 import LinearWeight, Produce, linear_weights, quantized_tensors
 from .export_report import ExportReport
 from .export_resume import NOTE, note_layers, noted_layers, resumable_folder
 from .export_sources import WeightSource
 from .fold import fold, measure
-from .fold_plan import FoldPlan, Target, WeightedAdapter
+from .fold_plan import FoldPlan, Target, WeightedAdapter, resolve_key
 from .formats.atomic import new_folder
 from .formats.bnb_files import quantization_config
 from .formats.checkpoint_dir import TensorSpec, read_json, write_checkpoint
@@ -138,7 +139,10 @@ def start_of(job: ExportJob, key: str, target: Target) -> torch.Tensor:
     weight = job.source.tensor(target.source)
     if target.requantize and job.quantized is not None:
         try:
-            weight = job.quantized.round_trip(weight, transposed=target.transposed)
+            if target.expert is not None:
+                weight = _expert_round_trip(job.source, target.expert, job.quantized)
+            else:
+                weight = job.quantized.round_trip(weight, transposed=target.transposed)
         except InvalidWeightError as error:
             raise InvalidWeightError(f"{key}: {error}") from None
     if target.full:
@@ -150,6 +154,21 @@ def start_of(job: ExportJob, key: str, target: Target) -> torch.Tensor:
     if target.bias:
         weight = weight.double() + sum(scale * vector.double() for scale, vector in target.bias)
     return weight
+
+
+def _expert_round_trip(source: WeightSource, held: ExpertRows, quantized: QuantizedBase) -> torch.Tensor:
+    """The expert's whole matrix, put together as the model has it, made 4-bit and back -> this tensor's rows of it."""
+    parts: dict[str, torch.Tensor] = {}
+    for key, _, flip in held.siblings:
+        tensor = source.tensor(resolve_key(key, source.specs) or key)
+        parts[key] = tensor.t() if flip else tensor
+    first = next(iter(parts.values()))
+    whole = first.new_empty(sum(part.shape[0] for part in parts.values()), first.shape[1])
+    for key, rows, _ in held.siblings:
+        whole[rows] = parts[key]
+    done = quantized.round_trip(whole.t().contiguous() if held.fused_transposed else whole, transposed=False)
+    own = (done.t() if held.fused_transposed else done)[held.rows]
+    return own.t().contiguous() if held.transposed else own
 
 
 def _fold_one(job: ExportJob, key: str, target: Target, dtype: torch.dtype, result: ExportReport) -> torch.Tensor:

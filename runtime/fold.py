@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ BLOCK_BYTES = 2 * 2**20
 class LoraTerm:
     """One adapter's part of one weight: `scale * b @ a`, where `scale` is the adapter's weight times its scaling.
 
-    `a` is [r, in], `b` is [out, r], any float dtype.
+    `a` is [r, in], `b` is [out, r], any float dtype; for a weight of E experts [E, r, in] and [E, out, r].
     """
 
     a: torch.Tensor
@@ -52,7 +53,8 @@ def fold(
 ) -> torch.Tensor:
     """`weight` [out, in] (`transposed`: [in, out]) + the terms -> a new tensor of `dtype` (None: the weight's).
 
-    With `magnitude` [out] (DoRA), each row of the sum is brought to that length.
+    With `magnitude` [out] (DoRA), each row of the sum is brought to that length. Experts are folded one by one:
+    `weight` is [E, out, in] or [E, in, out].
 
     The error against the real sum is at most half a unit in the last place of `dtype` (plus fp64's own rounding, and
     for 16-bit results 2^-16 of a unit, since torch rounds fp64 to 16 bits by way of fp32).
@@ -69,8 +71,8 @@ def exact_blocks(
     *,
     transposed: bool = False,
     magnitude: torch.Tensor | None = None,
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The sum in fp64 by blocks of rows: (rows of `weight`, values of those rows)."""
+) -> Iterator[tuple[Any, torch.Tensor]]:
+    """The sum in fp64 by blocks of rows: (index of rows of `weight`, values of those rows)."""
     if magnitude is None:
         yield from _sums(weight, terms, transposed)
         return
@@ -85,7 +87,13 @@ def exact_blocks(
         yield rows, block * factor
 
 
-def _sums(weight: torch.Tensor, terms: Sequence[LoraTerm], transposed: bool) -> Iterator[tuple[slice, torch.Tensor]]:
+def _sums(weight: torch.Tensor, terms: Sequence[LoraTerm], transposed: bool) -> Iterator[tuple[Any, torch.Tensor]]:
+    if weight.dim() == 3 and terms:
+        for expert, matrix in enumerate(weight):
+            own = [LoraTerm(term.a[expert], term.b[expert], term.scale) for term in terms]
+            for rows, block in _sums(matrix, own, transposed):
+                yield (expert, rows), block
+        return
     left, right = _factors(weight, terms, transposed)
     step = max(1, BLOCK_BYTES // (8 * max(1, prod(weight.shape[1:]))))
     for start in range(0, weight.shape[0], step):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import AdapterMismatchError
+from .expert_layout import ExpertLayout, ExpertRows
 from .fold import LoraTerm
 from .formats.checkpoint_dir import TensorSpec
 from .formats.peft_files import AdapterFiles, LoraLayer
@@ -37,7 +38,8 @@ class Target:
     `full` are tensors trained in full (weight w, tensor S): W becomes (1 - sum w) * W + sum w * S, which is S itself
     for the usual single w = 1. `transposed`: W is [in, out] (Conv1D) or [vocab, dim] (an embedding).
     `magnitude` [out] is DoRA's: the length that each row of the sum gets. `bias` are vectors added to it (`lora_bias`).
-    `parameter` is its name in the model, which may have a prefix that the checkpoint's key lacks.
+    `parameter` is its name in the model, which may have a prefix that the checkpoint's key lacks. `expert`: the
+    tensor holds rows of one expert of that parameter.
     """
 
     source: str
@@ -50,6 +52,7 @@ class Target:
     transposed: bool = False
     embedding: bool = False
     requantize: bool = False
+    expert: ExpertRows | None = None
 
     @property
     def fold_options(self) -> dict[str, Any]:
@@ -81,13 +84,16 @@ def plan_fold(
     known = dict(specs)
     if tied and tied[0] not in known:
         known[tied[0]] = specs[tied[1]]
-    plan = FoldPlan()
+    plan, layout = FoldPlan(), ExpertLayout(config)
     for adapter in adapters:
         problems: list[str] = []
         for module, layer in adapter.files.layers().items():
+            if layer.experts and resolve_key(module, known, renamed) is None:
+                problems += _add_experts(plan, known, layout.tensors(module), layer, adapter)
+                continue
             # A parameter that is used by other code than a linear module's carries its adapter under its own name.
             key = resolve_key(f"{module}.weight", known, renamed) or resolve_key(module, known, renamed)
-            problem = _add_layer(plan, known, key, module, layer, adapter)
+            problem = _add_layer(plan, known, key, module, layer, adapter, layout)
             problems += [problem] if problem else []
         for name, tensor in adapter.files.full_parameters().items():
             key = resolve_key(name, known, renamed)
@@ -106,6 +112,7 @@ def mark_requantized(
     specs: Mapping[str, TensorSpec],
     weights: Sequence[str] | None,
     transposed: Sequence[str],
+    config: Mapping[str, Any],
     renamed: Mapping[str, str] | None = None,
 ) -> None:
     """Note which tensors start from their 4-bit values: those that `weights` names, or (None) each linear's target.
@@ -116,15 +123,22 @@ def mark_requantized(
         for target in plan.targets.values():
             target.requantize = bool(target.terms) and not target.embedding
         return
-    keys = {name: resolve_key(name, specs, renamed) for name in weights}
-    missing = [f"the base has no {name}" for name, key in keys.items() if key is None]
+    layout, missing = ExpertLayout(config), list[str]()
+    for name in weights:
+        key = resolve_key(name, specs, renamed)
+        held = {} if key or name.endswith(".weight") else layout.tensors(name)
+        found = {resolve_key(part, specs): rows for part, rows in held.items()}
+        if (key is None and not found) or None in found:
+            missing.append(f"the base has no {name}")
+        elif key is not None:
+            target = _target(plan, specs, key, name)
+            target.requantize, target.transposed = True, target.transposed or name in transposed
+        for part, rows in found.items():
+            if part is not None:
+                target = _target(plan, specs, part, name)
+                target.requantize, target.expert, target.transposed = True, rows, rows.transposed
     if missing:
         raise AdapterMismatchError(f"The adapter was trained on another base: {first_few(missing)}.")
-    for name, key in keys.items():
-        if key is not None:
-            target = _target(plan, specs, key, name)
-            target.requantize = True
-            target.transposed = name in transposed
 
 
 def resolve_key(name: str, keys: Iterable[str], renamed: Mapping[str, str] | None = None) -> str | None:
@@ -162,6 +176,7 @@ def _add_layer(
     module: str,
     layer: LoraLayer,
     adapter: WeightedAdapter,
+    layout: ExpertLayout,
 ) -> str | None:
     """Add one LoRA layer to the plan; returns what is wrong with it, or None."""
     if key is None:
@@ -169,14 +184,17 @@ def _add_layer(
     spec = specs[key]
     if spec.dtype not in FOLDABLE:
         return f"{key} is stored as {spec.dtype}, into which nothing can be folded"
-    shape = (layer.b.shape[0], layer.a.shape[1])
+    shape = (*layer.b.shape[:-1], layer.a.shape[-1])
+    other = (*shape[:-2], shape[-1], shape[-2])
     flipped = layer.embedding or bool(adapter.files.config.get("fan_in_fan_out"))
-    if shape[0] != shape[1]:
+    if shape != other:
         # PEFT decides it by the module's class, so one file can hold both; only for squares the flag must decide.
-        flipped = flipped if spec.shape == shape[::-1] else False
-    if spec.shape != (shape[::-1] if flipped else shape):
+        flipped = (flipped or bool(layer.experts)) if spec.shape == other else False
+    elif layer.experts:
+        flipped = layout.is_transposed(module)
+    if spec.shape != (other if flipped else shape):
         return f"{key} is {list(spec.shape)} in the base, {list(shape)} in the adapter"
-    target = _target(plan, specs, key, f"{module}.weight")
+    target = _target(plan, specs, key, module if layer.experts else f"{module}.weight")
     target.terms.append(LoraTerm(layer.a, layer.b, adapter.weight * layer.scaling))
     target.transposed = flipped
     target.embedding = layer.embedding
@@ -197,6 +215,31 @@ def _check_dora(plan: FoldPlan) -> None:
     for key, target in plan.targets.items():
         if target.magnitude is not None and len(target.terms) > 1:
             raise AdapterMismatchError(f"{key} gets a DoRA adapter and another one: fold them one after the other.")
+
+
+def _add_experts(
+    plan: FoldPlan,
+    specs: Mapping[str, TensorSpec],
+    held: Mapping[str, ExpertRows],
+    layer: LoraLayer,
+    adapter: WeightedAdapter,
+) -> list[str]:
+    """Add the adapters of fused experts that the checkpoint holds in several tensors; returns what is wrong."""
+    problems = []
+    for name, rows in held.items():
+        key = resolve_key(name, specs)
+        if key is None:
+            problems.append(f"the base has no {name}")
+            continue
+        a, b = layer.a[rows.expert], layer.b[rows.expert][rows.rows]
+        shape = (a.shape[1], b.shape[0]) if rows.transposed else (b.shape[0], a.shape[1])
+        if specs[key].shape != shape or specs[key].dtype not in FOLDABLE:
+            problems.append(f"{key} is {list(specs[key].shape)} of {specs[key].dtype}, {list(shape)} in the adapter")
+            continue
+        target = _target(plan, specs, key, rows.parameter)
+        target.terms.append(LoraTerm(a, b, adapter.weight * layer.scaling))
+        target.transposed, target.expert = rows.transposed, rows
+    return problems
 
 
 def _add_full(

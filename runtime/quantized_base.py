@@ -98,7 +98,7 @@ class QuantizedBase:
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
     def quantize(self, weight: torch.Tensor, *, transposed: bool) -> QuantizedTensor:
-        """Dense -> 4 bits as noted here. Raises InvalidWeightError for NaN and infinity."""
+        """Dense -> 4 bits as noted here, experts (a 3-D weight) one by one. Raises InvalidWeightError for NaN, infinity."""
         if not bool(torch.isfinite(weight).all()):
             raise InvalidWeightError("the weight holds NaN or infinity and cannot be quantized.")
         return quantize_4bit(
@@ -106,7 +106,8 @@ class QuantizedBase:
             quant_type=self.quant_type,
             block_size=self.block_size,
             double_quant=self.double_quant,
-            transposed=transposed,
+            transposed=transposed and weight.dim() == 2,
+            per_expert=weight.dim() == 3,
         )
 
     def round_trip(self, weight: torch.Tensor, *, transposed: bool) -> torch.Tensor:

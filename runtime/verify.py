@@ -173,8 +173,10 @@ def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 def _requantize(model: nn.Module, plan: FoldPlan, quantized: QuantizedBase) -> None:
     parameters = dict(model.named_parameters())
+    done = set[str]()  # of fused experts several tensors are one parameter
     for target in plan.targets.values():
-        if target.requantize:
+        if target.requantize and target.parameter not in done:
+            done.add(target.parameter)
             weight = parameters[target.parameter].data
             # The 4-bit values come from the weight as it was stored; fp32 holds every 16-bit value exactly.
             stored = weight.to(quantized.dtype or target.dtype or weight.dtype)
@@ -196,8 +198,18 @@ def _apply(model: nn.Module, adapters: Sequence[WeightedAdapter]) -> tuple[nn.Mo
     _replace_full(model, adapters)
     for adapter in adapters:
         for path, layer in adapter.files.layers().items():
+            if layer.experts:
+                _add_to_experts(model, path, layer, adapter.weight)
+                continue
             model.get_submodule(path).register_forward_hook(_low_rank_hook(layer, adapter.weight))
     return model, "fp32 hooks"
+
+
+def _add_to_experts(model: nn.Module, parameter: str, layer: LoraLayer, weight: float) -> None:
+    module = model.get_submodule(parameter.rpartition(".")[0])
+    delta = layer.scaling * weight * (layer.b.float() @ layer.a.float())
+    with torch.no_grad():
+        model.get_parameter(parameter).add_(delta.mT if getattr(module, "is_transposed", False) else delta)
 
 
 def _replace_full(model: nn.Module, adapters: Sequence[WeightedAdapter]) -> None:

@@ -3,7 +3,8 @@
 A key is `base_model.model.<module>.lora_A.weight` [r, in] or `.lora_B.weight` [out, r]; for embeddings
 `.lora_embedding_A` [r, vocab] and `.lora_embedding_B` [dim, r]; with `lora_bias` there is `.lora_B.bias` [out], with DoRA
 `.lora_magnitude_vector` [out]; any other key is a parameter that was trained in full
-(`modules_to_save`, `bias`). The adapter's name is no part of the files.
+(`modules_to_save`, `bias`). Of fused experts (`target_parameters`) a layer is named by its parameter, and `expert_files`
+says how the files hold it. The adapter's name is no part of the files.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from safetensors.torch import save
 from ...errors import CheckpointError
 from .atomic import new_folder, write_file
 from .checkpoint_dir import open_checkpoint, read_json
+from .expert_files import parameter_names, unflatten
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -44,7 +46,6 @@ _FACTORS = {
 _UNSUPPORTED = {
     "use_qalora": "QALoRA",
     "use_bdlora": "BD-LoRA",
-    "target_parameters": "adapters on bare parameters",
     "layer_replication": "layer replication",
     "trainable_token_indices": "trainable tokens",
     "alora_invocation_tokens": "activated LoRA",
@@ -62,6 +63,7 @@ class LoraLayer:
 
     `bias` [out], times `scaling`, is added to the module's bias (`lora_bias`). `magnitude` [out] is DoRA's: the rows of
     weight + `scaling * b @ a` are brought to these lengths (arXiv 2402.09353).
+    Of fused experts, by the name of their parameter: `a` [E, r, in], `b` [E, out, r].
     """
 
     a: torch.Tensor
@@ -74,7 +76,11 @@ class LoraLayer:
 
     @property
     def rank(self) -> int:
-        return self.a.shape[0]
+        return self.a.shape[-2]
+
+    @property
+    def experts(self) -> int | None:
+        return self.a.shape[0] if self.a.dim() == 3 else None
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,11 @@ class AdapterFiles:
                 module, factor, embedding = found
                 factors.setdefault(module, {})[factor] = tensor
                 embeddings.update({module} if embedding else ())
-        return {m: _make_layer(m, factors[m], self.config, m in embeddings) for m in sorted(factors)}
+        named = parameter_names(factors, self.config.get("target_parameters") or ())
+        layers = {
+            named.get(m, m): _make_layer(m, named.get(m), factors[m], self.config, m in embeddings) for m in factors
+        }
+        return dict(sorted(layers.items()))
 
     def full_parameters(self) -> dict[str, torch.Tensor]:
         """Parameter name (no prefix) -> tensor, for what was trained in full, sorted."""
@@ -238,10 +248,14 @@ def _parse_key(key: str) -> tuple[str, str, bool] | None:
     return None
 
 
-def _make_layer(module: str, factors: dict[str, torch.Tensor], config: dict[str, Any], embedding: bool) -> LoraLayer:
+def _make_layer(
+    module: str, parameter: str | None, factors: dict[str, torch.Tensor], config: dict[str, Any], embedding: bool
+) -> LoraLayer:
+    """`parameter`: that of the fused experts which the factors of this wrapped module belong to."""
     missing = {"a", "b"} - set(factors)
     if missing:
         raise CheckpointError(f"{module} has no lora_{missing.pop().upper()}.")
+    module = parameter or module
     a, b = factors["a"], factors["b"]
     if not (a.is_floating_point() and b.is_floating_point()):
         raise CheckpointError(f"{module}: its factors are {a.dtype} and {b.dtype}, not floating point.")
@@ -249,7 +263,9 @@ def _make_layer(module: str, factors: dict[str, torch.Tensor], config: dict[str,
     if a.dim() != 2 or b.dim() != 2:
         raise CheckpointError(f"{module}: {shapes} are not matrices (convolutions are not supported).")
     rank = int(pattern_value(config.get("rank_pattern"), module, config["r"]))
-    if a.shape[0] != b.shape[1] or a.shape[0] != rank or rank == 0:
+    if parameter is not None and rank and a.shape[0] == b.shape[1] and a.shape[0] % rank == 0 and a.shape[0] > rank:
+        a, b = unflatten(a, b, rank)
+    elif a.shape[0] != b.shape[1] or a.shape[0] != rank or rank == 0:
         raise CheckpointError(f"{module}: {shapes} do not agree with the rank {rank} in {CONFIG_FILE}.")
     for name, option in (("bias", "lora_bias"), ("magnitude", "use_dora")):
         vector, asked = factors.get(name), bool(config.get(option))

@@ -113,7 +113,6 @@ def drop(key: str) -> Callable[[dict[str, torch.Tensor]], None]:
         ({"peft_type": "LOHA"}, None, "'LOHA', only 'LORA'"),
         ({"use_dora": True}, None, "no magnitude vector, but use_dora is True"),
         ({"lora_bias": True}, None, "no bias vector, but lora_bias is True"),
-        ({"target_parameters": ["experts"]}, None, "bare parameters"),
         ({"layer_replication": [[0, 2]]}, None, "layer replication"),
         ({"trainable_token_indices": [1]}, None, "trainable tokens"),
         ({"init_lora_weights": "pissa_niter_4"}, None, "pissa_niter_4"),
