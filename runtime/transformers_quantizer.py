@@ -15,6 +15,7 @@ from torch import nn
 
 from ..config import QLoRAConfig, parse_dtype
 from ..errors import ConfigError, InvalidWeightError, MissingDependencyError
+from ..experts import expert_parameters
 from ..modules import adapter_parameters
 from ..tensor import QuantizedTensor, quantize_4bit
 from .formats.bnb_files import PARTS, pack_weight, quantization_config, unpack_weight
@@ -90,7 +91,7 @@ def check_bitsandbytes(config: Mapping[str, Any]) -> None:
 
 @register_quantizer(METHOD)
 class QLoRAHfQuantizer(HfQuantizer):
-    """Dense linears -> QuantizedTensor while loading, or bitsandbytes' tensors -> the same, byte for byte."""
+    """Dense linears and experts -> QuantizedTensor while loading, or bitsandbytes' tensors -> the same, byte for byte."""
 
     quantization_config: QLoRAQuantizationConfig
     serialized_names: ClassVar[dict[str, list[str]]] = {"weight": ["weight", *(f"weight.{part}" for part in PARTS)]}
@@ -125,6 +126,9 @@ class QLoRAHfQuantizer(HfQuantizer):
         linears = {n: m for n, m in model.named_modules() if type(m) is nn.Linear or isinstance(m, Conv1D)}
         kept = sorted(name for name in linears if not should_convert_module(name, skipped))
         self._targets = {f"{name}.weight" for name in linears if name not in kept}
+        for name, module in model.named_modules():
+            if should_convert_module(name, skipped):
+                self._targets |= {f"{name}.{parameter}" for parameter in expert_parameters(module)}
         config.skip_modules = kept
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
@@ -151,7 +155,9 @@ class QLoRAHfQuantizer(HfQuantizer):
         for key, tensor in model.state_dict(keep_vars=True).items():
             if id(tensor) in adapters:
                 continue
-            if isinstance(tensor, QuantizedTensor):
+            if isinstance(tensor, QuantizedTensor) and tensor.per_expert:
+                state[key] = tensor.dequantize()  # bitsandbytes has no experts in 4 bits
+            elif isinstance(tensor, QuantizedTensor):
                 state |= pack_weight(key, tensor, tensor.dtype)
             else:
                 state[key] = tensor.detach() if isinstance(tensor, torch.Tensor) else tensor
@@ -182,6 +188,7 @@ class _Quantize(ConversionOps):
                     block_size=config.block_size,
                     double_quant=config.double_quant,
                     transposed=isinstance(module, Conv1D),
+                    per_expert=name.rpartition(".")[2] in expert_parameters(module),
                 )
             except InvalidWeightError as error:
                 raise InvalidWeightError(f"{name}: {error}") from None

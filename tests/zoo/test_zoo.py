@@ -172,6 +172,7 @@ def test_architecture(
     assert not wrong, f"dense though they should be quantized, or the other way round: {sorted(wrong)}"
     sites = adapter_sites(model)
     assert set(linears) - set(dense) <= set(sites)
+    assert not _dense_three_dimensional(model), "experts that stayed dense"
 
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():

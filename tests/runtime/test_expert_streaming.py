@@ -1,0 +1,52 @@
+"""QLoRAQuantizationConfig on mixtures of experts: each fused parameter becomes 4-bit as it is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import qlora_compile as qc
+from qlora_compile.modules import adapter_sites
+
+transformers = pytest.importorskip("transformers")
+
+# bitsandbytes wants its N a multiple of 32 on such CPUs
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 76,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 101,
+}
+SIZES |= {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_local_experts": 3}
+
+
+def test_experts_are_streamed_into_4_bits_as_prepare_makes_them(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    config = transformers.AutoConfig.for_model("mixtral", **SIZES)
+    plain = transformers.AutoModelForCausalLM.from_config(config).float()
+    plain.save_pretrained(tmp_path / "base")
+    quantization = qc.QLoRAQuantizationConfig(block_size=32, compute_dtype="float32")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", dtype=torch.float32, quantization_config=quantization
+    )
+    options = {"lowering": "aot_eager", "compute_dtype": "float32", "block_size": 32, "r": 3}
+    weight = loaded.get_parameter("model.layers.1.mlp.experts.gate_up_proj")
+    assert isinstance(weight, qc.QuantizedTensor) and weight.per_expert
+    ids = torch.randint(3, 99, (2, 11))
+    with torch.no_grad():
+        before = loaded(input_ids=ids).logits
+    own, theirs = (dict(qc.prepare(model, options).named_parameters()) for model in (plain, loaded))
+    assert own.keys() == theirs.keys()
+    for key, parameter in own.items():
+        assert torch.equal(parameter, theirs[key])
+    assert sum(site.experts is not None for site in adapter_sites(loaded).values()) == 4
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=ids).logits, before, atol=2e-5, rtol=1e-3)
+
+    loaded.save_pretrained(tmp_path / "saved")  # linears as bitsandbytes writes them, experts dense
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=ids).logits, before, atol=2e-2, rtol=2e-2)
