@@ -236,8 +236,8 @@ def _bind(
             getters.append(ctx.state[node.name].get)
         else:
             kept.append(position[node.name])
-    work.meta["qlora_recomputed"] = recomputed(work)  # AOTAutograd's cache looks at no node's meta, but at this
-    work.meta["qlora_sources"] = fingerprint.sources()
+    # an attribute, since AOTAutograd's key reads no `meta`: neither the nodes' nor the graph's own
+    work.qlora_cache_key = (fingerprint.sources(), recomputed(work))
     work.recompile()
     inputs = [example_inputs[i] for i in kept] + [get() for get in getters]
     del example_inputs[:]  # the list must not keep the dense weights alive in this frame

@@ -2,7 +2,7 @@
 
 Our passes run before AOTAutograd computes its key: what they and the configuration do is in the graph, hence in the
 key. How the ops in that graph trace (their fakes and their backward), and what is done to graphs after the key was taken
-(`regions.py`), is not; so the backend puts this digest into the graph's `meta`, which the key holds.
+(`regions.py`), is not; so the backend makes this digest an attribute of the graph module, which the key holds.
 """
 
 from __future__ import annotations
