@@ -174,6 +174,29 @@ def test_as_little_is_kept_as_torch_keeps(fill_adapters: Callable[[nn.Module], N
     assert kept["qlora"] <= kept["aot_eager"]
 
 
+def test_gradient_checkpointing_of_transformers(fill_adapters: Callable[[nn.Module], None]) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 48, "intermediate_size": 76, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids, found = torch.randint(3, 99, (2, 11)), {}
+    for checkpointing in (True, False):
+        torch._dynamo.reset()
+        torch.manual_seed(2)
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=101)).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        compiled = torch.compile(model, backend="qlora", options=FP32, fullgraph=True)
+        compiled(input_ids=ids, labels=ids, use_cache=False)
+        fill_adapters(model)
+        loss = compiled(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        found[checkpointing] = [loss.detach(), *(p.grad for p in adapter_parameters(model))]
+        rewrites = {one.name: one.rewrites for one in qc.explain(model).passes}
+        assert rewrites["inline_checkpoints"] == (2 if checkpointing else 0)
+        assert (rewrites["fuse_lora_linear"], rewrites["group_linears"]) == (14, 4)
+    for ours, flat in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(ours, flat, rtol=0, atol=0)  # the same ops in the same order, some of them twice
+
+
 @pytest.mark.parametrize("lowering", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_adapters_drop_the_same_inputs_in_backward(lowering: str, fill_adapters: Callable[[nn.Module], None]) -> None:
     """One row: a dropped input leaves a column of A without gradient, and that column out of the output."""

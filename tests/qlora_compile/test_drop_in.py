@@ -154,3 +154,22 @@ def test_a_dense_model_is_quantized_if_asked(tiny_llama: Callable[..., Any]) -> 
     assert model.base_model.model.model.layers[0].self_attn.k_proj.weight is plain
     ranks = {linear.name.split(".")[-1]: linear.rank for linear in qc.explain(model).linears}
     assert ranks == {"q_proj": {"default": 3}, "down_proj": {"default": 3}}
+
+
+@pytest.mark.slow
+def test_gradient_checkpointing_of_a_4_bit_model(four_bit: Callable[..., Any]) -> None:
+    """`prepare_model_for_kbit_training` switches it on: bitsandbytes' products stand inside checkpointed regions then."""
+    found = []
+    for checkpointing in (True, False):
+        torch._dynamo.reset()
+        model = peft.prepare_model_for_kbit_training(
+            four_bit(),
+            use_gradient_checkpointing=checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+        )
+        model = adapted(model).train()
+        found.append(losses(model, torch.compile(model, backend="qlora", options=OPTIONS), steps=2))
+        rewrites = {one.name: one.rewrites for one in qc.explain(model).passes}
+        assert rewrites["inline_checkpoints"] == checkpointing
+        assert (rewrites["fuse_lora_linear"], rewrites["group_linears"]) == (7, 2)
+    assert found[0] == pytest.approx(found[1], rel=1e-3)  # bf16; the casts around the regions differ
