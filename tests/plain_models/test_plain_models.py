@@ -179,7 +179,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "encoder": (_encoder, (_x(2, 5, WIDTH),)),
     "transformer": (_transformer, (_x(2, 5, WIDTH), _x(2, 6, WIDTH))),
 }
-EVERYWHERE = pytest.mark.parametrize("name", MODELS)
+SLOW = ("transformer", "shared weight")  # its parts are tested by "encoder" and "attention"; by "shared modules"
+EVERYWHERE = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in MODELS]
+)
 
 
 def _build(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
@@ -203,7 +206,7 @@ def _step(model: nn.Module, call: Callable[..., Tensor], inputs: tuple[Tensor, .
 
 
 @EVERYWHERE
-@pytest.mark.parametrize("door", ["prepare", "example_inputs", "backend"])
+@pytest.mark.parametrize("door", ["prepare", pytest.param("example_inputs", marks=pytest.mark.slow), "backend"])
 def test_compiled_equals_eager(name: str, door: str) -> None:
     model, inputs = _build(name)
     if door != "backend":
@@ -246,7 +249,7 @@ def test_both_doors_leave_the_same_state(name: str) -> None:
 
 
 @EVERYWHERE
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("mode", [pytest.param(torch.no_grad, marks=pytest.mark.slow), torch.inference_mode])
 def test_evaluation_gives_the_same(name: str, mode: Callable[[], Any]) -> None:
     """Eager and compiled, with adapters that count: torch's own fast paths must not pass them by."""
     model, inputs = _build(name)
