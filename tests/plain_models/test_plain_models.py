@@ -57,13 +57,12 @@ class GPT(nn.Module):
 
 
 class ControlFlow(nn.Module):
-    """Breaks the graph twice: a branch on a value, and a print."""
+    """Breaks the graph twice: a branch on a value, and one asked for."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner, self.left, self.right = nn.Linear(WIDTH, 50), nn.Linear(50, WIDTH), nn.Linear(50, WIDTH)
         self.out = nn.Linear(WIDTH, 11)
-        self.branches: list[bool] = []
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(self.inner(x))
@@ -271,9 +270,8 @@ def test_first_used_without_gradients_then_trained(name: str) -> None:
         compiled(*inputs)
     _fill(model)
     grads = _step(model, compiled, inputs)
-    used = {id(p) for p in adapter_parameters(model) if p.grad is not None}
-    assert len(grads) > 1 and used
     assert all(value.isfinite().all() for value in grads.values())
+    assert any(p.grad is not None for p in adapter_parameters(model))
 
 
 def test_every_linear_of_a_model_of_torchs_own_is_adapted() -> None:
