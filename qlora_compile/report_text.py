@@ -13,6 +13,7 @@ from rich.tree import Tree
 
 from .errors import UnknownOptionError
 from .kernel_report import print_kernels
+from .page_plan import PageTimeline
 from .pass_manager import NodeRecord, PassResult
 from .stage_graph import block_name, fold_blocks, human_bytes, human_count, to_networkx
 
@@ -32,8 +33,26 @@ def print_report(report: CompileReport, console: Console) -> None:
     for what, amount in report.memory.items():
         shown = f"{amount:,.3f}" if what.startswith("bits") else f"{amount / 1e6:,.1f} MB"
         console.print(f"{what.replace('_', ' ')}: {shown}")
+    for timeline in report.paging:
+        console.print(_paging_table(timeline))
     if report.plan is not None:
         _print_plan(report, console)
+
+
+def _paging_table(timeline: PageTimeline) -> Table:
+    """Each prefetch of a backward pass: what it follows, what of its copy the nodes until its need hide."""
+    way = "step in backward" if timeline.step_in_backward else "step() after backward"
+    table = Table(title=f"{timeline.optimizer}: {way}, estimated ms into the backward pass", title_justify="left")
+    for column in ("prefetch", "bytes", "after", "begun", "needed", "copy", "hidden"):
+        table.add_column(column, justify="left" if column in ("prefetch", "after") else "right")
+    for move in timeline.prefetches:
+        first = move.parameters[0] + (f" and {len(move.parameters) - 1} more" if len(move.parameters) > 1 else "")
+        times = (move.issued_ms, move.needed_ms, move.copy_ms, move.hidden_ms)
+        table.add_row(first, human_bytes(move.bytes), move.after or "the start", *(f"{ms:.2f}" for ms in times))
+    budget = "no budget" if timeline.budget is None else f"of a budget of {human_bytes(timeline.budget)}"
+    table.caption = f"at most {human_bytes(timeline.peak_bytes)} planned on the device, {budget}; the backward takes "
+    table.caption += f"{timeline.backward_ms:.1f} ms; {timeline.gradients_in_pages} gradients lie in pages"
+    return table
 
 
 def _pass_table(report: CompileReport) -> Table:

@@ -57,6 +57,8 @@ def test_every_way_to_step_gives_the_same_bits(tiny_llama: Maker) -> None:
             assert statistics.moved_in_bytes > 0 and statistics.peak_device_bytes <= statistics.budget_bytes, name
             assert timelines[0].prefetches and timelines[0].peak_bytes <= 1.5 * statistics.budget_bytes, name
             assert any(move.hidden_ms > 0 for move in timelines[0].prefetches), name
+            shown = " ".join(str(qc.explain(model)).split())
+            assert f"{timelines[0].gradients_in_pages} gradients lie in pages" in shown
     eager, parameters, *_ = train(tiny_llama, compiled=False, device_budget="64KiB", step_in_backward=True)
     without, others, *_ = train(tiny_llama, compiled=False)
     assert eager == without and same(parameters, others)
