@@ -184,7 +184,9 @@ def combine_errors() -> dict[str, dict[str, float]]:
             combine_folders({f"{temporary}/{n}": w for n, w in weights.items()}, out, method, rank=rank)
             ours = read_adapter(out).layers()["0"]
             found = {"qlora-compile": ours.scaling * (ours.b.double() @ ours.a.double()), "peft": theirs}
-            table[method] = {who: float((delta - exact).detach().norm() / exact.norm()) for who, delta in found.items()}
+            table[method] = {
+                who: float((delta - exact).detach().norm() / exact.detach().norm()) for who, delta in found.items()
+            }
             print(f"combine {method:7}", ", ".join(f"{who} {error:.1e}" for who, error in table[method].items()))
     return table
 
