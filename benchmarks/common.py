@@ -141,13 +141,13 @@ def load_peer(
     return adapted
 
 
-def load_ours(model_dir: str, rank: int, *, double_quant: bool = True) -> Any:
-    """The same model, prepared by us with the same choices."""
+def load_ours(model_dir: str, rank: int, *, double_quant: bool = True, **options: Any) -> Any:
+    """The same model, prepared by us with the same choices (and `options` of QLoRAConfig)."""
     import torch
     from transformers import AutoModelForCausalLM
 
     import qlora_compile
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
-    config = qlora_compile.QLoRAConfig(r=rank, lora_alpha=2 * rank, double_quant=double_quant)
+    config = qlora_compile.QLoRAConfig(r=rank, lora_alpha=2 * rank, double_quant=double_quant, **options)
     return qlora_compile.prepare(model, config)

@@ -10,6 +10,7 @@ The floor is the same model, dense bf16 and frozen, with only the gradient of it
 no 4 bits. No contender can be below it, since each computes at least the same matrix products; except on a CPU without
 bf16 instructions, where torch's bf16 products are 6 to 10 times slower than fp32 ones: there the fp32 contenders (the
 same models loaded in fp32: "bitsandbytes_fp32", "floor_fp32") are what a user would run, and what to compare with.
+"ours_no_logits" is ours with `keep_logits=False`: the same loss and gradients, and no logits in the output.
 "drop-in" is the model of "bitsandbytes" itself, with our backend in place of Inductor's.
 """
 
@@ -26,8 +27,9 @@ from typing import Any
 
 from common import cut, llama_shape, load_ours, load_peer, resident_bytes, smollm2, write_results
 
+OURS = ("ours", "ours_no_logits")
 PEERS = ("bitsandbytes", "bitsandbytes_bf16_adapters", "bitsandbytes_fp32", "drop-in")
-CONTENDERS = ("ours", *PEERS, "floor", "floor_fp32")
+CONTENDERS = ("ours", "ours_no_logits", *PEERS, "floor", "floor_fp32")
 
 
 def build(contender: str, model_dir: str, rank: int) -> tuple[Any, list[Any]]:
@@ -36,8 +38,8 @@ def build(contender: str, model_dir: str, rank: int) -> tuple[Any, list[Any]]:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    if contender == "ours":
-        model = load_ours(model_dir, rank)
+    if contender in OURS:
+        model = load_ours(model_dir, rank, keep_logits=contender == "ours")
     elif contender in PEERS:
         dtype = torch.float32 if contender.endswith("fp32") else torch.bfloat16
         adapters = torch.bfloat16 if contender.endswith("bf16_adapters") else None
@@ -48,7 +50,7 @@ def build(contender: str, model_dir: str, rank: int) -> tuple[Any, list[Any]]:
         model.enable_input_require_grads()
     model.config.use_cache = False
     model.train()
-    backend = "qlora" if contender in ("ours", "drop-in") else "inductor"
+    backend = "qlora" if contender in (*OURS, "drop-in") else "inductor"
     return torch.compile(model, backend=backend), [p for p in model.parameters() if p.requires_grad]
 
 
@@ -60,7 +62,7 @@ def worker(contender: str, arguments: argparse.Namespace) -> None:
     if contender in PEERS:
         import bitsandbytes  # noqa: F401
         import peft  # noqa: F401
-    if contender in ("ours", "drop-in"):
+    if contender in (*OURS, "drop-in"):
         import qlora_compile.backend  # noqa: F401
     start_bytes = resident_bytes()
     model, trainable = build(contender, arguments.model, arguments.rank)

@@ -155,8 +155,8 @@ def _warm_up(root: nn.Module, config: QLoRAConfig) -> None:
 
     on_cpu = all(param.device.type == "cpu" for param in root.parameters())
     if on_cpu and kernels.cpp_build.find_compiler() is not None:
-        low_rank = ("lora_down", "lora_up", "lora_backward") if config.compute_dtype == torch.bfloat16 else ()
-        warm_up.start(kernels.find, ("dequantize_4bit", *low_rank))
+        for_bf16 = ("lora_down", "lora_up", "lora_backward", "attention_forward", "attention_backward")
+        warm_up.start(kernels.find, ("dequantize_4bit", *(for_bf16 if config.compute_dtype == torch.bfloat16 else ())))
 
 
 def _configuration(root: nn.Module, options: Mapping[str, Any] | QLoRAConfig | None) -> QLoRAConfig:

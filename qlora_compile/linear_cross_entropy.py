@@ -10,14 +10,14 @@ nothing is small enough to vanish in fp16. Softmax and loss are in fp32. Rows th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .lora_group import as_rows, scratch
+from .lora_group import as_rows, kernel_for, scratch
 from .ops import define_op
 
 CHUNK_BYTES = {"cpu": 64 << 20, "other": 256 << 20}  # of fp32 logits at a time
@@ -139,8 +139,15 @@ class _Sweep:
         dw = torch.zeros_like(self.weight, dtype=torch.float32) if need_dw else None
         db = torch.zeros_like(self.bias, dtype=torch.float32) if need_db and self.bias is not None else None
         need = need_dx or need_dw or need_db
+        kernel = self._kernel() if dw is None and db is None else None
         for chunk in self._chunks(len(rows)):
             mine = x.index_select(0, rows[chunk]).to(self._product_dtype())
+            if kernel is not None:
+                z = scratch("logits", (len(mine), len(self.weight)), mine, mine.dtype)
+                kernel(torch.mm(mine, self.weight.t(), out=z), target[chunk], losses[chunk], need)
+                if dx is not None:
+                    dx.index_copy_(0, rows[chunk], z @ self.weight)
+                continue
             z = self._logits(mine)
             losses[chunk] = self._softmax(z, target[chunk], need)
             if dx is not None:
@@ -153,6 +160,12 @@ class _Sweep:
         outs += [dx.view(self.x.shape)] if dx is not None else []
         outs += [dw.to(self.weight.dtype)] if dw is not None else []
         return outs + ([db.to(self.bias.dtype)] if db is not None and self.bias is not None else [])
+
+    def _kernel(self) -> Callable[..., None] | None:
+        """The generated sweep over rows of logits, where the products are bf16 and the logits are their plain result."""
+        plain = self.bias is None and self.scale == 1 and not self.soft_cap
+        bf16 = self._product_dtype() == self.weight.dtype == torch.bfloat16
+        return kernel_for("cross_entropy", self.x.device) if plain and bf16 else None
 
     def _check(self, target: Tensor) -> None:
         if len(target) == 0 or target.device.type != "cpu":  # on a GPU, gather's own device-side assert reports it

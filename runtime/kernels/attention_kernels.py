@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ... import attention_ops
-from . import cpp_build, cpu, devices, dispatch
+from . import cpp_build, devices, dispatch
 from .dispatch import Candidate, Problem
 from .lora_kernels import declines_fp32, prefers_fp32
 
@@ -29,7 +29,8 @@ def _declines_flash(problem: Problem) -> str | None:
         return f"for heads of at most {LARGEST_HEAD}"
     if cpp_build.find_compiler() is None:
         return "there is no C++ compiler"
-    return None if cpu.KERNELS["attention_forward"]() is not None else "this machine has no AVX-512 BF16"
+    # asked of torch: the kernel itself is built at the first call, or while the graph is traced
+    return None if torch.cpu._is_avx512_bf16_supported() else "this machine has no AVX-512 BF16"
 
 
 def _prefers_flash(problem: Problem) -> bool:

@@ -20,16 +20,22 @@ def measure(problem: Problem) -> dict[str, float]:
     for entry in tuning.measured(problem.device):
         if entry[:6] == mine[:6]:
             return entry.microseconds
+    times = time_candidates(problem)
+    if times:
+        tuning.remember([dispatch.entry_of(problem, times)], problem.device)
+        dispatch.forget_choices()
+    return times
+
+
+def time_candidates(problem: Problem) -> dict[str, float]:
+    """Microseconds by candidate, measured now and not remembered; empty if there is only one."""
     able = [c for c in dispatch.candidates(problem.op, problem.device) if c.run and c.declines(problem) is None]
     if len(able) < 2:
         return {}
     make = {"dense_linear": _dense, "attention": _attention}.get(problem.op, _lora)
     with torch.no_grad(), torch.inference_mode(False):
         call = make(problem)
-        times = tuning.time_all({c.name: _bound(call, c) for c in able}, problem.device)
-    tuning.remember([dispatch.entry_of(problem, times)], problem.device)
-    dispatch.forget_choices()
-    return times
+        return tuning.time_all({c.name: _bound(call, c) for c in able}, problem.device)
 
 
 def _bound(call: Callable[[Candidate], object], candidate: Candidate) -> Callable[[], object]:

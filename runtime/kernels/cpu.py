@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...errors import KernelError
 from ...nf4 import CODE_BOOKS, QuantizedData, check_format, dynamic_map, pack_scales
-from . import cpp_build, cpu_attention, cpu_low_rank, cpu_paged_step
+from . import cpp_build, cpu_attention, cpu_cross_entropy, cpu_low_rank, cpu_paged_step
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of common.cpp.jinja
 _QUANT_TYPES = {name: i for i, name in enumerate(CODE_BOOKS)}
@@ -187,6 +187,7 @@ KERNELS: dict[str, Callable[[], Callable[..., Any] | None]] = {
     "lora_backward": cpu_low_rank.make_lora_backward,
     "attention_forward": cpu_attention.make_attention_forward,
     "attention_backward": cpu_attention.make_attention_backward,
+    "cross_entropy": cpu_cross_entropy.make_cross_entropy,
     "paged_step": cpu_paged_step.make_paged_step,
 }
 # The template of each kernel: one of its own name, except where a library holds several kernels.

@@ -82,6 +82,10 @@ CASES = {
     "bf16": replace(BASE, dtype=torch.bfloat16, seed=12),
     "bf16_capped": replace(BASE, dtype=torch.bfloat16, soft_cap=5.0, seed=13),
     "fp16": replace(BASE, dtype=torch.float16, seed=14),
+    "bf16_frozen": replace(BASE, dtype=torch.bfloat16, bias=False, needs=(True, False, False), seed=15),
+    "bf16_all_ignored": replace(
+        BASE, dtype=torch.bfloat16, bias=False, ignored=2.0, needs=(True, False, False), seed=16
+    ),
 }
 
 
@@ -103,7 +107,9 @@ def test_loss_and_gradients_are_those_of_fp64(name: str) -> None:
 
 
 @pytest.mark.parametrize("half_products", [False, True])
-@pytest.mark.parametrize("name", ["fp32", "scaled_and_capped", "bf16", "bf16_capped", "fp16", "one_row", "all_ignored"])
+@pytest.mark.parametrize(
+    "name", ["fp32", "scaled_and_capped", "bf16", "bf16_capped", "bf16_frozen", "fp16", "one_row", "all_ignored"]
+)
 def test_many_chunks_tiles_and_blocks(monkeypatch: pytest.MonkeyPatch, name: str, half_products: bool) -> None:
     monkeypatch.setattr(module, "LEAST_ROWS", 1)
     monkeypatch.setattr(module, "CHUNK_BYTES", {"cpu": 7 * 211 * 4 + 3})

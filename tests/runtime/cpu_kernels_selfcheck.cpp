@@ -47,6 +47,8 @@ struct Call {
 extern "C" int qlora_has_attention() __attribute__((weak));
 extern "C" void qlora_attention_forward(const Call*) __attribute__((weak));
 extern "C" void qlora_attention_backward(const Call*) __attribute__((weak));
+extern "C" int qlora_has_cross_entropy() __attribute__((weak));
+extern "C" void qlora_cross_entropy(uint16_t*, const int64_t*, float*, int64_t, int64_t, int, int) __attribute__((weak));
 extern "C" void qlora_quantize_4bit(const void*, uint8_t*, float*, int64_t, int64_t, int, int, int, int);
 
 namespace {
@@ -197,9 +199,34 @@ bool check_attention(int64_t L, int64_t S, int64_t D, int64_t E, int64_t mask_dt
     return true;
 }
 
+// Losses and gradients on buffers of exactly their sizes: 1 and 3 threads give the same bytes.
+bool check_cross_entropy(int64_t M, int64_t V) {
+    const auto logits = weights(M * V, 1);
+    auto target = buffer<int64_t>(M);
+    for (int64_t m = 0; m < M; ++m) target[m] = random_bits() % V;
+    std::unique_ptr<uint8_t[]> z[2];
+    std::unique_ptr<float[]> losses[2];
+    for (int run = 0; run < 2; ++run) {
+        z[run] = buffer<uint8_t>(M * V * 2);
+        losses[run] = buffer<float>(M);
+        std::memcpy(z[run].get(), logits.get(), static_cast<size_t>(M * V) * 2);
+        auto* at = reinterpret_cast<uint16_t*>(z[run].get());
+        qlora_cross_entropy(at, target.get(), losses[run].get(), M, V, 1, 1 + 2 * run);
+    }
+    return std::memcmp(z[0].get(), z[1].get(), static_cast<size_t>(M * V) * 2) == 0 &&
+           std::memcmp(losses[0].get(), losses[1].get(), static_cast<size_t>(M) * 4) == 0;
+}
+
 }  // namespace
 
 int main() {
+    if (qlora_has_cross_entropy && qlora_has_cross_entropy())
+        for (const int64_t M : {0, 1, 5})
+            for (const int64_t V : {1, 31, 32, 20011})
+                if (!check_cross_entropy(M, V)) {
+                    std::printf("cross-entropy, M %d V %d: threads differ\n", static_cast<int>(M), static_cast<int>(V));
+                    return 1;
+                }
     if (qlora_has_attention && qlora_has_attention())
         for (const int64_t L : {1, 33, 130})
             for (const int64_t S : {1, 64, 67})

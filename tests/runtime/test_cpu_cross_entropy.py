@@ -1,0 +1,71 @@
+"""The generated sweep over rows of logits against fp64: losses, gradients in place, nothing past the ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from qlora_compile.errors import KernelError
+from qlora_compile.runtime import kernels
+from qlora_compile.runtime.kernels import cpp_build
+
+available = cpp_build.find_compiler() is not None and kernels.find("cross_entropy", "cpu") is not None
+pytestmark = pytest.mark.skipif(not available, reason="needs a C++ compiler and AVX-512 BF16")
+
+
+@pytest.fixture
+def sweep() -> Callable[..., Any]:
+    found = kernels.find("cross_entropy", "cpu")
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize(("m", "v"), [(1, 1), (3, 31), (5, 32), (4, 33), (7, 211), (2, 5003), (0, 9)])
+def test_against_fp64(sweep: Callable[..., Any], m: int, v: int, gradient: bool) -> None:
+    gen = torch.Generator().manual_seed(v)
+    flat = torch.full((m * v + 40,), 7.0).bfloat16()
+    z = flat[: m * v].view(m, v)
+    z.copy_(torch.randn(m, v, generator=gen) * 5)
+    given, target = z.clone(), torch.randint(0, v, (m,), generator=gen)
+    losses = torch.empty(m)
+    sweep(z, target, losses, gradient)
+    wide = given.double().requires_grad_()
+    expected = F.cross_entropy(wide, target, reduction="none")
+    # fp32 sums of up to 5003 terms in 16 lanes, each term by an exponential of 2 units: 2^-16 of the sum
+    torch.testing.assert_close(losses.double(), expected.detach(), atol=2**-15, rtol=2**-16)
+    if not gradient:
+        assert torch.equal(z, given)
+    elif m:
+        (want,) = torch.autograd.grad(expected.sum(), wide)
+        assert ((z.double() - want).abs() <= want.abs() * 2**-8 + 2**-20).all()  # one rounding to bf16
+    assert (flat[m * v :] == 7.0).all()
+
+
+def test_extremes(sweep: Callable[..., Any]) -> None:
+    """Logits of minus infinity have no part, large ones no overflow, and NaN spreads over its own row only."""
+    z = torch.zeros(4, 40).bfloat16()
+    z[0, 3:] = -torch.inf
+    z[1] = -3e38
+    z[1, 39] = 3e38
+    z[2, 17] = torch.nan
+    losses = torch.empty(4)
+    sweep(z, torch.tensor([1, 39, 5, 8]), losses, True)
+    assert losses[0].item() == pytest.approx(torch.tensor(3.0).log().item()) and losses[1] == 0
+    assert (z[0, 3:] == 0).all() and (z[1] == 0).all() and losses[2].isnan() and z[3].isfinite().all()
+
+
+def test_bad_arguments_never_reach_c(sweep: Callable[..., Any]) -> None:
+    z, losses = torch.zeros(2, 9).bfloat16(), torch.empty(2)
+    with pytest.raises(KernelError, match="A target is no class: there are 9"):
+        sweep(z, torch.tensor([0, 9]), losses, True)
+    with pytest.raises(
+        KernelError, match=r"z must be a contiguous torch.bfloat16 \[2, 9\] CPU tensor, got torch.float32"
+    ):
+        sweep(z.float(), torch.tensor([0, 1]), losses, True)
+    with pytest.raises(KernelError, match="losses must be a contiguous"):
+        sweep(z, torch.tensor([0, 1]), losses.double(), True)
