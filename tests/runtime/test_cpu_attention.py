@@ -116,6 +116,16 @@ def test_against_fp64(
         assert (excess <= 1e-30).all(), float(excess.max())
 
 
+def test_more_key_heads_than_are_summed_at_a_time() -> None:
+    """21 key heads: they take turns, and none is left out."""
+    gen = torch.Generator().manual_seed(6)
+    q, dout = (torch.randn(7, 6, 70, 16, generator=gen).bfloat16() for _ in range(2))
+    k, v = (torch.randn(7, 3, 70, 16, generator=gen).bfloat16() for _ in range(2))
+    got, want = run(q, k, v, None, True, dout), expected(q, k, v, None, True, dout)
+    for ours, theirs, whole in zip(got, want, magnitudes(q, k, v, None, True, dout)):
+        assert ((ours.double() - theirs).abs() <= whole * 2**-6 * 1.05 + 1e-30).all()  # as in test_against_fp64
+
+
 def test_exact_where_arithmetic_is_exact() -> None:
     """Scores so far apart that each query reads one key: every position of every packing is checked bit for bit."""
     keys, size = 130, 8
