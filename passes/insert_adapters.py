@@ -32,17 +32,17 @@ def insert_adapters(gm: fx.GraphModule, ctx: PassContext) -> int:
 
 
 def _target(node: fx.Node, by_name: dict[str, ParamInfo], ctx: PassContext) -> ParamInfo | None:
-    """The entry of the linear's weight: quantized by the pass before, or a dense target where nothing is quantized."""
+    """The entry of the linear's weight: quantized by the pass before, or a target that stays dense."""
     if ctx.edits.is_foreign:
         return None  # it has the adapters that PEFT gave it
     for name in node.meta.get("qlora_sites", ()):
         return by_name[name]
-    if ctx.edits.quantizes():
-        return None
     weight, odd = peel_transposes(node.args[1])
     entry = ctx.param(weight)
-    linears = linears_of(weight) if entry else None
-    if entry is None or not linears:
+    if entry is None or ctx.edits.quantizes_weight(entry):
+        return None
+    linears = linears_of(weight)
+    if not linears:
         return None
     reason = decline_reason(entry, {peel_transposes(linear.args[1])[1] for linear in linears}, ctx)
     if reason is None and not used_as_module(entry, linears) and entry.site is None:
@@ -50,7 +50,7 @@ def _target(node: fx.Node, by_name: dict[str, ParamInfo], ctx: PassContext) -> P
     if reason is not None:
         ctx.decline(entry.name, reason)
         return None
-    ctx.edits.quantize(entry, fan_in_fan_out=odd, as_module=True)  # attaches only: `quantize` is off
+    ctx.edits.quantize(entry, fan_in_fan_out=odd, as_module=True)  # attaches only: it stays dense
     node.meta["qlora_sites"] = (entry.name,)
     return entry
 

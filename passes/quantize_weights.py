@@ -37,7 +37,7 @@ def quantize_weights(gm: fx.GraphModule, ctx: PassContext) -> int:
         if reason is not None:
             ctx.decline(entry.name, reason)
             continue
-        if not ctx.edits.quantizes() and not hasattr(entry.param, "codes"):
+        if not ctx.edits.quantizes_weight(entry) and not hasattr(entry.param, "codes"):
             continue
         site = ctx.edits.quantize(entry, fan_in_fan_out=transposed == {True}, as_module=used_as_module(entry, linears))
         for linear in linears:

@@ -6,7 +6,6 @@ The only file that knows both halves: `passes/`, which rewrite the graph, and (t
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -141,12 +140,27 @@ def _is_guarded(module: nn.Module) -> bool:
     return any(getattr(forward, name, None) for name in ("__defaults__", "__kwdefaults__", "__closure__"))
 
 
+# On the meta device these are chosen as for this machine: the report names them, and the graph stays as it is.
+TRACED_OPS = ("lora_linear", "lora_linear_backward")
+
+
 def _chooser(config: QLoRAConfig) -> Callable[..., Any]:
     """The runtime's answer to passes that ask which kernel runs an op. Raises UnknownOptionError for an unknown kernel."""
     from .runtime import kernels
 
     kernels.dispatch.check_forced(dict(config.kernels))
-    return functools.partial(kernels.choose_kernel, tune=config.autotune)
+
+    def choose(op: str, forced: str = "", *, device: str, **sizes: Any) -> Any:
+        if device == "meta" and op in TRACED_OPS:
+            device = local_device()
+        return kernels.choose_kernel(op, forced, device=device, tune=config.autotune, **sizes)
+
+    return choose
+
+
+def local_device() -> str:
+    """What a model without weights would run on here."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _warm_up(root: nn.Module, config: QLoRAConfig) -> None:

@@ -24,9 +24,12 @@ def estimate(
     seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
     r: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
     target_modules: Annotated[str, typer.Option(help="As in finetune.")] = "all-linear",
-    optimizer: Annotated[str, typer.Option(help="adamw, lion, sgd, paged-adamw or paged-lion.")] = "adamw",
+    optimizer: Annotated[
+        str, typer.Option(help="adamw, paged_adamw, paged_adamw8bit, paged_lion, lion or sgd.")
+    ] = "adamw",
+    optimizer_budget: Annotated[str | None, typer.Option(help="As in finetune.")] = None,
     activation_budget: Annotated[float, typer.Option(help="Fraction of saved activations to keep.")] = 1.0,
-    keep_logits: Annotated[bool, typer.Option(help="Keep the logits (no: chunked loss).")] = True,
+    keep_logits: Annotated[bool, typer.Option(help="Hold all logits instead of chunks of them in the loss.")] = False,
     block_size: Annotated[int, typer.Option(help="Weights per scale.")] = 64,
     double_quant: Annotated[bool, typer.Option(help="Quantize the scales too.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer as one JSON object.")] = False,
@@ -52,7 +55,9 @@ def estimate(
         block_size=block_size,
         double_quant=double_quant,
     )
-    found = Estimator(empty_model(given, config.compute_dtype), config, optimizer)(batch, seq_len, memory, name)
+    budget = None if optimizer_budget is None else parse_bytes(optimizer_budget)
+    model_ = empty_model(given, config.compute_dtype)
+    found = Estimator(model_, config, optimizer.replace("-", "_"), budget)(batch, seq_len, memory, name)
     if as_json:
         print_json(found.to_dict())
     else:
@@ -112,8 +117,9 @@ def verdict(found: Estimate) -> list[str]:
         lines = [f"fits in {room} with {free} to spare"]
     else:
         lines = [f"does not fit in {room}: {human_bytes(found.peak - found.device_memory)} too much"]
-        if found.budget is not None:
-            lines.append(f"fits with --activation-budget {found.budget:g} (recomputes; approximate)")
+        for way in found.ways:
+            note = "; recomputes, approximate" if way.approximate else ""
+            lines.append(f"fits with {way.options} ({human_bytes(way.peak)}{note})")
     at_batch = f"largest batch at {found.seq_len} tokens: {found.largest_batch}"
     lines.append(at_batch if found.largest_batch else f"no batch of {found.seq_len} tokens fits")
     at_seq = f"longest sequence at batch {found.batch}: {found.longest_seq} tokens"

@@ -45,6 +45,7 @@ QLORA_OPTIONS = (
     "quant_type",
     "block_size",
     "double_quant",
+    "dense_modules",
     "compute_dtype",
     "lowering",
     "seed",
@@ -71,6 +72,10 @@ def finetune(
     quant_type: Annotated[str, _quantization("nf4 or fp4.")] = "nf4",
     block_size: Annotated[int, _quantization("Weights per scale, 32 to 4096.")] = 64,
     double_quant: Annotated[bool, _quantization("Quantize the scales too.")] = True,
+    dense_layers: Annotated[
+        str | None, _quantization(f"Layers whose weight stays dense: auto (with --bits), {MODULES}.")
+    ] = None,
+    bits: Annotated[float | None, _quantization("With --dense-layers auto: bits a weight in all.")] = None,
     compute_dtype: Annotated[str, _quantization("bfloat16, float16 or float32.")] = "bfloat16",
     compile_: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the training step.")] = True,
     lowering: Annotated[str, _quantization("inductor, aot_eager or eager.")] = "inductor",
@@ -151,6 +156,7 @@ def finetune_config(options: dict[str, Any]) -> FinetuneConfig:
 
     options = dict(options)
     del options["as_json"]
+    options["dense_bits"], options["dense_modules"] = dense_options(options.pop("dense_layers"), options.pop("bits"))
     qlora = {name: options.pop(name) for name in QLORA_OPTIONS}
     qlora |= {field: options.pop(name) for name, field in ADAPTER_FIELDS.items()}
     for name in ("target_modules", "exclude_modules"):
@@ -169,3 +175,10 @@ def finetune_config(options: dict[str, Any]) -> FinetuneConfig:
     options["compile"] = options.pop("compile_")
     options["resume"] = options.pop("resume_from") or options["resume"]
     return FinetuneConfig(**options, qlora=QLoRAConfig(**qlora), seed=qlora["seed"])
+
+
+def dense_options(layers: str | None, bits: float | None) -> tuple[float | None, str | tuple[str, ...]]:
+    """`--dense-layers` and `--bits` -> `dense_bits` and `dense_modules`. Raises ConfigError where one lacks the other."""
+    if (layers == "auto") != (bits is not None):
+        raise ConfigError("--dense-layers auto and --bits go together: the budget says how many layers stay dense.")
+    return bits, () if layers in (None, "auto") else modules_option(str(layers))

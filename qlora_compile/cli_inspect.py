@@ -38,6 +38,11 @@ def inspect(
         bool, typer.Option(help="Load the weights and measure each layer's quantization error.")
     ] = False,
     bits: Annotated[float | None, typer.Option(help="With --numerics: bits a weight; who should stay dense?")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="With --numerics: .txt or .jsonl; perplexity of each format on it.")
+    ] = None,
+    kernel: Annotated[str | None, typer.Option(help="Print the source of this generated kernel.")] = None,
+    autotune: Annotated[bool, typer.Option(help="Measure all kernels for the model's shapes on this machine.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole report as one JSON object.")] = False,
 ) -> None:
     """Show what the compiler does to a model: passes, each linear layer, bytes, the graph at every stage.
@@ -60,60 +65,34 @@ def inspect(
         quant_type=quant_type,
         block_size=block_size,
         double_quant=double_quant,
+        autotune=autotune,
     )
-    if bits is not None and not numerics:
-        raise ConfigError("--bits is for --numerics.")
+    for option, value in (("--bits", bits), ("--text", text)):
+        if value is not None and not numerics:
+            raise ConfigError(f"{option} is for --numerics.")
+    for option, number in (("--batch", batch), ("--seq-len", seq_len)):
+        if number < 1:
+            raise ConfigError(f"{option} must be at least 1, got {number}.")
     report = config_report(given, config, batch, seq_len)
-    formats = measured(report, given, config, bits) if numerics else []
+    if numerics:
+        from .cli_numerics import measure_into
+
+        measure_into(report, given, bits, text, batch, seq_len)
     if as_json:
         print_json(report.to_dict())
         return
     if format_ == "html" and out is not None:
         report.to_html(out, run or ())
         return
-    if numerics and format_ == "text":
-        _deliver(_numerics_text(report, formats), out)
-        return
-    text = rendered(report, format_, stage, diff, module, wide=out is not None or not sys.stdout.isatty())
-    _deliver(text, out)
+    if kernel is not None:
+        _deliver(_kernel_source(report, kernel), out)
+    elif numerics and format_ == "text":
+        from .cli_numerics import numerics_text
 
-
-def measured(report: CompileReport, path: Path, config: Any, bits: float | None) -> list[Any]:
-    """Load the weights, put each layer's error into the report, and return the comparison of formats."""
-    from .numerics import measure
-    from .runtime.models import load_weights
-
-    report.numerics, formats = measure(load_weights(path, config.compute_dtype), config, bits)
-    return formats
-
-
-def _numerics_text(report: CompileReport, formats: list[Any]) -> str:
-    import io
-
-    from rich.console import Console
-    from rich.table import Table
-
-    from .numerics import worst
-
-    console = Console(file=(stream := io.StringIO()), width=120)
-    table = Table(title="relative error of all target weights together, by format", title_justify="left")
-    for column in ("type", "block", "double quantization", "bits", "error"):
-        table.add_column(column)
-    for v in formats:
-        table.add_row(
-            v.quant_type, str(v.block_size), "yes" if v.double_quant else "no", f"{v.bits:.3f}", f"{v.error:.5f}"
-        )
-    console.print(table)
-    layers = Table(title=f"worst layers in {report.config.quant_type}/{report.config.block_size}", title_justify="left")
-    for column in ("layer", "error"):
-        layers.add_column(column)
-    for each in worst(report.numerics):
-        layers.add_row(each.name, f"{each.error:.5f}")
-    console.print(layers)
-    dense = [each.name for each in report.numerics if each.dense]
-    if dense:
-        console.print(f"keep dense within the budget: {', '.join(dense)}", soft_wrap=True)
-    return stream.getvalue()
+        _deliver(numerics_text(report), out)
+    else:
+        wide = out is not None or not sys.stdout.isatty()
+        _deliver(rendered(report, format_, stage, diff, module, wide=wide), out)
 
 
 def model_argument(path: Path | None, model: Path | None) -> Path:
@@ -132,9 +111,6 @@ def config_report(path: Path, config: Any, batch: int, seq_len: int) -> CompileR
     from .runtime.models import empty_model
     from .tracing import trace
 
-    for option, number in (("--batch", batch), ("--seq-len", seq_len)):
-        if number < 1:
-            raise ConfigError(f"{option} must be at least 1, got {number}.")
     model = empty_model(path, config.compute_dtype).train()
     tokens = torch.zeros(batch, seq_len, dtype=torch.long, device="meta")
     return trace(model, {"input_ids": tokens, "labels": tokens}, config)
@@ -150,8 +126,9 @@ def rendered(
     wide: bool,
 ) -> str:
     """The text to print or to write. Raises UnknownOptionError for a stage or module that there is not."""
+    from .graph_files import GRAPH_FORMATS
     from .report_text import select_modules
-    from .stage_graph import GRAPH_FORMATS, to_networkx
+    from .stage_graph import to_networkx
 
     if format_ == "text":
         return _text(report, stage, diff, module, wide)
@@ -189,20 +166,31 @@ def _text(
     elif stage is not None:
         console.print(stage_tree(stage, select_modules(report.stage(stage), module)))
     else:
-        if module is not None:
-            report.linears = _named_linears(report, module)
-        print_report(report, console)
+        print_report(report if module is None else _only(report, module), console)
     return stream.getvalue()
 
 
-def _named_linears(report: CompileReport, pattern: str) -> list[Any]:
-    """The linears that a pattern names. Raises UnknownOptionError naming the nearest."""
+def _only(report: CompileReport, pattern: str) -> CompileReport:
+    """The linears that a pattern names, and their kernels. Raises UnknownOptionError naming the nearest."""
+    import dataclasses
+
     from .report_text import names_module
 
-    found = [linear for linear in report.linears if names_module(pattern, linear.name)]
-    if not found:
+    linears = [linear for linear in report.linears if names_module(pattern, linear.name)]
+    if not linears:
         raise UnknownOptionError(pattern, [linear.name for linear in report.linears], what="module")
-    return found
+    choices = []
+    for choice in report.choices:
+        modules = tuple(name for name in choice.modules if names_module(pattern, name))
+        choices += [dataclasses.replace(choice, modules=modules)] if modules else []
+    return dataclasses.replace(report, passes=[], memory={}, plan=None, linears=linears, choices=choices)
+
+
+def _kernel_source(report: CompileReport, name: str) -> str:
+    """Raises UnknownOptionError naming the nearest kernel that this machine generates."""
+    if name not in report.kernels:
+        raise UnknownOptionError(name, report.kernels, what="kernel")
+    return report.kernels[name]
 
 
 def _deliver(text: str, out: Path | None) -> None:

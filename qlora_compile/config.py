@@ -43,7 +43,8 @@ class QLoRAConfig:
     trained in full and stored with the adapter.
 
     Quantization: `quantize="auto"` quantizes a plain model's targets but leaves the dense base of a PEFT model,
-    True and False force it. `quant_type`, `block_size` and `double_quant` are bitsandbytes' (arXiv 2305.14314).
+    True and False force it. `dense_modules` (names, suffixes or a regular expression) are targets whose weight stays
+    dense under its adapter. `quant_type`, `block_size` and `double_quant` are bitsandbytes' (arXiv 2305.14314).
 
     Compilation: products run in `compute_dtype`, adapters are stored in `adapter_dtype`. `activation_budget` is the
     fraction of saved activations to keep (1.0 keeps all, lower recomputes). `outline_layers=True` compiles equal layers
@@ -64,6 +65,7 @@ class QLoRAConfig:
     target_modules: str | tuple[str, ...] = "all-linear"
     exclude_modules: str | tuple[str, ...] | None = None
     quantize: bool | str = "auto"
+    dense_modules: str | tuple[str, ...] = ()
     seed: int = 0
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -84,7 +86,7 @@ class QLoRAConfig:
     def __post_init__(self) -> None:
         for name in ("compute_dtype", "adapter_dtype"):
             object.__setattr__(self, name, parse_dtype(getattr(self, name), name))
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "dense_modules"):
             value = getattr(self, name)
             if value is None and name == "modules_to_save":
                 object.__setattr__(self, name, ())
@@ -123,12 +125,12 @@ class QLoRAConfig:
         _require(_is_int(self.seed) and 0 <= self.seed < 2**63, "seed", self.seed, "an integer from 0 to 2**63 - 1")
 
     def _check_targets(self) -> None:
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "dense_modules"):
             value = getattr(self, name)
             if isinstance(value, str):
                 _require(name != "modules_to_save", name, value, "a list of module names")
                 _check_regex(name, value)
-            elif value is not None:
+            elif value is not None or name == "dense_modules":
                 ok = isinstance(value, tuple) and all(isinstance(v, str) and v for v in value)
                 _require(ok, name, value, "a list of module names")
         _require(bool(self.target_modules), "target_modules", self.target_modules, "'all-linear', a regex or a list")
@@ -195,6 +197,10 @@ class QLoRAConfig:
         if self.exclude_modules is None:
             return is_output_head and self.target_modules == "all-linear"
         return names_module(self.exclude_modules, module_name)
+
+    def stays_dense(self, module_name: str) -> bool:
+        """Whether `dense_modules` names this module."""
+        return names_module(self.dense_modules, module_name)
 
 
 def names_module(spec: str | tuple[str, ...], module_name: str) -> bool:

@@ -24,13 +24,29 @@ from .step_graphs import Symbols
 from .tracing import meta_copy, trace
 
 SYMBOLS = Symbols(7919, 100003)  # primes that divide no model's dimensions
-# bytes of optimizer state by trainable parameter: on the device, and on the host
-OPTIMIZERS = {"adamw": (8, 0), "paged-adamw": (0, 8), "lion": (4, 0), "paged-lion": (0, 4), "sgd": (0, 0)}
-BUDGETS = (0.75, 0.5, 0.25)
+# bytes of optimizer state by trainable parameter; 8 bits: two codes, and an fp32 scale of each for a block of 256
+OPTIMIZERS = {
+    "adamw": 8.0,
+    "paged_adamw": 8.0,
+    "paged_adamw8bit": 2 + 8 / 256,
+    "lion": 4.0,
+    "paged_lion": 4.0,
+    "sgd": 0.0,
+}
+BUDGETS = tuple(round(0.95 - 0.05 * i, 2) for i in range(19))  # 0.95 to 0.05
 TABLE_BATCHES = (1, 2, 4, 8, 16)
 TABLE_SEQS = (512, 1024, 2048, 4096, 8192)
 PHASES = ("forward", "backward", "optimizer")
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+@dataclass(frozen=True)
+class Way:
+    """Options that make it fit, and the peak with them; `approximate` where activations are recomputed."""
+
+    options: str
+    peak: int
+    approximate: bool = False
 
 
 @dataclass
@@ -49,7 +65,7 @@ class Estimate:
     table: dict[int, dict[int, int]] = field(default_factory=dict)  # batch -> sequence length -> peak bytes
     largest_batch: int | None = None
     longest_seq: int | None = None
-    budget: float | None = None
+    ways: list[Way] = field(default_factory=list)
     roofline_s: float | None = None
     device: str | None = None
 
@@ -70,10 +86,15 @@ class Estimate:
 class Estimator:
     """One traced model; everything for any batch and sequence length is read off its plan."""
 
-    def __init__(self, model: nn.Module, config: QLoRAConfig, optimizer: str = "adamw") -> None:
+    def __init__(
+        self, model: nn.Module, config: QLoRAConfig, optimizer: str = "adamw", optimizer_budget: int | None = None
+    ) -> None:
         if optimizer not in OPTIMIZERS:
             raise UnknownOptionError(optimizer, OPTIMIZERS, what="optimizer")
-        self.model, self.config, self.optimizer = meta_copy(model).train(), config, optimizer
+        if optimizer_budget is not None and not optimizer.startswith("paged_"):
+            raise ConfigError("An optimizer budget is for the paged optimizers: choose paged_adamw.")
+        self.model, self.config = meta_copy(model).train(), config
+        self.optimizer, self.optimizer_budget = optimizer, optimizer_budget
         self.limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
 
     @functools.cached_property
@@ -92,10 +113,11 @@ class Estimator:
         return plan.resident.get("adapters", 0) + plan.resident.get("trained", 0)
 
     def state_bytes(self, plan: MemoryPlan) -> tuple[int, int]:
-        """Optimizer state on the device and on the host, for the stored width of the adapters."""
+        """Optimizer state on the device and, beyond a paged optimizer's budget, on the host."""
         count = self.trainable_bytes(plan) // self.config.adapter_dtype.itemsize
-        device, host = OPTIMIZERS[self.optimizer]
-        return device * count, host * count
+        state = int(OPTIMIZERS[self.optimizer] * count)
+        device = state if self.optimizer_budget is None else min(state, self.optimizer_budget)
+        return device, state - device
 
     def peaks(self, plan: MemoryPlan, budget: float | None = None) -> dict[str, Peak]:
         """By phase, after the first step: the optimizer's state is there all the time, gradients from the backward on."""
@@ -103,8 +125,9 @@ class Estimator:
         found = {}
         for phase in ("forward", "backward"):
             peak = plan.peak(phase)
-            saved = int(peak.by_kind.get("saved", 0) * (self.config.activation_budget if budget is None else budget))
-            found[phase] = _with(peak, optimizer=state, saved=saved)
+            kept, saved = self.config.activation_budget if budget is None else budget, peak.by_kind.get("saved", 0)
+            again = 0 if kept == 1 else int(_largest_layer(plan) * (1 - kept))
+            found[phase] = _with(peak, optimizer=state, saved=int(saved * kept), recomputed=min(again, saved))
         trainable = self.trainable_bytes(plan)
         # an update of one tensor at a time: its denominator and its step, of the largest adapter
         resident = plan.resident_bytes() | {"gradients": trainable, "optimizer": state}
@@ -127,19 +150,52 @@ class Estimator:
             found.largest_batch = largest(lambda b: self.peak_at(b, seq_len) <= memory)
             found.longest_seq = largest(lambda s: self.peak_at(batch, s) <= memory, self.limit)
             if not found.fits:
-                found.budget = self._cheapest_budget(batch, seq_len, memory)
+                found.ways = self.ways(batch, seq_len, memory)
         if device is not None:
             found.device, found.roofline_s = device, roofline_seconds(plan, device)
         return found
 
-    def _cheapest_budget(self, batch: int, seq_len: int, memory: int) -> float | None:
-        """The largest activation budget, of a few, with which it fits; None if none does."""
-        for budget in BUDGETS:
-            if budget >= self.config.activation_budget:
-                continue
-            if self.peak_at(batch, seq_len, budget) <= memory:
-                return budget
-        return None
+    def ways(self, batch: int, seq_len: int, memory: int) -> list[Way]:
+        """What makes it fit, cheapest first: chunks of logits, a paged optimizer, both, then recomputing activations."""
+        found: list[Way] = []
+        for options, changed in self._cheaper(batch, seq_len):
+            peak = changed.peak_at(batch, seq_len)
+            if options and peak <= memory:
+                return [*found, Way(options, peak)]
+            for budget in BUDGETS:
+                peak = changed.peak_at(batch, seq_len, budget)
+                if budget < self.config.activation_budget and peak <= memory:
+                    found.append(Way(f"{options} --activation-budget {budget:g}".strip(), peak, approximate=True))
+                    break
+        return found
+
+    def _cheaper(self, batch: int, seq_len: int) -> list[tuple[str, Estimator]]:
+        """(options, the estimator with them): as it is, then with what costs no time, then with what costs little."""
+        found = [("", self)]
+        if self.config.keep_logits:
+            config = dataclasses.replace(self.config, keep_logits=False)
+            found.append(("--no-keep-logits", Estimator(self.model, config, self.optimizer, self.optimizer_budget)))
+        options, last = found[-1]
+        state, _ = self.state_bytes(self.plan.at(batch, seq_len))
+        paged = self.optimizer if self.optimizer.startswith("paged_") else f"paged_{self.optimizer}"
+        if paged in OPTIMIZERS and self.optimizer_budget is None:
+            budget, unit, shift = state // 8, "MiB", 20
+            if budget >> shift == 0:
+                budget, unit, shift = max(budget, 4096), "KiB", 10  # a page has 4 KiB at least
+            changed = Estimator(self.model, last.config, paged, budget >> shift << shift)
+            changed.__dict__["plan"] = last.plan  # the optimizer is no part of what was traced
+            found.append((f"{options} --optimizer {paged} --optimizer-budget {budget >> shift}{unit}".strip(), changed))
+        return found
+
+
+def _largest_layer(plan: MemoryPlan) -> int:
+    """Bytes that the forward saves in the layer that saves the most: what recomputing it brings back for a while."""
+    layers: dict[str, int] = {}
+    for buffer in plan.buffers:
+        layer = re.match(r"(?:.*?\.)?\d+(?=\.|$)", buffer.module)
+        if buffer.kind == "saved" and layer:
+            layers[layer[0]] = layers.get(layer[0], 0) + plan.size(buffer.size)
+    return max(layers.values(), default=0)
 
 
 def _check_counts(batch: int, seq_len: int) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +39,7 @@ def kernel_reports(gm: fx.GraphModule) -> list[KernelReport]:
             key = (op, str(choice.problem), choice.name)
             if key not in found:
                 sources = dispatch.sources(choice.candidate, choice.problem.device)
-                paths = tuple(dict.fromkeys(map(str, sources.values())))
+                paths = tuple(map(str, sources.values()))
                 found[key] = KernelReport(*key, choice.why, tuple(sources), paths, ())
             found[key].modules += tuple(where)
     return list(found.values())
@@ -50,8 +53,14 @@ def print_kernels(reports: list[KernelReport], console: Any) -> None:
     for column in ("op", "sizes", "kernel", "why", "modules"):
         table.add_column(column, overflow="fold", justify="left")
     for r in reports:
-        more = f" and {len(r.modules) - 1} more" if len(r.modules) > 1 else ""
-        table.add_row(r.op, r.sizes, r.kernel, r.why, r.modules[0] + more)
+        table.add_row(r.op, r.sizes, f"{r.kernel}\n[dim]{' + '.join(r.parts)}[/dim]", r.why, places(r.modules))
     console.print(table)
-    for path in dict.fromkeys(source for r in reports for source in r.sources):
-        console.print(f"source: {path}", soft_wrap=True)
+    found = {part: path for r in reports for part, path in zip(r.parts, r.sources)}
+    for part, path in found.items():
+        console.print(f"source of {part}: {path}", soft_wrap=True, highlight=False)
+
+
+def places(modules: Sequence[str]) -> str:
+    """`*.mlp.gate_proj ×30, *.mlp.up_proj ×30`: modules of equal layers together."""
+    counts = Counter(re.sub(r"^.*\.\d+(?=\.)", "*", module) for module in modules)
+    return ", ".join(f"{name} ×{n}" if n > 1 else name for name, n in counts.items())

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import heapq
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .config import QLoRAConfig
 from .errors import ConfigError
-from .report import LayerError
+from .report import LayerError, Variant
 from .state import ModelEdits, expert_entries, linear_entries
-from .tensor import quantize_4bit
+from .tensor import QuantizedTensor, quantize_4bit
 
 DENSE_BITS = 16
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One format with its stored bits a weight and the relative error over all layers together."""
-
-    quant_type: str
-    block_size: int
-    double_quant: bool
-    bits: float
-    error: float
 
 
 def target_weights(model: nn.Module, config: QLoRAConfig) -> dict[str, Tensor]:
@@ -41,15 +30,16 @@ def target_weights(model: nn.Module, config: QLoRAConfig) -> dict[str, Tensor]:
     return {entry.name: entry.param.detach() for entry in targets}
 
 
+def _quantized(weight: Tensor, quant_type: str, block_size: int, double_quant: bool) -> QuantizedTensor:
+    experts = weight.dim() == 3  # blocks end with each expert
+    return quantize_4bit(
+        weight, quant_type=quant_type, block_size=block_size, double_quant=double_quant, per_expert=experts
+    )
+
+
 def squared_error(weight: Tensor, quant_type: str, block_size: int, double_quant: bool) -> tuple[float, float, int]:
     """(sum of (w - its 4-bit value)^2, sum of w^2, stored bytes); sums in fp64."""
-    quantized = quantize_4bit(
-        weight,
-        quant_type=quant_type,
-        block_size=block_size,
-        double_quant=double_quant,
-        per_expert=weight.dim() == 3,
-    )
+    quantized = _quantized(weight, quant_type, block_size, double_quant)
     exact = weight.double()
     difference = quantized.dequantize().double().sub_(exact)
     return float(difference.square_().sum()), float(exact.square_().sum()), quantized.stored_bytes
@@ -113,8 +103,54 @@ def worst(errors: Iterable[LayerError], count: int = 10) -> list[LayerError]:
     return heapq.nlargest(count, errors, key=lambda each: each.error)
 
 
+def with_dense_layers(model: nn.Module, config: QLoRAConfig, bits_budget: float) -> QLoRAConfig:
+    """The configuration whose `dense_modules` are also the layers that the budget keeps dense.
+
+    Raises ConfigError for a budget that even the format alone exceeds.
+    """
+    with torch.no_grad():
+        dense = [layer.name for layer in layer_errors(model, config, bits_budget) if layer.dense]
+        dense += [name for name in target_weights(model, config) if config.stays_dense(name)]
+    return dataclasses.replace(config, dense_modules=tuple(dict.fromkeys(dense)))
+
+
+@contextlib.contextmanager
+def quantized_in_place(weights: Mapping[str, Tensor], variant: Variant) -> Iterator[None]:
+    """Every weight has the values of its 4-bit form inside the block, and its own again after it; takes a copy of all."""
+    kept = {name: weight.clone() for name, weight in weights.items()}
+    try:
+        for weight in weights.values():
+            quantized = _quantized(weight, variant.quant_type, variant.block_size, variant.double_quant)
+            weight.copy_(quantized.dequantize())
+        yield
+    finally:
+        for name, weight in weights.items():
+            weight.copy_(kept[name])
+
+
+def text_perplexities(
+    model: nn.Module,
+    config: QLoRAConfig,
+    variants: Iterable[Variant],
+    perplexity: Callable[[nn.Module], float],
+    told: Callable[[str], None] = lambda line: None,
+) -> tuple[float, list[Variant]]:
+    """(perplexity of the dense model, each format with its own); `perplexity` measures a model, `told` hears of each."""
+    weights = target_weights(model, config)
+    found = []
+    with torch.no_grad():
+        dense = perplexity(model)
+        told(f"dense: perplexity {dense:.3f}")
+        for variant in variants:
+            with quantized_in_place(weights, variant):
+                found.append(dataclasses.replace(variant, perplexity=perplexity(model)))
+            double = ", double quantization" if variant.double_quant else ""
+            told(f"{variant.quant_type}, blocks of {variant.block_size}{double}: perplexity {found[-1].perplexity:.3f}")
+    return dense, found
+
+
 def measure(model: nn.Module, config: QLoRAConfig, bits_budget: float | None) -> tuple[list[LayerError], list[Variant]]:
-    """Both tables of `inspect --numerics`."""
+    """Each layer's error and the comparison of formats."""
     with torch.no_grad():
         errors = layer_errors(model, config, bits_budget)
         return errors, compare_formats(target_weights(model, config).values())

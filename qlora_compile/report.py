@@ -51,6 +51,18 @@ class LayerError:
     dense: bool = False
 
 
+@dataclass(frozen=True)
+class Variant:
+    """One format with its stored bits a weight, the relative error over all layers together, and perplexity on a text."""
+
+    quant_type: str
+    block_size: int
+    double_quant: bool
+    bits: float
+    error: float
+    perplexity: float | None = None
+
+
 @dataclass
 class CompileReport:
     """Made by `explain(model)` and `trace(...)`. `passes` of the latest graph, `linears` and `memory` of the whole model.
@@ -74,6 +86,8 @@ class CompileReport:
     repeats: list[Repeat] = field(default_factory=list)
     numerics: list[LayerError] = field(default_factory=list)
     paging: list[PageTimeline] = field(default_factory=list)  # what paged optimizers do over each backward graph
+    formats: list[Variant] = field(default_factory=list)
+    perplexity_dense: float | None = None
 
     @classmethod
     def of_graph(
@@ -98,6 +112,8 @@ class CompileReport:
             "graphs": self.graphs,
             "numerics": [asdict(layer) for layer in self.numerics],
             "paging": [timeline.to_dict() for timeline in self.paging],
+            "formats": [asdict(variant) for variant in self.formats],
+            "perplexity_dense": self.perplexity_dense,
         }
 
     def to_networkx(self, pass_name: str) -> Any:

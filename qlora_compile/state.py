@@ -180,6 +180,10 @@ class ModelEdits:
         """Whether targets are quantized at all (`quantize`; "auto" leaves the dense weights of a foreign model)."""
         return bool(self.config.quantize) if self.config.quantize != "auto" else not self.is_foreign
 
+    def quantizes_weight(self, entry: ParamInfo) -> bool:
+        """Whether this target's weight is quantized: not where `dense_modules` names it."""
+        return self.quantizes() and not self.config.stays_dense(entry.name)
+
     def quantize(self, entry: ParamInfo, *, fan_in_fan_out: bool, as_module: bool) -> AdapterSite:
         """Dense parameter -> QuantizedTensor in every owner, which get their new class; idempotent.
 
@@ -191,7 +195,7 @@ class ModelEdits:
         start = self._spectral_start(entry, fan_in_fan_out)
         if start is not None:
             self._replace(entry, nn.Parameter(start.base, requires_grad=False))
-        elif self.quantizes() and not isinstance(param, QuantizedTensor):
+        elif self.quantizes_weight(entry) and not isinstance(param, QuantizedTensor):
             transposed = fan_in_fan_out and not entry.is_experts
             self._replace(entry, nn.Parameter(self._quantized(entry, param.data, transposed), requires_grad=False))
         dtype = self.config.compute_dtype if isinstance(entry.param, QuantizedTensor) else param.dtype
@@ -227,7 +231,7 @@ class ModelEdits:
         def quantize(weight: Tensor) -> Tensor:
             return self._quantized(entry, weight, fan_in_fan_out)
 
-        maker = quantize if self.quantizes() else None
+        maker = quantize if self.quantizes_weight(entry) else None
         return start_from_weight(entry.name, param, self.config, maker, transposed=fan_in_fan_out)
 
     def _replace(self, entry: ParamInfo, new: nn.Parameter) -> None:

@@ -18,11 +18,12 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_map
 
-from .backend import Lowering, _compile
+from .backend import Lowering, _compile, local_device
 from .config import QLoRAConfig
 from .dynamo import surfaced
 from .errors import ModelStateError, NoTargetError, QLoRACompileError
 from .fx_utils import copy_graph
+from .kernel_report import KernelReport
 from .memory_plan import MemoryPlan, merge_resident, unroll
 from .modules import adapter_parameters, prepared_state
 from .pass_manager import NodeRecord, PassResult, snapshot
@@ -102,7 +103,8 @@ def _repeats(model: nn.Module, config: QLoRAConfig) -> list[Repeat]:
         if entry is not None:
             site = name.removesuffix(".weight")
             saved, reason = edits.saved_in_full(entry), edits.decline_reason(entry)
-            decisions[name] = (saved, reason, config.rank_for(site), config.scaling_for(site))
+            dense = not edits.quantizes_weight(entry)
+            decisions[name] = (saved, reason, dense, config.rank_for(site), config.scaling_for(site))
     return find_repeats(model, decisions.get)
 
 
@@ -184,12 +186,25 @@ def _unfolded(traced: _Traced, repeats: list[Repeat]) -> CompileReport:
         "model_after": frozen - buffers,
         "trainable": resident.get("adapters", 0) + resident.get("trained", 0),
     }
-    report.kernels = device_kernel_sources("cuda" if torch.cuda.is_available() else "cpu", build=False)
+    report.kernels = device_kernel_sources(local_device(), build=False)
+    for choice in report.choices:
+        choice.modules = tuple(name for module in choice.modules for name in unfold_name(module, repeats))
     return report
 
 
 def _counted(records: tuple[NodeRecord, ...], repeats: list[Repeat]) -> tuple[NodeRecord, ...]:
     return tuple(dataclasses.replace(r, repeat=len(unfold_name(r.module, repeats))) for r in records)
+
+
+def _with_kernels(records: tuple[NodeRecord, ...], choices: Sequence[KernelReport]) -> tuple[NodeRecord, ...]:
+    """AOTAutograd's graphs know an op's module only; its kernel is what was chosen there."""
+    chosen = {(c.op, module): c.kernel for c in choices for module in c.modules}
+
+    def kernels(record: NodeRecord) -> tuple[tuple[str, str], ...]:
+        op = record.target.removeprefix("qlora.")
+        return ((op, chosen[op, record.module]),) if (op, record.module) in chosen else record.kernels
+
+    return tuple(dataclasses.replace(r, kernels=kernels(r)) for r in records)
 
 
 def _copies(linear: LinearReport, repeats: list[Repeat]) -> list[LinearReport]:
@@ -257,7 +272,7 @@ def _add_step(
     largest = max(steps, key=lambda step: len(step.forward.graph.nodes))
     for stage, graph in (("forward", largest.forward), ("backward", largest.backward)):
         if graph is not None:
-            report.stages[stage] = _counted(snapshot(graph.graph), repeats)
+            report.stages[stage] = _with_kernels(_counted(snapshot(graph.graph), repeats), report.choices)
             report.code[stage] = graph.print_readable(print_output=False)
     plan: MemoryPlan | None = plan_of(steps, symbols)
     for repeat in repeats:

@@ -14,6 +14,7 @@ from ..preparation import prepare
 from .adapters import save_adapter
 from .checkpoint import Checkpoint, prune, save_checkpoint
 from .data import Batch, BlockOrder, PackedData, check_model_reads, load_data
+from .dense_layers import with_dense_layers
 from .distributed import Processes
 from .evaluate import evaluate
 from .finetune_config import FinetuneConfig
@@ -129,7 +130,9 @@ class _Run:
         if self.checkpoint is None:
             self._evaluate("dense")
         self.model.config.use_cache = False  # type: ignore[union-attr]  # no key-value cache among the graph's outputs
-        prepare(self.model, config.qlora)
+        qlora = with_dense_layers(self.model, config, self.reporter)
+        self.run_record["dense_modules"] = list(qlora.dense_modules)
+        prepare(self.model, qlora)
         if self.checkpoint is None:
             self._evaluate("quantized")
         call = self.processes.wrap(self.model, split=config.fsdp, notice=self.reporter.notice)

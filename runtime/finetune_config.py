@@ -43,6 +43,9 @@ class FinetuneConfig:
 
     `dtype` is the base model's (None: `qlora.compute_dtype`), `device` None means CUDA where there is one.
 
+    `dense_bits` is a budget of bits a weight: the layers that lose the most by quantization stay dense within it
+    (`numerics.layer_errors`), besides those of the configuration's `dense_modules`.
+
     `tensorboard` is a folder for TensorBoard's files, in it one by the name of `out`; `posthog` the address of a PostHog
     server that is told of start, evaluations and end (its key: environment variable POSTHOG_API_KEY).
 
@@ -78,6 +81,7 @@ class FinetuneConfig:
     dtype: torch.dtype | None = None
     device: str | None = None
     fsdp: bool = False
+    dense_bits: float | None = None
     tensorboard: Path | None = None
     posthog: str | None = None
 
@@ -134,6 +138,8 @@ class FinetuneConfig:
             raise ConfigError("optimizer_budget and optimizer_folder are for the paged optimizers: choose paged_adamw.")
         if self.optimizer_folder is not None:
             object.__setattr__(self, "optimizer_folder", Path(self.optimizer_folder).expanduser())
+        ok = self.dense_bits is None or (_is_number(self.dense_bits) and 0 < self.dense_bits <= 16)
+        _require(ok, "dense_bits", self.dense_bits, "bits a weight, at most 16")
         for name in ("max_grad_norm", "weight_decay"):
             value = getattr(self, name)
             _require(_is_number(value) and value >= 0, name, value, "a number of at least 0")

@@ -15,6 +15,7 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import CppLexer, PythonLexer
 
+from ..kernel_report import places
 from ..memory_plan import MemoryPlan
 from ..pass_manager import NodeRecord
 from ..runtime.formats.atomic import write_file
@@ -26,8 +27,11 @@ if TYPE_CHECKING:
 
 POINTS = 1200  # of the memory chart: the peak of each interval is kept, so the chart's top is the plan's
 _STACK = ("weights", "adapters", "trained", "gradients", "saved", "output", "workspace", "temporary")  # from below
-_TOP = 4  # largest buffers named at a point
+_TOP, _AT_PEAK = 4, 12  # largest buffers named at a point, and at the peak
 _LIBRARIES = ("cytoscape.min.js", "cytoscape-dagre.min.js", "uPlot.iife.min.js")
+
+
+RunLog = dict[str, list[dict[str, Any]]]
 
 
 def write_page(report: CompileReport, path: Path | str, runs: Sequence[Path | str] = ()) -> Path:
@@ -35,7 +39,7 @@ def write_page(report: CompileReport, path: Path | str, runs: Sequence[Path | st
     return write_file(path, render(report, {str(run): _run_log(Path(run)) for run in runs}))
 
 
-def render(report: CompileReport, runs: Mapping[str, list[dict[str, Any]]]) -> str:
+def render(report: CompileReport, runs: Mapping[str, RunLog]) -> str:
     """The page as text."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(_file("report.html.jinja"))
@@ -49,6 +53,7 @@ def render(report: CompileReport, runs: Mapping[str, list[dict[str, Any]]]) -> s
         data=Markup(_json(page_data(report, runs))),
         kernels=kernels,
         linear_of=_linears_by_lowering(report),
+        places=places,
     )
 
 
@@ -79,16 +84,24 @@ def _linears_by_lowering(report: CompileReport) -> dict[str, int]:
     return found
 
 
-def _run_log(folder: Path) -> list[dict[str, Any]]:
+_STEP_KEYS = ("step", "loss", "tokens_per_s", "memory_bytes", "grad_norm", "lr")
+_PAGING_KEYS = ("paged_in_bytes", "paged_out_bytes", "stall_ms")
+
+
+def _run_log(folder: Path) -> RunLog:
+    """Steps and evaluations of a run; of an evaluation of the model being trained only."""
     lines = read_metrics(folder / "metrics.jsonl")
-    wanted = ("step", "loss", "tokens_per_s", "memory_bytes", "lr", "grad_norm")
-    return [{key: line.get(key) for key in wanted} for line in lines if line.get("event") == "step"]
+    steps = [
+        {key: line.get(key) for key in (*_STEP_KEYS, *_PAGING_KEYS)} for line in lines if line.get("event") == "step"
+    ]
+    evals = [line for line in lines if line.get("event") == "eval" and line["stage"] != "dense"]
+    return {"steps": steps, "evals": [{key: line[key] for key in ("step", "stage", "perplexity")} for line in evals]}
 
 
 # --- data --------------------------------------------------------------------------------------------------------
 
 
-def page_data(report: CompileReport, runs: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def page_data(report: CompileReport, runs: Mapping[str, RunLog]) -> dict[str, Any]:
     """What the script draws: folded graphs of every stage, the memory chart, the runs, numerics."""
     return {
         "stages": {name: stage_data(name, records) for name, records in report.stages.items()},
@@ -96,6 +109,10 @@ def page_data(report: CompileReport, runs: Mapping[str, list[dict[str, Any]]]) -
         "sizes": report.memory,
         "runs": runs,
         "numerics": [row.__dict__ for row in report.numerics],
+        "formats": [row.__dict__ for row in report.formats],
+        "perplexity_dense": report.perplexity_dense,
+        "format": f"{report.config.quant_type}, blocks of {report.config.block_size}",
+        "parts": {choice.kernel: list(choice.parts) for choice in report.choices},
     }
 
 
@@ -146,4 +163,7 @@ def memory_data(plan: MemoryPlan) -> dict[str, Any]:
         tops.append([[b.name, b.module, plan.size(b.size)] for b in (plan.buffers[i] for i in largest)])
     kinds = {kind: kinds[kind] for kind in (*_STACK, *kinds) if kind in kinds}
     events = [[plan.events[i].phase, plan.events[i].target, plan.events[i].module] for i in picked]
-    return {"event": picked, "events": events, "kinds": kinds, "tops": tops, "peak": plan.peak().bytes}
+    peak = plan.peak()
+    largest_then = [[b.name, b.module, b.kind, plan.size(b.size)] for b in plan.live_at(peak.event)[:_AT_PEAK]]
+    return {"event": picked, "events": events, "kinds": kinds, "tops": tops, "peak": peak.bytes, "peak_event": peak.event,
+            "by_kind": peak.by_kind, "at_peak": largest_then}  # fmt: skip

@@ -3,6 +3,8 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const COLORS = ["#3b6fd4", "#0f9d8a", "#c2557a", "#d98b1f", "#7a5cc9", "#64748b", "#b4452c", "#4d8a3a"];
+const KINDS = ["weights", "adapters", "gradients", "saved", "output", "workspace", "temporary", "optimizer"];
+const colorOf = (kind) => COLORS[Math.max(0, KINDS.indexOf(kind)) % COLORS.length];
 const el = (tag, props = {}, ...children) => {
   const node = Object.assign(document.createElement(tag), props);
   node.append(...children);
@@ -38,7 +40,7 @@ tabs.forEach((tab, i) => {
 function theme(name) {
   document.documentElement.dataset.theme = name;
   if (window.cy) cy.style(graphStyle());
-  for (const [id, draw] of [["memory", drawMemory], ["training", drawTraining]]) if (drawn.has(id)) draw();
+  for (const [id, draw] of [["memory", drawMemory], ["training", drawTraining], ["numerics", drawNumerics]]) if (drawn.has(id)) draw();
 }
 $("theme").onclick = () => theme(document.documentElement.dataset.theme === "dark" ? "light" : "dark");
 
@@ -60,7 +62,7 @@ function bars() {
 // Graph: modules of a stage, equal layers as one.
 let byId = {}, current = null;
 const graphStyle = () => [
-  { selector: "node", style: { label: "data(label)", shape: "round-rectangle", width: 250, height: 40, "font-size": 12, color: css("--fg"), "text-valign": "center", "text-wrap": "ellipsis", "text-max-width": 236, "background-color": css("--bg"), "border-width": 1, "border-color": css("--dim") } },
+  { selector: "node", style: { label: "data(label)", shape: "round-rectangle", width: 270, height: 44, "font-size": 17, color: css("--fg"), "text-valign": "center", "text-wrap": "ellipsis", "text-max-width": 258, "background-color": css("--bg"), "border-width": 1, "border-color": css("--dim") } },
   { selector: "node[?product]", style: { "border-color": css("--accent"), "border-width": 2.5 } },
   { selector: "edge", style: { width: 1.4, "line-color": css("--dim"), "target-arrow-color": css("--dim"), opacity: 0.6, "target-arrow-shape": "triangle", "curve-style": "bezier" } },
   { selector: ".match", style: { "background-color": "#f6c945", color: "#1b1500" } },
@@ -69,7 +71,7 @@ const graphStyle = () => [
 function startGraph() {
   const names = Object.keys(data.stages), last = names.filter((n) => n !== "forward" && n !== "backward").pop();
   for (const name of names) $("stage").append(el("option", { value: name, textContent: name, selected: name === last }));
-  window.cy = cytoscape({ container: $("canvas"), wheelSensitivity: 0.25, style: graphStyle(), elements: [] });
+  window.cy = cytoscape({ container: $("canvas"), style: graphStyle(), elements: [] });
   cy.on("tap", "node", (event) => pick(event.target.id()));
   $("stage").onchange = () => { $("search").value = ""; drawStage(); };
   $("search").oninput = search;
@@ -125,7 +127,8 @@ function pick(id) {
   const node = byId[id];
   cy.elements().unselect();
   cy.getElementById(id).select();
-  cy.animate({ center: { eles: cy.getElementById(id) }, duration: 150 });
+  const place = cy.getElementById(id).boundingBox(), view = cy.extent();
+  if (place.x1 < view.x1 || place.x2 > view.x2 || place.y1 < view.y1 || place.y2 > view.y2) cy.animate({ center: { eles: cy.getElementById(id) }, duration: 150 });
   $("picked").textContent = id;
   const box = $("details");
   box.replaceChildren(el("dl", {},
@@ -143,43 +146,82 @@ function pick(id) {
   for (const button of $("blocks").querySelectorAll("button")) button.setAttribute("aria-current", button.textContent === id);
   box.parentElement.scrollTop = 0;
 }
+// What every pass up to this stage took out of the block and put into it.
 function changes(node) {
-  const before = (data.stages.input.nodes.find((other) => other.id === node.id) || { targets: {} }).targets;
-  const keys = [...new Set([...Object.keys(before), ...Object.keys(node.targets)])];
-  const rows = keys.map((key) => [key, (node.targets[key] || 0) - (before[key] || 0)]).filter(([, n]) => n);
-  const stage = $("stage").value;
-  if (!rows.length || ["input", "forward", "backward"].includes(stage)) return el("p", { className: "note", textContent: stage === "input" ? "" : "as in the input graph" });
-  return el("div", {}, el("p", { className: "note", textContent: "against the input graph:" }),
-    ...rows.map(([key, n]) => el("div", { className: n < 0 ? "gone" : "came", textContent: `${n < 0 ? "−" : "+"} ${key} ×${Math.abs(n)}` })));
+  const box = el("div"), stage = $("stage").value, names = Object.keys(data.stages);
+  if (["forward", "backward"].includes(stage)) return box;
+  let before = null;
+  for (const name of names.slice(0, names.indexOf(stage) + 1)) {
+    const targets = (data.stages[name].nodes.find((other) => other.id === node.id) || { targets: {} }).targets;
+    const keys = before === null ? [] : [...new Set([...Object.keys(before), ...Object.keys(targets)])];
+    const rows = keys.map((key) => [key, (targets[key] || 0) - (before[key] || 0)]).filter(([, n]) => n);
+    if (rows.length) box.append(el("div", { className: "change" }, el("code", { textContent: name }),
+      ...rows.map(([key, n]) => el("span", { className: n < 0 ? "gone" : "came", textContent: ` ${n < 0 ? "−" : "+"} ${key} ×${Math.abs(n)}` }))));
+    before = targets;
+  }
+  if (!box.children.length && stage !== "input") box.append(el("p", { className: "note", textContent: "as in the input graph" }));
+  return box;
 }
+// `fp32_gemm, backward library_gemm`: the generated sources of both.
 function kernelOf(name) {
-  const article = name.split(" ").map((part) => $(`kernel-${part}`)).find(Boolean);
-  const summary = el("summary", { textContent: `kernel: ${name}` });
-  const details = el("details", { className: "kernel" }, summary);
-  details.append(article ? article.querySelector(".source").cloneNode(true) : el("p", { className: "note", textContent: "the library's own: no source here" }));
+  const words = name.split(/[\s,]+/), parts = [...new Set(words.flatMap((word) => data.parts[word] || [word]))];
+  const details = el("details", { className: "kernel" }, el("summary", { textContent: `kernel: ${name}` }));
+  const articles = parts.map((part) => $(`kernel-${part}`)).filter(Boolean);
+  for (const article of articles) {
+    const link = el("button", { textContent: article.id.slice(7), onclick: () => { show("kernels"); article.scrollIntoView(); } });
+    details.append(link, article.querySelector(".source").cloneNode(true));
+  }
+  if (!articles.length) details.append(el("p", { className: "note", textContent: "the library's own: no source here" }));
   return details;
 }
 
 // Charts.
 const axis = () => ({ stroke: css("--fg"), grid: { stroke: css("--line"), width: 1 }, ticks: { stroke: css("--line") } });
-const wide = () => Math.max(600, document.querySelector("main").clientWidth - 60);
+const WHOLE = [1, 2, 5].flatMap((n) => [0, 1, 2, 3, 4, 5, 6, 7].map((p) => n * 10 ** p)).sort((a, b) => a - b);
+const table = (heads, rows) => el("table", {}, el("thead", {}, el("tr", {}, ...heads.map((text) => el("th", { textContent: text })))),
+  el("tbody", {}, ...rows.map((cells) => el("tr", {}, ...cells.map((cell) => el("td", {}, cell instanceof Node ? cell : String(cell)))))));
 function drawMemory() {
   const memory = data.memory;
   $("memory-chart").replaceChildren();
   if (!memory) { $("peak").textContent = "Only a traced report knows this: qlora_compile.trace(...), or `qlora-compile inspect MODEL --format html --out FILE`."; return; }
-  $("peak").textContent = `peak ${human(memory.peak)} (${memory.peak} bytes)`;
+  const at = memory.event.indexOf(memory.peak_event), [phase, target, module] = memory.events[at] || ["", "", ""];
+  $("peak").textContent = `peak ${human(memory.peak)} (${memory.peak} bytes), ${phase}: ${target} in ${module || "the model"}`;
   const order = Object.keys(memory.kinds), sums = new Array(memory.event.length).fill(0);
   const stacked = order.map((kind) => memory.kinds[kind].map((v, i) => (sums[i] += v)));
-  const series = [{ label: "event" }, ...order.map((_, k) => order.length - 1 - k).map((k) => ({
-    label: order[k], stroke: COLORS[k % COLORS.length], fill: `${COLORS[k % COLORS.length]}cc`, width: 1, paths: uPlot.paths.stepped({ align: 1 }),
+  const series = [{ label: "node" }, ...order.map((_, k) => order.length - 1 - k).map((k) => ({
+    label: order[k], stroke: colorOf(order[k]), fill: `${colorOf(order[k])}cc`, width: 1, paths: uPlot.paths.stepped({ align: 1 }),
     value: (u, v, s, i) => (i == null ? "" : human(memory.kinds[order[k]][i])), points: { show: false },
   }))];
   const values = (u, ticks) => ticks.map((v) => human(v, "B", 1));
   window.memoryChart = new uPlot({
-    width: wide(), height: 430, series, scales: { x: { time: false }, y: { range: (u, lo, hi) => [0, hi * 1.05 || 1] } },
+    width: $("memory-chart").clientWidth, height: 400, series, scales: { x: { time: false }, y: { range: (u, lo, hi) => [0, hi * 1.05 || 1] } },
     axes: [{ ...axis(), label: "executed nodes: forward, then backward" }, { ...axis(), size: 84, values }], legend: { live: true },
-    hooks: { setCursor: [(u) => hover(u.cursor.idx)] },
+    hooks: { setCursor: [(u) => hover(u.cursor.idx)], draw: [(u) => phases(u)] },
   }, [memory.event, ...stacked.slice().reverse()], $("memory-chart"));
+  $("memory-chart").onkeydown = (event) => {
+    const move = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (!move) return;
+    const index = Math.min(Math.max((memoryChart.cursor.idx ?? at) + move, 0), memory.event.length - 1);
+    memoryChart.setCursor({ left: memoryChart.valToPos(memory.event[index], "x"), top: 10 });
+    event.preventDefault();
+  };
+  const kinds = Object.entries(memory.by_kind).sort((a, b) => b[1] - a[1]);
+  const name = (kind, text = kind) => { const mark = el("span", { className: "swatch", title: kind }); mark.style.background = colorOf(kind); return el("span", {}, mark, text); };
+  $("made-of").replaceChildren(table(["kind", "bytes", ""], kinds.map(([kind, n]) => [name(kind), human(n), `${(100 * n / memory.peak).toFixed(1)}%`])));
+  $("at-peak").replaceChildren(table(["bytes", "tensor", "module"], memory.at_peak.map(([tensor, owner, kind, n]) => [human(n), name(kind, tensor), owner || "the model"])));
+}
+// A line where the backward begins.
+function phases(u) {
+  const index = data.memory.events.findIndex(([phase]) => phase === "backward");
+  if (index < 0) return;
+  const x = u.valToPos(data.memory.event[index], "x", true), { ctx, bbox } = u;
+  ctx.save();
+  ctx.strokeStyle = ctx.fillStyle = css("--dim");
+  ctx.setLineDash([4 * devicePixelRatio, 4 * devicePixelRatio]);
+  ctx.beginPath(); ctx.moveTo(x, bbox.top); ctx.lineTo(x, bbox.top + bbox.height); ctx.stroke();
+  ctx.textAlign = "left"; ctx.font = `${13 * devicePixelRatio}px sans-serif`;
+  ctx.fillText("backward →", x + 8 * devicePixelRatio, bbox.top + 14 * devicePixelRatio);
+  ctx.restore();
 }
 function hover(index) {
   if (index == null || !data.memory.events[index]) return;
@@ -187,32 +229,51 @@ function hover(index) {
   $("memory-hover").replaceChildren(el("div", { textContent: `${phase}: ${target} in ${module || "the model"}` }),
     ...data.memory.tops[index].map(([name, owner, bytes]) => el("div", { textContent: `${human(bytes)} ${name} (${owner || "the model"})` })));
 }
+const TRAINING = [["steps", "loss", "Loss"], ["evals", "perplexity", "Perplexity on held-out text"], ["steps", "tokens_per_s", "Tokens/s"], ["steps", "memory_bytes", "Memory"],
+  ["steps", "paged_in_bytes", "Paged in, bytes a step"], ["steps", "paged_out_bytes", "Paged out, bytes a step"], ["steps", "stall_ms", "Waited for pages, ms a step"],
+  ["steps", "grad_norm", "Gradient norm"], ["steps", "lr", "Learning rate"]];
 function drawTraining() {
   const body = $("training-body"), names = Object.keys(data.runs);
   body.replaceChildren();
   if (!names.length) { body.append(el("p", { textContent: "No run was given: to_html(path, runs=[folder]), or inspect --run FOLDER." })); return; }
-  for (const [key, title] of [["loss", "Loss"], ["tokens_per_s", "Tokens/s"], ["memory_bytes", "Memory"], ["grad_norm", "Gradient norm"]]) {
-    const steps = [...new Set(names.flatMap((name) => data.runs[name].map((line) => line.step)))].sort((a, b) => a - b);
-    const columns = names.map((name) => { const at = new Map(data.runs[name].map((line) => [line.step, line[key]])); return steps.map((s) => at.get(s) ?? null); });
-    const holder = el("div");
-    body.append(el("h2", { textContent: title }), holder);
-    const values = (u, ticks) => ticks.map((v) => (key === "memory_bytes" ? human(v, "B", 1) : v));
-    new uPlot({ width: wide(), height: 240, scales: { x: { time: false } }, axes: [axis(), { ...axis(), size: 84, values }],
-      series: [{ label: "step" }, ...names.map((name, i) => ({ label: name, stroke: COLORS[i % COLORS.length], width: 2 }))] }, [steps, ...columns], holder);
+  for (const [kind, key, title] of TRAINING) {
+    const lines = (name) => data.runs[name][kind].filter((line) => line[key] != null);
+    if (!names.some((name) => lines(name).length)) continue;
+    const steps = [...new Set(names.flatMap((name) => lines(name).map((line) => line.step)))].sort((a, b) => a - b);
+    const columns = names.map((name) => { const at = new Map(lines(name).map((line) => [line.step, line[key]])); return steps.map((s) => at.get(s) ?? null); });
+    const holder = el("div", {}, el("h2", { textContent: title }));
+    body.append(holder);
+    const shown = (v) => (v == null ? "–" : key.endsWith("bytes") ? human(v) : +v.toPrecision(5));
+    const values = (u, ticks) => ticks.map(shown);
+    new uPlot({ width: holder.clientWidth, height: 240, scales: { x: { time: false } }, axes: [{ ...axis(), incrs: WHOLE }, { ...axis(), size: 84, values }],
+      series: [{ label: "step" }, ...names.map((name, i) => ({ label: name, stroke: COLORS[i % COLORS.length], width: 2, spanGaps: true, value: (u, v) => shown(v) }))] }, [steps, ...columns], holder);
   }
 }
 function drawNumerics() {
-  const body = $("numerics-body"), rows = data.numerics;
+  const body = $("numerics-body"), rows = data.numerics.slice().sort((a, b) => b.error - a.error);
+  body.replaceChildren();
   if (!rows.length) { body.append(el("p", { textContent: "Not measured, as it needs the weights: qlora-compile inspect MODEL --numerics --format html --out FILE." })); return; }
-  const most = Math.max(...rows.map((row) => row.error));
-  const table = el("table", {}, el("thead", {}, el("tr", {}, ...["layer", "relative error", "", "kept dense"].map((text) => el("th", { textContent: text })))));
-  for (const row of rows.slice().sort((a, b) => b.error - a.error)) {
-    const bar = el("div"); bar.style.cssText = `height:12px;border-radius:3px;background:${COLORS[0]};width:${100 * row.error / most}%`;
-    const cell = el("td", {}, bar); cell.style.width = "45%";
-    table.append(el("tr", {}, el("td", {}, el("code", { textContent: row.name })), el("td", { className: "n", textContent: row.error.toFixed(5) }), cell, el("td", { textContent: row.dense ? "suggested" : "" })));
-  }
-  body.append(el("h2", { textContent: "Quantization error by layer, worst first" }), table);
+  const holder = el("div"), least = rows[rows.length - 1].error, most = rows[0].error, count = Math.min(30, Math.max(5, Math.ceil(Math.sqrt(rows.length) * 1.5)));
+  const width = (most - least) / count || most || 1, bins = new Array(count).fill(0);
+  for (const row of rows) bins[Math.min(count - 1, Math.floor((row.error - least) / width))] += 1;
+  const formats = data.formats.map((f) => [f.quant_type, f.block_size, f.double_quant ? "yes" : "no", f.bits.toFixed(3), f.error.toFixed(5), ...(f.perplexity == null ? [] : [f.perplexity.toFixed(3)])]);
+  const text = data.perplexity_dense == null ? [] : ["perplexity"];
+  const left = el("div", {}, el("h2", { textContent: `Layers by relative error of the weight (${data.format})` }), holder);
+  const right = el("div", {}, el("h2", { textContent: "All layers together, by format" }), table(["type", "block", "double quantization", "bits", "error", ...text], formats));
+  if (text.length) right.append(el("p", { className: "note", textContent: `the dense model's perplexity on the same text: ${data.perplexity_dense.toFixed(3)}` }));
+  body.append(el("div", { className: "charts" }, left, ...(formats.length ? [right] : [])));
+  new uPlot({ width: holder.clientWidth, height: 320, scales: { x: { time: false, range: [least, least + count * width] }, y: { range: (u, lo, hi) => [0, hi * 1.1] } }, legend: { show: false },
+    axes: [{ ...axis(), label: "relative error", values: (u, ticks) => ticks.map((v) => v.toFixed(3)) }, { ...axis(), label: "layers", incrs: WHOLE }],
+    series: [{}, { label: "layers", stroke: COLORS[0], fill: `${COLORS[0]}aa`, paths: uPlot.paths.bars({ size: [0.95, Infinity], align: 1 }), points: { show: false } }],
+  }, [bins.map((_, i) => least + i * width), bins], holder);
+  const bar = (row) => { const mark = el("div"); mark.style.cssText = `height:12px;border-radius:3px;min-width:2px;background:${COLORS[0]};width:${100 * row.error / most}%`; return mark; };
+  const layers = (some) => { const made = table(["layer", "relative error", "", "kept dense"], some.map((row) => [el("code", { textContent: row.name }), row.error.toFixed(5), bar(row), row.dense ? "suggested" : ""])); for (const cell of made.querySelectorAll("td:nth-child(3)")) cell.style.width = "45%"; return made; };
+  body.append(el("h2", { textContent: "Worst layers" }), layers(rows.slice(0, 15)));
+  if (rows.length > 15) body.append(el("details", {}, el("summary", { textContent: `the other ${rows.length - 15}` }), layers(rows.slice(15))));
 }
+for (const link of document.querySelectorAll(".to-kernels")) link.onclick = (event) => { event.preventDefault(); show("kernels"); scrollTo(0, 0); };
+let resized = 0;
+window.onresize = () => { clearTimeout(resized); resized = setTimeout(() => { for (const [id, draw] of [["memory", drawMemory], ["training", drawTraining], ["numerics", drawNumerics]]) { drawn.delete(id); if (!$(`page-${id}`).hidden) { drawn.add(id); draw(); } } }, 150); };
 bars();
 theme(window.matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
 show(["graph", "kernels", "memory", "numerics", "training"].includes(location.hash.slice(1)) ? location.hash.slice(1) : "overview");

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import shutil
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -62,7 +63,7 @@ def test_formats(report: CompileReport, config_file: Path, capsys: pytest.Captur
     graph = nx.parse_graphml(found["graphml"])
     assert nx.is_directed_acyclic_graph(graph)
     ops = [fields for _, fields in graph.nodes(data=True) if fields["target"] == "qlora.lora_linear"]
-    assert len(ops) == 3 * 4 and {fields["kernel"] for fields in ops} == {"dequantize_4bit + GEMM"}
+    assert len(ops) == 3 * 4 and all(re.fullmatch(r"\w+gemm, backward \w+gemm", fields["kernel"]) for fields in ops)
     assert nx.node_link_graph(json.loads(found["json"]), edges="edges").edges == graph.edges
     assert (
         found["dot"].startswith('digraph "group_linears" {') and found["dot"].count(" -> ") == graph.number_of_edges()
@@ -113,3 +114,19 @@ def test_what_is_no_model_and_what_cannot_be_written(
     assert "There is no model folder or .gguf file" in capsys.readouterr().err
     assert cli.main(["inspect", str(config_file), "--seq-len", "24", "--out", str(config_file / "x")]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_which_kernel_runs_a_layers_backward_and_its_source(
+    report: CompileReport, config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = rendered(report, "text", None, None, "down_proj", wide=True)
+    assert "*.mlp.down_proj ×6" in text and "lora_linear_backward" in text and "gate_proj" not in text
+    if "dequantize_4bit" not in report.kernels:
+        return  # no compiler here
+    (path,) = re.findall(r"^source of dequantize_4bit: (.*)$", text, re.MULTILINE)
+    assert _run(capsys, config_file, "--kernel", "dequantize_4bit") == Path(path).read_text()
+    assert cli.main(["inspect", str(config_file), "--kernel", "dequantise"]) == 2
+    assert "did you mean 'dequantize_4bit'?" in capsys.readouterr().err
+    backward = report.to_networkx("backward").nodes(data=True)
+    found = {f["kernel"] for _, f in backward if f["target"] == "qlora.lora_linear_backward"}
+    assert found and all(name.endswith("gemm") for name in found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -26,9 +27,11 @@ def test_optimizers_and_phases(tiny_llama: Callable[..., nn.Module]) -> None:
     assert found.peaks["optimizer"].by_kind["adapters"] == 4 * sites
     assert found.peaks["optimizer"].by_kind["gradients"] == 4 * sites
     assert {peak.by_kind["optimizer"] for peak in found.peaks.values()} == {8 * sites}
-    estimator.optimizer = "paged-adamw"
+    estimator.optimizer, estimator.optimizer_budget = "paged_adamw", sites
     paged = estimator(2, 40)
-    assert paged.host_bytes == 8 * sites and paged.peak == found.peak - 8 * sites
+    assert paged.host_bytes == 7 * sites and paged.peak == found.peak - 7 * sites
+    estimator.optimizer_budget = None
+    assert estimator(2, 40).peak == found.peak  # a paged optimizer without a budget keeps all of it
     # formulas in batch and length: saved activations are proportional to both (the mask and attention's sums apart)
     assert estimator(4, 40).saved_bytes == pytest.approx(2 * found.saved_bytes, rel=0.02)
     assert estimator(2, 80).flops > 2 * found.flops > estimator(4, 40).flops * 0.999
@@ -44,9 +47,30 @@ def test_optimizers_and_phases(tiny_llama: Callable[..., nn.Module]) -> None:
     least = max(most.flops / sheet["bf16_flops"], plan.traffic() / sheet["bytes_per_s"])
     most_seconds = most.flops / sheet["bf16_flops"] + plan.traffic() / sheet["bytes_per_s"]
     assert least * 0.999 <= roofline_seconds(plan, "L4") <= most_seconds * 1.001  # sums of thousands of terms
-    small = estimator(8, 256, int(estimator.peak_at(8, 256) * 0.8))
-    assert small.fits is False and small.budget in (0.75, 0.5, 0.25)
-    assert estimator.peak_at(8, 256, small.budget) <= small.device_memory
+
+
+def test_what_to_change_so_that_it_fits(tiny_llama: Callable[..., nn.Module]) -> None:
+    estimator = Estimator(tiny_llama(num_hidden_layers=6, vocab_size=4001), CONFIG)
+    peak = estimator.peak_at(4, 200)
+    (chunks,) = estimator(4, 200, peak - 1).ways[-1:]
+    assert chunks.options == "--no-keep-logits" and chunks.peak < peak and not chunks.approximate
+    changed = Estimator(estimator.model, dataclasses.replace(CONFIG, keep_logits=False))
+    assert changed.peak_at(4, 200) == chunks.peak
+    *_, both = estimator(4, 200, chunks.peak - 1).ways
+    assert both.options.startswith("--no-keep-logits --optimizer paged_adamw --optimizer-budget ")
+    least = estimator(4, 200, int(chunks.peak * 0.8))
+    assert least.fits is False and least.ways and all(way.peak <= least.device_memory for way in least.ways)
+    way = least.ways[-1]
+    budget = float(way.options.split()[-1])
+    assert "--activation-budget" in way.options and way.approximate
+    # the largest of the steps: one more does not fit, and what is recomputed for a moment is counted
+    again = Estimator(
+        estimator.model, changed.config, "paged_adamw", estimator.state_bytes(estimator.plan)[0] // 8 >> 10 << 10
+    )
+    assert again.peak_at(4, 200, budget) == way.peak
+    assert again.peak_at(4, 200, round(budget + 0.05, 2)) > least.device_memory
+    assert again.peaks(again.plan.at(4, 200), budget)["backward"].by_kind["recomputed"] > 0
+    assert estimator(4, 200, 1000).ways == []
 
 
 def test_units_and_names() -> None:
@@ -83,6 +107,7 @@ def test_the_command(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.Captu
         ("--device-memory lots", "An amount of memory"),
         ("--device h200", "did you mean 'H200-SXM'?"),
         ("--optimizer adam", "Unknown optimizer 'adam': did you mean 'adamw'?"),
+        ("--optimizer-budget 1GiB", "An optimizer budget is for the paged optimizers"),
         ("--batch 0", "batch must be at least 1, got 0."),
     ],
 )

@@ -13,7 +13,7 @@ from torch import nn
 import qlora_compile as qc
 from qlora_compile import cli
 from qlora_compile.errors import ConfigError
-from qlora_compile.numerics import compare_formats, dense_layers, layer_errors, worst
+from qlora_compile.numerics import compare_formats, dense_layers, layer_errors, text_perplexities, worst
 
 
 def _model() -> nn.Module:
@@ -69,3 +69,28 @@ def test_the_command(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) 
     assert "worst layers in nf4/64" in text and "keep dense within the budget: model.layers." in text
     assert cli.main(["inspect", str(tiny_checkpoint), "--bits", "5"]) == 2
     assert "--bits is for --numerics." in capsys.readouterr().err
+
+
+def test_perplexity_by_format_and_the_weights_come_back(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = _model()
+    before = [linear.weight.detach().clone() for linear in model]
+    variants = compare_formats(weight for weight in before)[:4]
+    dense, found = text_perplexities(
+        model, qc.QLoRAConfig(), variants, lambda m: float(sum(w.detach().abs().sum() for w in m.parameters()))
+    )
+    assert all(torch.equal(linear.weight, weight) for linear, weight in zip(model, before, strict=True))
+    for variant in found:
+        kind = {"quant_type": variant.quant_type, "block_size": variant.block_size}
+        values = [qc.quantize_4bit(w, **kind, double_quant=variant.double_quant).dequantize() for w in before]
+        biases = sum(float(p.detach().abs().sum()) for p in model.parameters() if p.dim() == 1)
+        assert variant.perplexity == pytest.approx(sum(float(w.abs().sum()) for w in values) + biases, rel=1e-6)
+        assert variant.perplexity != dense
+    (tmp_path / "t.txt").write_text("the quick brown fox jumps over the lazy dog " * 9)
+    line = f"inspect {tiny_checkpoint} --numerics --text {tmp_path}/t.txt --seq-len 24 --r 3"
+    assert cli.main(line.split()) == 0
+    answer = capsys.readouterr()
+    assert "perplexity of the dense model: " in answer.out and answer.err.count("perplexity") == 17
+    assert cli.main(["inspect", str(tiny_checkpoint), "--text", "t.txt"]) == 2
+    assert "--text is for --numerics." in capsys.readouterr().err

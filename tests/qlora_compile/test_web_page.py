@@ -20,6 +20,7 @@ from torch import nn
 
 import qlora_compile as qc
 from qlora_compile.errors import CheckpointError, OutputError
+from qlora_compile.numerics import measure, text_perplexities
 from qlora_compile.report import CompileReport
 from qlora_compile.web.page import memory_data
 
@@ -108,6 +109,9 @@ def page(report: CompileReport, tmp_path_factory: pytest.TempPathFactory) -> str
         lines = [
             {"event": "step", "step": i, "loss": 3 / i, "tokens_per_s": 50, "memory_bytes": 10**9} for i in (1, 2, 3)
         ]
+        lines.append({"event": "eval", "step": 3, "stage": "final", "perplexity": 20.5})
+        if name == "second":
+            lines[0] |= {"paged_in_bytes": 4096, "paged_out_bytes": 0, "stall_ms": 0.5}
         (folder / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return report.to_html(folder / "report.html", runs=[folder / "first", folder / "second"]).as_uri()
 
@@ -118,7 +122,12 @@ def test_every_page_opens_without_an_error(browser: Browser, page: str, report: 
         assert browser.run(f"document.getElementById('page-{name}').offsetHeight") > 20
         assert browser.errors() == [], name
     assert browser.run("performance.getEntriesByType('resource').length") == 0  # one file, nothing fetched
-    assert browser.run("document.querySelectorAll('#page-training canvas').length") == 4
+    titles = browser.run("[...document.querySelectorAll('#page-training h2')].map((h) => h.textContent)")
+    assert titles == ["Loss", "Perplexity on held-out text", "Tokens/s", "Memory", "Paged in, bytes a step",
+                      "Paged out, bytes a step", "Waited for pages, ms a step"]  # fmt: skip
+    assert browser.run("document.querySelectorAll('#page-training canvas').length") == len(titles)
+    kernels = browser.run("document.getElementById('page-kernels').textContent")
+    assert "*.mlp.down_proj ×32" in kernels and "lora_linear_backward" in kernels
     text = browser.run("document.getElementById('page-overview').textContent")
     assert all(p.name in text for p in report.passes) and "layers.0…31 ×32" in text
 
@@ -132,7 +141,10 @@ def test_search_finds_and_a_click_shows_the_kernel(browser: Browser, page: str, 
     browser.run("(cy.$('.match')[0].emit('tap'), 1)")
     details = browser.run("document.getElementById('details').textContent")
     assert "qlora.lora_linear" in details and "modeling_llama" not in details.split("qlora.lora_linear")[0]
-    assert "− linear ×32" in details and "+ qlora.lora_linear ×32" in details  # what the passes made of it
+    # what each pass made of it: the base product and two of the adapter, then one op
+    fused = details.split("fuse_lora_linear")[1]
+    assert "insert_adapters + linear ×64" in details and "− linear ×96" in fused
+    assert "+ qlora.lora_linear ×32" in fused
     assert re.search(r"kernel: ", details)
     if "dequantize_4bit" in report.kernels:
         assert browser.run("document.querySelector('#details details.kernel .source').textContent").count("qlora") > 0
@@ -146,8 +158,28 @@ def test_the_memory_chart_has_the_plans_peak(browser: Browser, page: str, report
     assert top == report.plan.peak().bytes  # type: ignore[union-attr]
     data = memory_data(report.plan)  # type: ignore[arg-type]
     assert max(map(sum, zip(*data["kinds"].values()))) == top
+    made_of = browser.run("document.getElementById('made-of').textContent")
+    assert "saved" in made_of and "weights" in made_of
+    browser.run("document.getElementById('memory-chart').focus()")
+    browser.press("\ue014")  # right arrow: the node after the peak
+    assert "backward: " in browser.run("document.getElementById('memory-hover').textContent")
     browser.run("(hover(data.memory.event.length / 2 | 0), 1)")
     assert "B " in browser.run("document.getElementById('memory-hover').textContent")
+
+
+def test_numerics_as_histogram_formats_and_worst_layers(
+    browser: Browser, tiny_llama: Callable[..., nn.Module], tmp_path: Path
+) -> None:
+    model = tiny_llama()
+    config = qc.QLoRAConfig(r=3)
+    report = qc.trace(model, {"input_ids": torch.zeros(1, 9, dtype=torch.long)}, config)
+    report.numerics, formats = measure(model, config, 6.0)
+    report.perplexity_dense, report.formats = text_perplexities(model, config, formats[:3], lambda m: 7.25)
+    browser.open(report.to_html(tmp_path / "n.html").as_uri() + "#numerics")
+    assert browser.errors() == []
+    text = browser.run("document.getElementById('page-numerics').textContent")
+    assert "7.250" in text and "suggested" in text and "the other 6" in text  # of 21 layers
+    assert browser.run("document.querySelectorAll('#page-numerics canvas').length") == 1
 
 
 def test_keyboard_and_both_themes(browser: Browser, page: str) -> None:
