@@ -50,7 +50,7 @@ def test_optimizers_and_phases(tiny_llama: Callable[..., nn.Module]) -> None:
 
 
 def test_what_to_change_so_that_it_fits(tiny_llama: Callable[..., nn.Module]) -> None:
-    estimator = Estimator(tiny_llama(num_hidden_layers=6, vocab_size=4001), CONFIG)
+    estimator = Estimator(tiny_llama(num_hidden_layers=6, vocab_size=40001), CONFIG)
     peak = estimator.peak_at(4, 200)
     (chunks,) = estimator(4, 200, peak - 1).ways[-1:]
     assert chunks.options == "--no-keep-logits" and chunks.peak < peak and not chunks.approximate
