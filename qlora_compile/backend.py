@@ -6,6 +6,7 @@ The only file that knows both halves: `passes/`, which rewrite the graph, and (t
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
