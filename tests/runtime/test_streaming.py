@@ -24,7 +24,7 @@ GIGABYTE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers":
 # job, base, adapter, out -> anonymous memory at its peak above that before the job, and the bytes of the 4-bit model
 MEASURE = """
 import sys, threading, time, torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import qlora_compile as qc
 import qlora_compile.runtime.export
 job, base, adapter, out = sys.argv[1:]
