@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, fx
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from . import attention_ops, linear_cross_entropy, ops, wide_ops  # noqa: F401  they define the ops that get a formula here
+from . import (  # noqa: F401  they define the ops that get a formula here
+    attention_ops,
+    expert_ops,
+    linear_cross_entropy,
+    ops,
+    wide_ops,
+)
 
 _ops, _aten = torch.ops.qlora, torch.ops.aten
 
@@ -48,6 +54,22 @@ def _lora_linear_backward(*args: Any, **kwargs: Any) -> int:
     x, a, b = given["x"], _size(given["lora_a"]), _size(given["lora_b"])
     dx = sum(dy.shape[-1] for dy in given["grads"]) * x.shape[-1] + a if given["need_dx"] else 0
     return 2 * _rows(x) * (b + (a + b if given["need_adapters"] else 0) + dx)
+
+
+@register_flop_formula(_ops.grouped_lora_linear, get_raw=True)
+def _grouped_lora_linear(*args: Any, **kwargs: Any) -> int:
+    """Each row meets one expert's matrix and its adapters, whichever that is."""
+    given = dict(zip(_names(_ops.grouped_lora_linear), args))
+    (rows, k), n, rank = given["x"].shape, given["out_features"], sum(a.shape[1] for a in given["lora_a"])
+    return int(2 * rows * (k * n + rank * (k + n)))
+
+
+@register_flop_formula(_ops.grouped_lora_linear_backward, get_raw=True)
+def _grouped_lora_linear_backward(*args: Any, **kwargs: Any) -> int:
+    given = dict(zip(_names(_ops.grouped_lora_linear_backward), args))
+    (rows, k), n, rank = given["x"].shape, given["dy"].shape[1], sum(a.shape[1] for a in given["lora_a"])
+    dx = k * n + rank * k if given["need_dx"] else 0
+    return int(2 * rows * (rank * n + dx + (rank * (k + n) if given["need_adapters"] else 0)))
 
 
 @register_flop_formula(_ops.linear_cross_entropy, get_raw=True)

@@ -13,6 +13,7 @@ from torch import fx
 
 _FORWARD = torch.ops.qlora.lora_linear.default
 _BACKWARD = torch.ops.qlora.lora_linear_backward.default
+_EXPERTS = (torch.ops.qlora.grouped_lora_linear.default, torch.ops.qlora.grouped_lora_linear_backward.default)
 
 
 def named_arguments(node: fx.Node) -> dict[str, Any]:
@@ -48,6 +49,8 @@ def _backward_bytes(given: dict[str, Any]) -> int:
 
 def scratch_bytes(node: fx.Node) -> dict[str, int]:
     """The reused buffers that the op needs, by name: they grow to the largest and are never given back."""
+    if node.target in _EXPERTS:
+        return _expert_scratch(named_arguments(node))
     if node.target not in (_FORWARD, _BACKWARD):
         return {}
     given = named_arguments(node)
@@ -56,3 +59,14 @@ def scratch_bytes(node: fx.Node) -> dict[str, int]:
         return {f"weight {dtype}": max(rows) * k * dtype.itemsize} if given["quant_type"] != "none" else {}
     ranks = 0 if given["dropout"] else sum(a.shape[0] for a in given["lora_a"])
     return {f"stacked {dtype}": (sum(rows) + ranks) * k * dtype.itemsize} if given["need_dx"] else {}
+
+
+def _expert_scratch(given: dict[str, Any]) -> dict[str, int]:
+    """One expert's dense matrix at a time; a dense weight of another dtype is cast into a fresh tensor instead."""
+    n = given["dy"].shape[1] if "dy" in given else given["out_features"]
+    dtype, quantized = given["dtype"], given["quant_type"] != "none"
+    return (
+        {f"weight {dtype}": n * given["x"].shape[1] * dtype.itemsize}
+        if quantized and given.get("need_dx", True)
+        else {}
+    )

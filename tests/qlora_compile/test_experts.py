@@ -267,6 +267,21 @@ def test_what_is_taken_for_experts() -> None:
     )
 
 
+def test_a_trace_knows_experts_by_their_config_alone() -> None:
+    # torch's grouped_mm, which the plain model is traced with first, wants rows of a multiple of 16 bytes
+    sizes = SIZES | MIXTRAL | {"num_hidden_layers": 4, "intermediate_size": 80}
+    config = transformers.AutoConfig.for_model("mixtral", **sizes)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    ids = torch.zeros(2, 16, dtype=torch.long)
+    report = qc.trace(model, {"input_ids": ids, "labels": ids, "use_cache": False}, {"r": 4})
+    experts = [linear for linear in report.linears if "experts" in linear.name]
+    assert len(experts) == 8 and all(linear.shape[0] == 5 and linear.bits < 4.3 for linear in experts)
+    assert report.plan is not None
+    ops = [event for event in report.plan.events if event.target.startswith("qlora.grouped_lora_linear")]
+    assert len(ops) == 16 and all(event.flops for event in ops)  # two matrices, forward and backward, in four layers
+
+
 def test_nan_in_an_expert_names_it() -> None:
     model = build("mixtral", **MIXTRAL)
     with torch.no_grad():
