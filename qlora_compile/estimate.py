@@ -169,12 +169,17 @@ class Estimator:
                     break
         return found
 
+    @functools.cached_property
+    def in_chunks(self) -> Estimator:
+        """The same with the loss in chunks of logits: a trace of its own."""
+        config = dataclasses.replace(self.config, keep_logits=False)
+        return Estimator(self.model, config, self.optimizer, self.optimizer_budget)
+
     def _cheaper(self, batch: int, seq_len: int) -> list[tuple[str, Estimator]]:
         """(options, the estimator with them): as it is, then with what costs no time, then with what costs little."""
         found = [("", self)]
         if self.config.keep_logits:
-            config = dataclasses.replace(self.config, keep_logits=False)
-            found.append(("--no-keep-logits", Estimator(self.model, config, self.optimizer, self.optimizer_budget)))
+            found.append(("--no-keep-logits", self.in_chunks))
         options, last = found[-1]
         state, _ = self.state_bytes(self.plan.at(batch, seq_len))
         paged = self.optimizer if self.optimizer.startswith("paged_") else f"paged_{self.optimizer}"
