@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from harness import (
     LR,
+    VOCABULARY,
     Decoder,
     batches,
     largest_difference,
@@ -142,6 +143,37 @@ def inductor(mesh: DeviceMesh) -> dict[str, Any]:
     return _compare(model, model) | _fused(model)
 
 
+def experts(mesh: DeviceMesh) -> dict[str, Any]:
+    """A mixture of experts: five fused experts on the ranks, uneven, with adapters of each."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MixtralConfig(vocab_size=VOCABULARY, num_local_experts=5, num_key_value_heads=2, use_cache=False, **sizes)
+
+    def make() -> Any:
+        torch.manual_seed(3)
+        model = MixtralForCausalLM(config)
+        options = {"r": 4, "lora_alpha": 1, "block_size": 32, "init_lora_weights": False, "compute_dtype": "float32"}
+        return qc.prepare(model, options)
+
+    def losses(model: Any, data: list[Tensor]) -> list[float]:
+        return train(lambda ids: model(input_ids=ids, labels=ids).loss, torch.optim.SGD(trainable(model), LR), data)
+
+    alone, model = make(), make()
+    expected = losses(alone, batches(STEPS))
+    left_whole = split_model(model, mesh)
+    found = torch.tensor(losses(model, [mine(ids) for ids in batches(STEPS)]))
+    dist.all_reduce(found)
+    shards = [site.weight.to_local() for site in adapter_sites(model).values() if site.weight.dim() == 3]
+    return {
+        "losses": (found / mesh.size()).tolist(),
+        "expected": expected,
+        "difference": largest_difference(model, alone),
+        "weights as they were": len(shards) == 4 and all(isinstance(shard, QuantizedShard) for shard in shards),
+        "left whole": left_whole,
+    }
+
+
 def _fused(model: Any) -> dict[str, Any]:
     reports = model.__dict__["_qlora_state"].reports
     stages = [stage for report in reports for stage in report.passes]
@@ -239,5 +271,5 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
 
 if __name__ == "__main__":
     names = (exact_bytes, eager, compiled_whole, compiled_blocks, checkpointing, bf16, hybrid, accumulation)
-    more = (memory_and_traffic, refusals, inductor, checkpointing_compiled)
+    more = (memory_and_traffic, refusals, inductor, checkpointing_compiled, experts)
     main({check.__name__: check for check in (*names, *more)})

@@ -9,6 +9,7 @@ import pytest
 
 FAST = ("exact_bytes", "eager", "compiled_whole", "accumulation", "memory_and_traffic", "refusals")
 ALL = (*FAST, "compiled_blocks", "checkpointing", "hybrid", "bf16")
+UNUSUAL = ("inductor", "checkpointing_compiled", "experts")
 WORLDS = [pytest.param((2, FAST), id="2"), pytest.param((4, ALL), id="4", marks=pytest.mark.slow)]
 
 
@@ -81,10 +82,17 @@ def test_other_ways(name: str, checks: Callable[..., Any]) -> None:
 
 @pytest.mark.slow
 def test_compiled_by_inductor(checks: Callable[..., Any]) -> None:
-    found = checks("fsdp", 2, ("inductor", "checkpointing_compiled"))
+    found = checks("fsdp", 2, UNUSUAL)
     _same(found["inductor"])
     assert found["inductor"]["fused"] >= 6
     _same(found["checkpointing_compiled"])
+
+
+@pytest.mark.slow
+def test_experts_are_split(checks: Callable[..., Any]) -> None:
+    found = checks("fsdp", 2, UNUSUAL)["experts"]
+    _same(found)
+    assert found["left whole"] == {}
 
 
 @pytest.mark.slow
