@@ -88,8 +88,8 @@ class Model:
 
     @property
     def compute_s(self) -> float:
-        """FLOPs of the step and of the second forward of checkpointing (a third of it, its output head left out)."""
-        return self.plan.flops() * 4 / 3 / (devices()[DEVICE]["bf16_flops"] * UTILIZATION)
+        """FLOPs of the step and of the second forward of checkpointing: half as many, as frozen weights have no gradient."""
+        return self.plan.flops() * 3 / 2 / (devices()[DEVICE]["bf16_flops"] * UTILIZATION)
 
     def exchange_s(self, ranks: int, split: bool) -> float:
         """A ring: all links at work, the slowest one counts; each exchange takes N - 1 hops."""
