@@ -16,6 +16,7 @@ from torch import fx, nn
 from . import fingerprint, warm_up
 from .config import QLoRAConfig
 from .dynamo import (
+    guard_modules,
     guard_pagers,
     guard_replacements,
     guard_training,
@@ -36,6 +37,7 @@ from .report import CompileReport
 from .state import (
     ModelEdits,
     ParamInfo,
+    StateRef,
     check_not_wrapped,
     check_one_device,
     check_same_config,
@@ -43,6 +45,7 @@ from .state import (
     is_linear_module,
     linear_entries,
 )
+from .tensor import QuantizedTensor
 
 Lowering = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
@@ -112,6 +115,11 @@ def _compile(
     ctx.codes = {node.name: entry for node, t in zip(nodes, original) if (entry := edits.find_codes(t)) is not None}
     ctx.chooser = _chooser(config)
     position = {node.name: index for index, node in enumerate(nodes)}
+    stored = {
+        ctx.params[node.name].name: position[node.name]
+        for node, param in zip(nodes, original)
+        if isinstance(param, QuantizedTensor) and node.name in ctx.params
+    }
     plain = [entry for entry in ctx.params.values() if entry.site is None]
     with torch.inference_mode(False), torch.enable_grad():
         stages = run_passes(work, ctx, pipeline)
@@ -121,6 +129,8 @@ def _compile(
     for node in nodes:
         if node.name in ctx.params and (site := ctx.params[node.name].site) is not None and site.info.dropout:
             guard_training(node)
+    if any(ref.name.rpartition(".")[0] not in stored for ref in ctx.state.values()):
+        guard_modules([node for node in nodes if node.name in ctx.params])  # what is fetched from them fits no others
     _freeze_examples(work, original, position)
     trained = {n: p for n, p in zip(nodes, original) if _trains(p, ctx.params.get(n.name))}
     guard_pagers(trained.items())
@@ -130,7 +140,7 @@ def _compile(
         raise traced_again("modules got a new class")
     report = CompileReport.of_graph(root, config, work, stages)
     lower = lower or _lowering(config, functools.partial(_backward_edit, work, ctx, report, trained))
-    call = _bind(work, example_inputs, position, ctx, lower, config)
+    call = _bind(work, example_inputs, position, stored, ctx, lower)
     state.reports.append(report)
     return call
 
@@ -237,32 +247,46 @@ def _bind(
     work: fx.GraphModule,
     example_inputs: list[Any],
     position: dict[str, int],
+    stored: dict[str, int],
     ctx: PassContext,
     lower: Lowering,
-    config: QLoRAConfig,
 ) -> Callable[..., Any]:
-    """Drop dead inputs, compile, and return the callable that hands the state on the model to the compiled graph."""
+    """Drop dead inputs, compile, and return the callable that hands the state on the model to the compiled graph.
+
+    `stored`: where among the arguments the 4-bit weights are that were there before. Their codes are taken from the
+    argument at each call, because a graph of one layer (after a graph break) serves other layers like it.
+    """
     kept: list[int] = []
-    getters: list[Callable[[], torch.Tensor]] = []
+    refs: list[StateRef] = []
     for node in placeholders(work.graph):
         if not node.users and isinstance(_example(node), torch.Tensor):
             work.graph.erase_node(node)
         elif node.name in ctx.state:
-            getters.append(ctx.state[node.name].get)
+            refs.append(ctx.state[node.name])
         else:
             kept.append(position[node.name])
     # an attribute, since AOTAutograd's key reads no `meta`: neither the nodes' nor the graph's own
     work.qlora_cache_key = (fingerprint.sources(), recomputed(work))
     work.recompile()
-    inputs = [example_inputs[i] for i in kept] + [get() for get in getters]
+    inputs = [example_inputs[i] for i in kept] + [ref.get() for ref in refs]
+    fetch = [_fetcher(ref, stored) for ref in refs]
     del example_inputs[:]  # the list must not keep the dense weights alive in this frame
     inner = lower(work, inputs)
     del inputs
 
     def call(*args: Any) -> Any:
-        return inner(*[args[i] for i in kept], *[get() for get in getters])
+        return inner(*[args[i] for i in kept], *[get(args) for get in fetch])
 
     return call
+
+
+def _fetcher(ref: StateRef, stored: Mapping[str, int]) -> Callable[[tuple[Any, ...]], Any]:
+    """How a call finds this tensor: in the 4-bit weight that it was given, else on the module that was traced."""
+    site, _, part = ref.name.rpartition(".")
+    if part not in QuantizedTensor.__annotations__ or site not in stored:
+        return lambda args: ref.get()
+    index = stored[site]
+    return lambda args: getattr(args[index], part)
 
 
 def _example(node: fx.Node) -> Any:

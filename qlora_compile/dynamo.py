@@ -110,6 +110,19 @@ def guard_pagers(parameters: Iterable[tuple[fx.Node, nn.Parameter]]) -> None:
         install_guard(AttrSource(source, PAGER).make_guard(GuardBuilder.CONSTANT_MATCH))
 
 
+def guard_modules(nodes: list[fx.Node]) -> None:
+    """Retrace for other modules than those that own these parameters: after a graph break Dynamo runs the code of one
+    layer for every layer like it, whose parameters it hands over; what the backend itself fetches would be the first's."""
+    sources = {}
+    for node in nodes:
+        source: Any = node._dynamo_source  # type: ignore[attr-defined]
+        module = getattr(getattr(source, "base", None), "base", None)  # of <module>._parameters['weight']
+        if module is not None:
+            sources[module.name if isinstance(module.name, str) else module.name()] = module
+    for module in sources.values():
+        install_guard(module.make_guard(GuardBuilder.ID_MATCH))
+
+
 def guard_replacements(replaced: list[torch.Tensor]) -> None:
     """Guards on these tensors look at what stands in their place when they are built, after the backend returns.
 
