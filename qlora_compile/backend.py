@@ -5,7 +5,6 @@ The only file that knows both halves: `passes/`, which rewrite the graph, and (t
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from . import fingerprint, warm_up
+from . import warm_up
 from .config import QLoRAConfig
 from .dynamo import (
     guard_modules,
@@ -26,18 +25,16 @@ from .dynamo import (
     traced_again,
 )
 from .errors import ConfigError, ModelStateError, QLoRACompileError
-from .flops import partitioner_settings
-from .fx_utils import copy_graph, is_linear, peel_transposes, placeholders, recomputed
+from .fx_utils import copy_graph, is_linear, peel_transposes, placeholders
+from .lowering import Lowering, bind, lowering
 from .modules import prepared_config, prepared_state
 from .pass_manager import Pass, PassContext, run_passes
 from .passes import BACKWARD_PIPELINE, PIPELINE
 from .preparation import choose_root, edit_modules, require_targets
-from .regions import CACHEABLE, call_region, return_operands_directly
 from .report import CompileReport
 from .state import (
     ModelEdits,
     ParamInfo,
-    StateRef,
     check_not_wrapped,
     check_one_device,
     check_same_config,
@@ -46,8 +43,6 @@ from .state import (
     linear_entries,
 )
 from .tensor import QuantizedTensor
-
-Lowering = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
 
 def qlora(
@@ -94,7 +89,7 @@ def _compile(
     root = choose_root(root_modules(gm))
     if root is None:  # a piece of a model without parameters, or a function of tensors: nothing of ours to do
         config = QLoRAConfig.from_options(options)
-        return (lower or _lowering(config))(gm, example_inputs)
+        return (lower or lowering(config))(gm, example_inputs)
     config = _configuration(root, options)
     check_one_device(root)
     if lower is None and config.lowering == "inductor":
@@ -114,10 +109,9 @@ def _compile(
     ctx.params = {node.name: entry for node, param in zip(nodes, original) if (entry := edits.find(param)) is not None}
     ctx.codes = {node.name: entry for node, t in zip(nodes, original) if (entry := edits.find_codes(t)) is not None}
     ctx.chooser = _chooser(config)
-    position = {node.name: index for index, node in enumerate(nodes)}
     stored = {
-        ctx.params[node.name].name: position[node.name]
-        for node, param in zip(nodes, original)
+        ctx.params[node.name].name: index
+        for index, (node, param) in enumerate(zip(nodes, original))
         if isinstance(param, QuantizedTensor) and node.name in ctx.params
     }
     plain = [entry for entry in ctx.params.values() if entry.site is None]
@@ -125,24 +119,36 @@ def _compile(
         stages = run_passes(work, ctx, pipeline)
         _check_targets(work, ctx)
         edits.freeze()
+    trained = {n: p for n, p in zip(nodes, original) if _trains(p, ctx.params.get(n.name))}
+    _install_guards(ctx, nodes, original, stored, trained)
+    position = {node.name: index for index, node in enumerate(nodes)}
+    _freeze_examples(work, original, position)
+    del original
+    state = edits.remember()
+    if any(_is_guarded(entry.site.module) for entry in plain if entry.site is not None):
+        raise traced_again("modules got a new class")
+    report = CompileReport.of_graph(root, config, work, stages)
+    lower = lower or lowering(config, functools.partial(_backward_edit, work, ctx, report, trained))
+    call = bind(work, example_inputs, position, stored, ctx, lower)
+    state.reports.append(report)
+    return call
+
+
+def _install_guards(
+    ctx: PassContext,
+    nodes: list[fx.Node],
+    original: list[Any],
+    stored: Mapping[str, int],
+    trained: Mapping[fx.Node, nn.Parameter],
+) -> None:
+    """Retrace where the code would no longer fit: other modules, another paged optimizer, dropout switched."""
     guard_replacements([p for node, p in zip(nodes, original) if (e := ctx.params.get(node.name)) and e.param is not p])
     for node in nodes:
         if node.name in ctx.params and (site := ctx.params[node.name].site) is not None and site.info.dropout:
             guard_training(node)
     if any(ref.name.rpartition(".")[0] not in stored for ref in ctx.state.values()):
         guard_modules([node for node in nodes if node.name in ctx.params])  # what is fetched from them fits no others
-    _freeze_examples(work, original, position)
-    trained = {n: p for n, p in zip(nodes, original) if _trains(p, ctx.params.get(n.name))}
     guard_pagers(trained.items())
-    del original
-    state = edits.remember()
-    if any(_is_guarded(entry.site.module) for entry in plain if entry.site is not None):
-        raise traced_again("modules got a new class")
-    report = CompileReport.of_graph(root, config, work, stages)
-    lower = lower or _lowering(config, functools.partial(_backward_edit, work, ctx, report, trained))
-    call = _bind(work, example_inputs, position, stored, ctx, lower)
-    state.reports.append(report)
-    return call
 
 
 def _is_guarded(module: nn.Module) -> bool:
@@ -243,56 +249,6 @@ def _freeze_examples(work: fx.GraphModule, original: list[Any], position: dict[s
                 fake.requires_grad_(wanted)
 
 
-def _bind(
-    work: fx.GraphModule,
-    example_inputs: list[Any],
-    position: dict[str, int],
-    stored: dict[str, int],
-    ctx: PassContext,
-    lower: Lowering,
-) -> Callable[..., Any]:
-    """Drop dead inputs, compile, and return the callable that hands the state on the model to the compiled graph.
-
-    `stored`: where among the arguments the 4-bit weights are that were there before. Their codes are taken from the
-    argument at each call, because a graph of one layer (after a graph break) serves other layers like it.
-    """
-    kept: list[int] = []
-    refs: list[StateRef] = []
-    for node in placeholders(work.graph):
-        if not node.users and isinstance(_example(node), torch.Tensor):
-            work.graph.erase_node(node)
-        elif node.name in ctx.state:
-            refs.append(ctx.state[node.name])
-        else:
-            kept.append(position[node.name])
-    # an attribute, since AOTAutograd's key reads no `meta`: neither the nodes' nor the graph's own
-    work.qlora_cache_key = (fingerprint.sources(), recomputed(work))
-    work.recompile()
-    inputs = [example_inputs[i] for i in kept] + [ref.get() for ref in refs]
-    fetch = [_fetcher(ref, stored) for ref in refs]
-    del example_inputs[:]  # the list must not keep the dense weights alive in this frame
-    inner = lower(work, inputs)
-    del inputs
-
-    def call(*args: Any) -> Any:
-        return inner(*[args[i] for i in kept], *[get(args) for get in fetch])
-
-    return call
-
-
-def _fetcher(ref: StateRef, stored: Mapping[str, int]) -> Callable[[tuple[Any, ...]], Any]:
-    """How a call finds this tensor: in the 4-bit weight that it was given, else on the module that was traced."""
-    site, _, part = ref.name.rpartition(".")
-    if part not in QuantizedTensor.__annotations__ or site not in stored:
-        return lambda args: ref.get()
-    index = stored[site]
-    return lambda args: getattr(args[index], part)
-
-
-def _example(node: fx.Node) -> Any:
-    return node.meta.get("example_value")
-
-
 def _backward_edit(
     work: fx.GraphModule, ctx: PassContext, report: CompileReport, trained: Mapping[fx.Node, nn.Parameter]
 ) -> Callable[..., None] | None:
@@ -311,56 +267,6 @@ def _backward_edit(
         report.passes += run_passes(gm, own, BACKWARD_PIPELINE).passes
 
     return edit
-
-
-def _lowering(config: QLoRAConfig, backward: Callable[[], Callable[..., None] | None] = lambda: None) -> Lowering:
-    """Inductor, AOTAutograd alone, or the graph as it is; the activation budget holds for the partitioner.
-
-    `backward()` gives what edits the backward graph, or None.
-    """
-
-    def lower(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        settings = partitioner_settings(config.activation_budget)
-        edit = backward()
-        if edit is not None:
-            settings["enable_autograd_cache"] = False  # a hit there would pass the edit by
-        if any(node.target is call_region for node in gm.graph.nodes):
-            # Inductor takes the outer graph's list of inputs that may be overwritten for the subgraph's (torch 2.13,
-            # pytorch#192840), whose backward then destroys what another layer still needs
-            settings["donated_buffer"] = False
-        with torch._functorch.config.patch(settings) if settings else contextlib.nullcontext():
-            if config.lowering == "inductor" and not _gives_inputs_other_data(gm):
-                from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-
-                def inner(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
-                    return_operands_directly(gm)
-                    if edit is not None and kwargs.get("is_backward"):
-                        edit(gm)
-                    return compile_fx_inner(gm, inputs, **kwargs)
-
-                known = torch._inductor.config.unsafe_marked_cacheable_functions
-                with torch._inductor.config.patch(unsafe_marked_cacheable_functions=known | CACHEABLE):
-                    return compile_fx(gm, inputs, inner_compile=inner)
-            if config.lowering != "eager":
-                from torch._dynamo.backends.debugging import aot_eager, boxed_nop
-
-                def backward_compiler(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-                    if edit is not None:
-                        edit(gm)
-                    return boxed_nop(gm, inputs)
-
-                return aot_eager(gm, inputs, bw_compiler=backward_compiler)
-            return gm.forward
-
-    return lower
-
-
-def _gives_inputs_other_data(gm: fx.GraphModule) -> bool:
-    """Whether the call itself replaces an input's data, as bitsandbytes does once for each layer on a CPU with AVX-512
-    BF16 that evaluates. Such a graph runs once, and Inductor (torch 2.13) expects the input in its later shape.
-    """
-    inputs = set(placeholders(gm.graph))
-    return any(node.target is torch.Tensor.set_ and node.args[0] in inputs for node in gm.graph.nodes)
 
 
 __all__ = ["qlora", "state_only"]

@@ -18,12 +18,13 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_map
 
-from .backend import Lowering, _compile, local_device
+from .backend import _compile, local_device
 from .config import QLoRAConfig
 from .dynamo import surfaced
 from .errors import ModelStateError, NoTargetError, QLoRACompileError
 from .fx_utils import copy_graph
 from .kernel_report import KernelReport
+from .lowering import Lowering
 from .memory_plan import MemoryPlan, merge_resident, unroll
 from .modules import adapter_parameters, prepared_state
 from .pass_manager import NodeRecord, PassResult, snapshot
