@@ -258,7 +258,7 @@ def test_the_cache_tells_a_checkpointed_model_from_a_flat_one() -> None:
 
         backend = partial(qc.backend.qlora, options=FP32)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(qc.backend, "_lowering", lambda config: lower)
+            patch.setattr(qc.backend, "lowering", lambda config, backward: lower)
             torch.compile(model if wrap is None else partial(wrap, model), backend=backend)(torch.randn(5, WIDTH))
         keys += seen
     assert len(keys) == 2 and keys[0] != keys[1]

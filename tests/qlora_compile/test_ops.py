@@ -326,11 +326,15 @@ def test_every_op_is_checked_here():
              if name.startswith("qlora::")}  # fmt: skip
     # those that other files of tests check
     elsewhere = (
+        "accumulate_grad",
         "attention",
         "dequantize_experts",
+        "evict_page",
         "grouped_lora_linear",
         "linear_cross_entropy",
+        "prefetch_page",
         "quantize_experts",
+        "step_page",
         "wide_",
     )
     names = {name for name in names if not name.startswith(elsewhere)}
