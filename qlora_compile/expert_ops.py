@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from . import nf4
-from .expert_products import ExpertGroup, grouped_backward, grouped_forward
-from .lora_group import as_rows, dequantize_into
+from .expert_products import ExpertGroup, decode_expert, grouped_backward, grouped_forward
+from .lora_group import as_rows
 from .ops import define_op
 
 
@@ -52,9 +52,7 @@ def dequantize_experts(
     """codes [E, ceil(n/2)] and scales ([absmax] or [absmax, scale, offset]) -> dense `shape` [E, a, b] in `dtype`."""
     out = torch.empty(tuple(shape), dtype=dtype, device=codes.device)
     for expert, matrix in enumerate(out):
-        absmax, *double = (part[expert] for part in scales)
-        scale, offset = double or (None, None)
-        dequantize_into(matrix, codes[expert], absmax, scale, offset, quant_type, block_size)
+        decode_expert(matrix, codes, scales, expert, quant_type, block_size)
     return out
 
 

@@ -15,6 +15,15 @@ from torch import Tensor
 from .lora_group import dequantize_into, scratch
 
 
+def decode_expert(
+    out: Tensor, codes: Tensor, scales: Sequence[Tensor], expert: int, quant_type: str, block_size: int
+) -> Tensor:
+    """Write one expert's matrix, as it is stored, into `out`; `scales` is [absmax] or [absmax, scale, offset]."""
+    absmax, *double = (part[expert] for part in scales)
+    scale, offset = double or (None, None)
+    return dequantize_into(out, codes[expert], absmax, scale, offset, quant_type, block_size)
+
+
 class ExpertGroup:
     """One call's weights and adapters, by expert. No tensor is copied here but the adapters' cast."""
 
@@ -54,10 +63,8 @@ class ExpertGroup:
         if self.quant_type == "none":
             matrix = self.weight[expert].to(self.dtype)
         else:
-            absmax, *double = (part[expert] for part in self.scales)
-            scale, offset = double or (None, None)
             out = scratch("weight", stored, self.weight, self.dtype)
-            matrix = dequantize_into(out, self.weight[expert], absmax, scale, offset, self.quant_type, self.block_size)
+            matrix = decode_expert(out, self.weight, self.scales, expert, self.quant_type, self.block_size)
         return matrix.t() if self.transposed else matrix
 
     def columns(self) -> list[slice]:
