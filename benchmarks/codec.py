@@ -5,17 +5,21 @@
 All contestants take turns in one run, so that a busy machine slows them alike; times are medians, ratios are of them.
 Dequantize writes bf16 into a reused buffer on both sides, which for bitsandbytes means calling its library's function
 directly (its public call always allocates); and bitsandbytes gets its scales already decoded, ours decodes them.
+Each table ends with what bounds it on this machine, measured in the same run: its bytes (read and written once) at the
+speed of a copy or of a read, its operations at the speed of the library's largest bf16 product; and how near we are.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -28,6 +32,44 @@ from qlora_compile import nf4
 from qlora_compile.runtime.kernels import find
 
 Times = dict[str, tuple[float, float]]  # contestant -> (median, best) in seconds
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a problem cannot do without: bytes read, bytes written, operations (multiply and add: 2)."""
+
+    read: int
+    written: int
+    operations: int = 0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Measured here: bytes/s of a read and of a copy (read + written) larger than the caches, bf16 operations/s."""
+
+    read: float
+    copy: float
+    operations: float
+
+    @staticmethod
+    def measure(repeats: int) -> Machine:
+        source = torch.zeros(32 << 20, dtype=torch.int64)
+        target, square = torch.empty_like(source), torch.randn(2048, 2048, dtype=torch.bfloat16)
+        best = alternate(
+            {"read": source.sum, "copy": lambda: target.copy_(source), "product": lambda: square @ square}, repeats
+        )
+        seconds = {name: times[1] for name, times in best.items()}
+        return Machine(
+            source.nbytes / seconds["read"], 2 * source.nbytes / seconds["copy"], 2 * 2048**3 / seconds["product"]
+        )
+
+    def bound(self, work: Work) -> tuple[float, str]:
+        """(seconds, what takes them)."""
+        total = work.read + work.written
+        speed = self.read if work.written < work.read / 16 else self.copy
+        by_bytes = total / speed, f"{total / 1e6:.1f} MB at {speed / 1e9:.0f} GB/s"
+        by_operations = work.operations / self.operations, f"its operations at {self.operations / 1e9:.0f} GFLOP/s"
+        return max(by_bytes, by_operations)
 
 
 def alternate(contestants: dict[str, Callable[[], object]], repeats: int) -> Times:
@@ -85,21 +127,30 @@ def bench_quantize(rows: int, columns: int, repeats: int) -> Times:
 
 
 def bench_linear(rows: int, columns: int, tokens: int, repeats: int) -> Times | None:
-    """Times in seconds of a product with `tokens` rows; None on a machine that has no such kernel."""
-    kernel = find("linear_4bit_small", "cpu")
-    if kernel is None:
+    """Times in seconds of a product with `tokens` rows: from the codes up to 64, else by dequantizing first.
+
+    None on a machine that has no kernel for the former.
+    """
+    kernel, dequantize = find("linear_4bit_small", "cpu"), find("dequantize_4bit", "cpu")
+    if kernel is None or dequantize is None:
         return None
     weight = torch.randn(rows, columns, dtype=torch.bfloat16)
     x = torch.randn(tokens, columns, dtype=torch.bfloat16)
     data = nf4.quantize_reference(weight, "nf4", 64, True)
-    out = torch.empty(tokens, rows, dtype=torch.bfloat16)
+    out, dense = torch.empty(tokens, rows, dtype=torch.bfloat16), torch.empty_like(weight)
     layer = Linear4bit(columns, rows, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
     layer.weight = Params4bit(weight, requires_grad=False, quant_type="nf4")
     layer = layer.to("cpu").eval()
+
+    def by_dequantizing() -> torch.Tensor:
+        dequantize(*data, weight.numel(), "nf4", 64, dense)
+        return torch.nn.functional.linear(x, dense)
+
+    from_codes = functools.partial(kernel, x, *data, rows, columns, "nf4", 64, out)
     with torch.no_grad():
         return alternate(
             {
-                "ours": lambda: kernel(x, *data, rows, columns, "nf4", 64, out),
+                "ours": from_codes if tokens <= 64 else by_dequantizing,
                 "bitsandbytes": lambda: layer(x),
                 "bf16 linear": lambda: torch.nn.functional.linear(x, weight),
             },
@@ -107,12 +158,28 @@ def bench_linear(rows: int, columns: int, tokens: int, repeats: int) -> Times | 
         )
 
 
-def show(title: str, times: Times) -> None:
-    print(title)
+def work_of(title: str) -> Work:
+    """Bytes and operations of a title made in `main`: "dequantize NxK", "quantize NxK", "linear NxK, M rows of x"."""
+    op, shape, *rest = title.replace(",", "").split()
+    rows, columns = map(int, shape.split("x"))
+    numel = rows * columns
+    packed = numel // 2 + numel // 64 + numel // 64 // 64  # codes, 8-bit scales, their fp32 scales
+    if op == "dequantize":
+        return Work(packed, 2 * numel)
+    if op == "quantize":
+        return Work(2 * numel, packed)
+    tokens = int(rest[0])
+    return Work(packed + 2 * tokens * columns, 2 * tokens * rows, 2 * tokens * numel)
+
+
+def show(title: str, times: Times, machine: Machine) -> None:
+    print(f"{title} (nf4, block 64, double quantization, bf16)")
     ours = times["ours"]
     for name, (median, best) in times.items():
         ratios = f"{median / ours[0]:>7.2f}x ours, best {best / ours[1]:.2f}x"
         print(f"  {name:<24}{median * 1e6:>9.0f} us (best {best * 1e6:>9.0f}) {ratios}")
+    seconds, what = machine.bound(work_of(title))
+    print(f"  bound by {what}: {seconds * 1e6:.0f} us, {seconds / ours[0]:.2f} of ours, best {seconds / ours[1]:.2f}")
 
 
 def main() -> None:
@@ -128,12 +195,13 @@ def main() -> None:
         rows, columns = map(int, shape.split("x"))
         results[f"dequantize {shape}"] = bench_dequantize(rows, columns, args.repeats)
         results[f"quantize {shape}"] = bench_quantize(rows, columns, max(3, args.repeats // 3))
-        for tokens in (1, 8, 16):
+        for tokens in (1, 8, 16, 512):
             times = bench_linear(rows, columns, tokens, args.repeats)
             if times is not None:
                 results[f"linear {shape}, {tokens} rows of x"] = times
+    machine = Machine.measure(args.repeats)
     for title, times in results.items():
-        show(f"{title} (nf4, block 64, double quantization, bf16)", times)
+        show(title, times, machine)
     about = {
         "machine": platform.processor() or platform.machine(),
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -141,6 +209,7 @@ def main() -> None:
         "torch": torch.__version__,
         "bitsandbytes": bitsandbytes_version,
         "date": time.strftime("%Y-%m-%d"),
+        "measured limits": asdict(machine),
     }
     print(json.dumps(about))
     if args.json:

@@ -154,7 +154,7 @@ def make_linear_4bit_small() -> Callable[..., None] | None:
     ) -> None:
         """out [M, N] (bf16 or fp32) = x [M, K] (bf16, rows contiguous) @ W^T, straight from the codes of W [N, K].
 
-        Meant for M of at most 16; right for any M. Needs K % block_size == 0. Sums are fp32; a weight is
+        Meant for M of at most 64; right for any M. Needs K % block_size == 0. Sums are fp32; a weight is
         bf16(book value) * fp32 scale, so it differs from the dequantized bf16 weight by about its rounding.
         """
         check_format(quant_type, block_size)

@@ -13,7 +13,7 @@ from ...lora_group import LoRAGroup, backward, forward
 from . import cpp_build, cpu, devices, dispatch, fp32_linear
 from .dispatch import Candidate, Problem
 
-SMALL_M = 16
+SMALL_M = 64  # above it dequantizing once is cheaper
 
 
 def _declines_codes(problem: Problem) -> str | None:

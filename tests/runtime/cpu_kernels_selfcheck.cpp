@@ -252,7 +252,7 @@ int main() {
                             }
     if (qlora_has_linear_4bit_small && qlora_has_linear_4bit_small())
         for (const int64_t M : {1, 3, 8, 9, 17})
-            for (const int64_t N : {1, 5})
+            for (const int64_t N : {1, 5, 21})
                 for (const int64_t block_size : {32, 64, 256})
                     for (const int64_t K : {1, 3, 4})
                         if (!check_linear(M, N, K * block_size, block_size)) {

@@ -75,7 +75,7 @@ def test_a_forced_kernel_wins_and_says_why_not_where_it_declines() -> None:
         assert (choice.name, choice.why) == (name, "forced by option")
     declined = dispatch.choose(BF16, "codes")
     assert declined.name != "codes"
-    assert declined.why.endswith("codes was asked for but declines: for at most 16 rows")
+    assert declined.why.endswith("codes was asked for but declines: for at most 64 rows")
 
 
 def test_unknown_names_are_refused_with_the_nearest() -> None:
