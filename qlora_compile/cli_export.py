@@ -36,7 +36,7 @@ def export(
     report: Annotated[bool, typer.Option(help="Print each layer's rounding error.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write the report, with each layer's error, to this file.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what is in OUT.")] = False,
-    resume: Annotated[bool, typer.Option(help="Keep finished shards if killed, and go on from them.")] = False,
+    resume: Annotated[bool, typer.Option(help="Keep what is finished if killed, and go on from it.")] = False,
     allow_pickle: Annotated[bool, typer.Option(help="Read a .bin adapter (weights only).")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:

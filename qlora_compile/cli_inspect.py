@@ -27,6 +27,9 @@ def inspect(
     module: Annotated[str | None, typer.Option(help="Only these modules: a name, part of it, or a pattern.")] = None,
     format_: Annotated[str, typer.Option("--format", help=", ".join(FORMATS) + ".")] = "text",
     run: Annotated[list[Path] | None, typer.Option(help="Folder of a finetune run, for html; repeatable.")] = None,
+    export: Annotated[
+        list[Path] | None, typer.Option(help="File of export --report --json, for html; repeatable.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write to this file instead of standard output.")] = None,
     r: Annotated[int, typer.Option(help="Rank of the adapters; 0: quantize only.")] = 16,
     target_modules: Annotated[str, typer.Option(help="As in finetune.")] = "all-linear",
@@ -82,7 +85,7 @@ def inspect(
         print_json(report.to_dict())
         return
     if format_ == "html" and out is not None:
-        report.to_html(out, run or ())
+        report.to_html(out, run or (), export or ())
         return
     if kernel is not None:
         _deliver(_kernel_source(report, kernel), out)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
@@ -22,6 +22,9 @@ from .page_plan import PageTimeline
 from .pass_manager import NodeRecord, PassResult, PipelineResult
 from .repetition import Repeat
 from .sharding import stored_form
+
+if TYPE_CHECKING:
+    from .runtime.export_report import ExportReport
 
 _OP = "lora_linear"
 
@@ -145,11 +148,14 @@ class CompileReport:
 
         return linear_blocks(self.linears)
 
-    def to_html(self, path: Path | str, runs: Sequence[Path | str] = ()) -> Path:
-        """One HTML file that opens offline; `runs` are output folders of `finetune`. Raises OutputError."""
+    def to_html(
+        self, path: Path | str, runs: Sequence[Path | str] = (), exports: Sequence[ExportReport | Path | str] = ()
+    ) -> Path:
+        """One HTML file that opens offline. `runs` are output folders of `finetune`, `exports` what `export` returned,
+        or files with what `export --json` printed. Raises OutputError, CheckpointError."""
         from .web.page import write_page
 
-        return write_page(self, path, runs)
+        return write_page(self, path, runs, exports)
 
     def __str__(self) -> str:
         text = io.StringIO()

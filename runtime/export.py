@@ -61,18 +61,21 @@ def export(
     values: name its folder as `base` for those. Each tensor keeps its dtype unless `dtype` is given.
     With `format="gguf"`, `out` is a .gguf file or a folder for one, and `dtype` its type: F32, F16, BF16 or Q8_0.
 
-    `verify` compares logits with base + adapters before the result appears, `report` measures each layer's error,
-    `progress(done_bytes, total_bytes)` is called after each tensor. `correction_rank` (with format "nf4") also writes
-    `out`/correction, an adapter of that rank that takes back part of what requantizing lost. `resume=True` keeps finished
-    shards when the run is killed, for the next one with `resume=True` (safetensors only). One tensor is in memory at a
-    time, and `out` appears at the end, whole, or not at all. Raises ConfigError, CheckpointError, AdapterMismatchError,
-    OutputError.
+    `verify` compares logits with base + adapters (quantized, with format "nf4") before the result appears, `report`
+    measures each layer's error, `progress(done_bytes, total_bytes)` is called after each tensor. `correction_rank` (with
+    format "nf4") also writes `out`/correction, an adapter of that rank that takes back part of what requantizing lost.
+    `resume=True` keeps what is finished when the run is killed, for the next one with `resume=True`. Two tensors are in
+    memory, the one that is made and the one that is written, and `out` appears at the end, whole, or not at all.
+    Raises ConfigError, CheckpointError, AdapterMismatchError, OutputError.
     """
-    _check_choices(format, base_precision, verify)
+    _check_choices(format, base_precision)
     if correction_rank is not None and (format != "nf4" or correction_rank < 1):
         raise ConfigError(f"correction_rank is a rank of at least 1, for format='nf4', got {correction_rank}.")
-    if resume and (format != "safetensors" or (base is None and isinstance(model_or_dir, nn.Module))):
-        raise ConfigError("resume is for format='safetensors' and a base in a folder.")
+    in_memory = base is None and isinstance(model_or_dir, nn.Module)
+    if resume and in_memory:
+        raise ConfigError("resume needs a base in a folder: name it with base=...")
+    if verify and format == "nf4" and in_memory:
+        raise ConfigError("With format='nf4', verify needs a base in a folder: name it with base=...")
     out = Path(out)
     kind = gguf_type(dtype) if format == "gguf" else None
     out_dtype = None if dtype is None or kind is not None else parse_dtype(dtype)
@@ -83,13 +86,14 @@ def export(
     weighted = read_adapters(model, adapters, allow_pickle, plain=folder is not None)
     check_not_an_input(out, [p for p in (folder, *(adapter.folder for adapter in weighted)) if p is not None])
     (check_gguf_output if format == "gguf" else check_output_folder)(out, overwrite=overwrite)
-    options = [base_precision, dtype, size, report, quant]
-    mark = fingerprint(folder, weighted, {"options": options}) if resume and folder is not None else None
+    output = _quantization_of(weighted, model, quant) if format == "nf4" else None
+    options = [format, base_precision, dtype, size, report, quant, correction_rank, repr(output)]
+    mark = fingerprint(folder, weighted, options) if resume and folder is not None else None
     with dense_folder(folder) as dense:
         job = ExportJob(
             *_plan(model, dense, weighted, base_precision, quant),
             format=format,
-            output=_quantization_of(weighted, model, quant) if format == "nf4" else None,
+            output=output,
             gguf_type=kind,
             dtype=out_dtype,
             max_shard_size_bytes=size,
@@ -162,16 +166,14 @@ def _quantization_of(
 def _verifier(model: nn.Module | None, folder: Path | None, adapters: list[WeightedAdapter]) -> Callable[..., Any]:
     if folder is None:
         assert model is not None
-        return lambda out, eps, plan, quantized: verify_model(out, model, eps)
-    return lambda out, eps, plan, quantized: verify_folder(out, folder, adapters, eps, plan=plan, quantized=quantized)
+        return lambda out, eps, plan, quantized, four_bit: verify_model(out, model, eps)
+    return lambda out, eps, plan, quantized, four_bit: verify_folder(
+        out, folder, adapters, eps, plan=plan, quantized=quantized, four_bit=four_bit
+    )
 
 
-def _check_choices(format: str, base_precision: str, verify: bool) -> None:
+def _check_choices(format: str, base_precision: str) -> None:
     if format not in FORMATS:
         raise ConfigError(f"format must be one of {', '.join(FORMATS)}, got {format!r}.")
-    if format == "nf4" and verify:
-        raise ConfigError(
-            "verify compares up to rounding, not up to 4 bits: with format='nf4' use report=True instead."
-        )
     if base_precision not in BASE_PRECISIONS:
         raise ConfigError(f"base_precision must be one of {', '.join(BASE_PRECISIONS)}, got {base_precision!r}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,26 +20,32 @@ ROUNDS = 4
 
 @dataclass
 class Correction:
-    """Collects a rank-`rank` correction per 4-bit weight, and how far each is off with it."""
+    """Makes and collects a rank-`rank` correction per 4-bit weight, and how far each is off with it."""
 
     rank: int
     layers: list[LayerError] = field(default_factory=list)
     _tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def add(
+    def of(
         self, name: str, quantized: QuantizedTensor, weight: torch.Tensor, terms: list[LoraTerm], exact: torch.Tensor
-    ) -> None:
-        """`exact`: what was quantized, fp32; `weight` and `terms`: the sum that it is of; `name`: the parameter's."""
+    ) -> tuple[LayerError, dict[str, torch.Tensor]]:
+        """One weight's correction: its error with it, and its factors by their names in the file.
+
+        `exact`: what was quantized, fp32; `weight` and `terms`: the sum that it is of; `name`: the parameter's.
+        """
         rest = exact.float() - quantized.dequantize().float()
         rest = rest.t() if quantized.transposed else rest
         rank = min(self.rank, *rest.shape)
         a, b = top_singular(rest, rank, 1.0, ROUNDS)
         module = name.removesuffix(".weight")
-        self._tensors[f"{PREFIX}{module}.lora_A.weight"] = a
-        self._tensors[f"{PREFIX}{module}.lora_B.weight"] = b
+        factors = {f"{PREFIX}{module}.lora_A.weight": a, f"{PREFIX}{module}.lora_B.weight": b}
         delta = (b @ a).t() if quantized.transposed else b @ a
         corrected = quantized.dequantize().float() + delta
-        self.layers.append(measure(name, corrected, weight, terms, transposed=quantized.transposed))
+        return measure(name, corrected, weight, terms, transposed=quantized.transposed), factors
+
+    def take(self, error: LayerError, factors: Mapping[str, torch.Tensor]) -> None:
+        self.layers.append(error)
+        self._tensors |= factors
 
     def write(self, folder: Path) -> None:
         """`folder`/correction: an adapter that stock peft puts onto the 4-bit model."""

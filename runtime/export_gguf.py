@@ -5,20 +5,24 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from ..errors import CheckpointError, ConfigError
+from ..tensor import is_finite
 from .export_report import ExportReport
+from .export_resume import note_layers, noted_layers, read_note, resumable_folder
 from .export_write import ExportJob, start_of, written_specs
 from .fold import fold, measure
-from .formats.atomic import check_output_file, check_output_folder, new_file, new_folder
+from .formats.atomic import check_output_file, check_output_folder, new_file, new_folder, sync
 from .formats.checkpoint_dir import TensorSpec
 from .formats.gguf_files import DTYPES, TYPES, GgufTensor, plan_tensors, write_gguf
 
 FILE_NAME = "model.gguf"
+NOTE_EVERY_BYTES = 256 * 2**20  # of a resumable export: what a kill can cost
 # What rounding to Q8_0 does to logits, as a unit of `verify`'s tolerance: half a step of a block of 32 normal values
 # (their largest / 127 / 2) is three times bfloat16's half unit, both in 2-norms.
 Q8_0_EPS = 3 * torch.finfo(torch.bfloat16).eps
@@ -56,36 +60,67 @@ def write_gguf_export(job: ExportJob, out: Path, overwrite: bool) -> ExportRepor
     result.folded = len(job.plan.targets)
     result.copied = len(tensors) - result.folded
     result.total_bytes = sum(tensor.nbytes for tensor in tensors)
-    done_bytes = 0
-
-    def produce(tensor: GgufTensor) -> Any:
-        nonlocal done_bytes
-        stored = _stored(job, tensor, result)
-        done_bytes += tensor.nbytes
-        if job.progress is not None:
-            job.progress(done_bytes, result.total_bytes)
-        return stored
-
-    with _new_gguf(out, overwrite) as file, tempfile.TemporaryDirectory(prefix="qlora-compile-") as side_files:
+    with _new_gguf(job, out, overwrite) as file, tempfile.TemporaryDirectory(prefix="qlora-compile-") as side_files:
         job.source.write_side_files(Path(side_files))
-        write_gguf(file, Path(side_files), tensors, kind, produce)
+        start = _noted_start(file, result)
+        steps = _Steps(job, result, file.parent, start[1], sum(tensor.nbytes for tensor in tensors[: start[0]]))
+        write_gguf(file, Path(side_files), tensors, kind, steps.produce, start, steps.written)
         if job.verify is not None:
             eps = Q8_0_EPS if kind == "Q8_0" else torch.finfo(DTYPES[kind]).eps
-            result.verification = job.verify(file, eps, job.plan, job.quantized)
+            result.verification = job.verify(file, eps, job.plan, job.quantized, None)
         result.files = [file.name]
     result.layers.sort(key=lambda layer: (-layer.relative, layer.name))
     return result
 
 
+@dataclass
+class _Steps:
+    """What happens with each tensor: it is made, counted, and from time to time noted as finished (`end_bytes`)."""
+
+    job: ExportJob
+    result: ExportReport
+    folder: Path
+    end_bytes: int
+    done_bytes: int
+
+    def produce(self, tensor: GgufTensor) -> Any:
+        stored = _stored(self.job, tensor, self.result)
+        self.done_bytes += tensor.nbytes
+        if self.job.progress is not None:
+            self.job.progress(self.done_bytes, self.result.total_bytes)
+        return stored
+
+    def written(self, count: int, stream: IO[bytes]) -> None:
+        if self.job.mark is not None and stream.tell() >= self.end_bytes + NOTE_EVERY_BYTES:
+            stream.flush()
+            sync(stream.fileno())
+            self.end_bytes = stream.tell()
+            note_layers(self.folder, self.result.layers, tensors=count, end=self.end_bytes)
+
+
+def _noted_start(file: Path, result: ExportReport) -> tuple[int, int]:
+    """(tensors, bytes) of `file` that a killed export has finished; their errors go into the report."""
+    found = read_note(file.parent)
+    if not found.get("tensors") or not file.is_file() or file.stat().st_size < found["end"]:
+        return 0, 0
+    result.layers += noted_layers(file.parent)
+    return found["tensors"], found["end"]
+
+
 @contextlib.contextmanager
-def _new_gguf(out: Path, overwrite: bool) -> Iterator[Path]:
+def _new_gguf(job: ExportJob, out: Path, overwrite: bool) -> Iterator[Path]:
     """Where to write the file, which becomes `out` (or `out`/model.gguf) when the block ends without an error."""
-    if _is_file(out):
-        with new_file(out, overwrite=overwrite) as file:
+    name = out.name if _is_file(out) else FILE_NAME
+    if job.mark is not None:
+        single = name if _is_file(out) else None
+        with resumable_folder(out, job.mark, overwrite=overwrite, file=single) as folder:
+            yield folder / name
+    elif _is_file(out):
+        with new_file(out, overwrite=overwrite, durable=False) as file:
             yield file
     else:
-        with new_folder(out, overwrite=overwrite) as folder:
-            yield folder / FILE_NAME
+        with new_folder(out, overwrite=overwrite, durable=False) as folder:
+            yield folder / name
 
 
 def _is_file(out: Path) -> bool:
@@ -98,7 +133,7 @@ def _stored(job: ExportJob, tensor: GgufTensor, result: ExportReport) -> Any:
     weight = job.source.tensor(tensor.key) if target is None else start_of(job, tensor.key, target)
     terms, options = (target.terms, target.fold_options) if target else ([], {})
     values = fold(weight, terms, dtype=tensor.dtype, **options) if terms else weight.to(tensor.dtype)
-    if not bool(torch.isfinite(values).all()):
+    if not is_finite(values):
         raise CheckpointError(f"{tensor.key} would hold NaN or infinity as {tensor.kind}; another dtype may hold it.")
     stored = tensor.encode(values)
     if job.report and len(tensor.shape) > 1:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from ..errors import CheckpointError, ConfigError, MissingDependencyError
 from ..tensor import QuantizedTensor
+from .fold import LayerError
 from .fold_plan import resolve_key
+from .formats.atomic import write_file
 from .formats.bnb_files import pack_weight
 from .formats.checkpoint_dir import Checkpoint, TensorSpec, open_checkpoint
+from .formats.peft_files import PREFIX
 
 Produce = Callable[[str], torch.Tensor]
+PARTS_FOLDER = ".parts"  # of a resumable export
 
 
 @dataclass(frozen=True)
@@ -62,26 +68,46 @@ def linear_weights(config_folder: Path, specs: Mapping[str, TensorSpec]) -> tupl
     return keys, dense
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What was measured of one 4-bit weight: its error; with a correction also the error with it, and its factors."""
+
+    layer: LayerError | None = None
+    corrected: LayerError | None = None
+    factors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
 @contextmanager
 def quantized_tensors(
     keys: Mapping[str, LinearWeight],
     specs: Mapping[str, TensorSpec],
-    quantize: Callable[[str, LinearWeight], QuantizedTensor],
+    quantize: Callable[[str, LinearWeight], tuple[QuantizedTensor, Findings]],
+    found: Callable[[str, Findings], None],
     dense: Produce,
-    beside: Path,
+    folder: Path,
+    *,
+    resumable: bool,
 ) -> Iterator[tuple[dict[str, TensorSpec], Produce]]:
     """Quantize each of `keys` once into files beside the output -> (specs to write, where to get each tensor).
 
     The header of a safetensors file comes before its tensors and needs their sizes, one of which (the JSON) depends on
-    the values; so the parts wait on the disk rather than in memory, and are gone at the end.
+    the values; so the parts wait on the disk rather than in memory, and are gone at the end. With `resumable` they lie
+    in `folder`, and those that are there already are kept. `found` is called for each weight, kept or new.
     """
     out = {key: spec for key, spec in specs.items() if key not in keys}
     parts: dict[str, Checkpoint] = {}
-    with tempfile.TemporaryDirectory(prefix=f"{beside.name}.parts.", dir=beside.parent) as temporary:
+    with _parts_folder(folder, resumable) as place:
         for number, (key, linear) in enumerate(sorted(keys.items())):
-            file = Path(temporary) / f"{number}.safetensors"
-            save_file(pack_weight(key, quantize(key, linear), specs[key].dtype), file)
-            parts |= dict.fromkeys((checkpoint := open_checkpoint(file)).specs, checkpoint)
+            file = place / f"{number}.safetensors"
+            if resumable and file.is_file():
+                findings = _read_findings(open_checkpoint(file))
+            else:
+                quantized, findings = quantize(key, linear)
+                data = _part(pack_weight(key, quantized, specs[key].dtype), findings)
+                write_file(file, data) if resumable else file.write_bytes(data)
+            found(key, findings)
+            checkpoint = open_checkpoint(file)
+            parts |= {name: checkpoint for name in checkpoint.specs if name not in findings.factors}
             checkpoint.close()
         out |= {name: checkpoint.specs[name] for name, checkpoint in parts.items()}
 
@@ -93,3 +119,29 @@ def quantized_tensors(
             return tensor
 
         yield out, produce
+
+
+@contextmanager
+def _parts_folder(folder: Path, resumable: bool) -> Iterator[Path]:
+    if not resumable:
+        with tempfile.TemporaryDirectory(prefix=f"{folder.name}.parts.", dir=folder.parent) as temporary:
+            yield Path(temporary)
+        return
+    (folder / PARTS_FOLDER).mkdir(exist_ok=True)
+    yield folder / PARTS_FOLDER
+    shutil.rmtree(folder / PARTS_FOLDER)  # not after an error: the next run goes on from it
+
+
+def _part(tensors: Mapping[str, torch.Tensor], findings: Findings) -> bytes:
+    """A safetensors file of a 4-bit weight's tensors and the correction's factors, with the errors in its header."""
+    errors = {"layer": findings.layer, "corrected": findings.corrected}
+    noted = {name: json.dumps(error.to_dict()) for name, error in errors.items() if error is not None}
+    plain = {name: tensor.contiguous() for name, tensor in {**tensors, **findings.factors}.items()}
+    return save(plain, metadata=noted)
+
+
+def _read_findings(part: Checkpoint) -> Findings:
+    noted = part.metadata()
+    errors = {name: LayerError(**json.loads(noted[name])) for name in ("layer", "corrected") if name in noted}
+    factors = {name: part.tensor(name).clone() for name in part.specs if name.startswith(PREFIX)}
+    return Findings(errors.get("layer"), errors.get("corrected"), factors)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from ..errors import CheckpointError
 from .fold import LayerError
 from .formats.atomic import write_file
+from .formats.checkpoint_dir import read_json
 from .verify import VerifyResult
 
 
@@ -51,6 +54,14 @@ class ExportReport:
             "verification": self.verification.to_dict() if self.verification else None,
         }
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ExportReport:
+        """What `to_dict` gave, and `export --json` printed. Raises KeyError, TypeError where it is something else."""
+        layers, corrected = ([LayerError(**layer) for layer in values[name]] for name in ("layers", "corrected"))
+        verified = values["verification"]
+        read = {"out": Path(values["out"]), "layers": layers, "corrected": corrected}
+        return cls(**(dict(values) | read | {"verification": VerifyResult(**verified) if verified else None}))
+
     def to_html(self, path: Path | str) -> Path:
         """The same as one HTML file without scripts. Raises OutputError."""
         import jinja2
@@ -88,3 +99,11 @@ class ExportReport:
                 console.print(f"... and {len(layers) - limit} layers with less.", highlight=False)
         if self.verification:
             console.print(self.verification.sentence(), highlight=False, markup=False)
+
+
+def read_export_report(file: Path) -> ExportReport:
+    """The report that `export --json` printed, from a file. Raises CheckpointError."""
+    try:
+        return ExportReport.from_dict(read_json(file))
+    except (KeyError, TypeError):
+        raise CheckpointError(f"{file} is not an export's report: write one with `export --report --json`.") from None

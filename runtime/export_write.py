@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, InvalidWeightError
-from ..tensor import QuantizedTensor
+from ..tensor import QuantizedTensor, is_finite
 from .expert_layout import ExpertRows
 from .export_correction import Correction
-from .export_nf4 import LinearWeight, Produce, linear_weights, quantized_tensors
+from .export_nf4 import PARTS_FOLDER, Findings, LinearWeight, Produce, linear_weights, quantized_tensors
 from .export_report import ExportReport
 from .export_resume import NOTE, note_layers, noted_layers, resumable_folder
 from .export_sources import WeightSource
@@ -25,6 +25,7 @@ from .formats.atomic import new_folder
 from .formats.bnb_files import quantization_config
 from .formats.checkpoint_dir import TensorSpec, read_json, write_checkpoint
 from .quantized_base import QuantizedBase
+from .verify import FourBit, VerifyResult
 
 Progress = Callable[[int, int], None]
 
@@ -35,7 +36,7 @@ class ExportJob:
 
     `quantized` says how targets marked `requantize` are made 4-bit and back before folding, `output` how the result is
     quantized (format "nf4"), `gguf_type` the type of a GGUF file's matrices (None: as the base has them). `verify` gets
-    what was written, the epsilon of its coarsest rounding, the plan and `quantized`.
+    what was written, the epsilon of its coarsest rounding, the plan, `quantized` and what of it is in 4 bits.
     """
 
     source: WeightSource
@@ -50,7 +51,7 @@ class ExportJob:
     max_shard_size_bytes: int
     report: bool
     progress: Progress | None
-    verify: Callable[[Path, float, FoldPlan, QuantizedBase | None], Any] | None
+    verify: Callable[[Path, float, FoldPlan, QuantizedBase | None, FourBit | None], VerifyResult] | None
     mark: str | None = None  # of a resumable export
     correction: Correction | None = None  # of a 4-bit output
 
@@ -60,6 +61,40 @@ def write_export(job: ExportJob, out: Path, overwrite: bool) -> ExportReport:
     specs = written_specs(job)
     result = ExportReport(out, job.format, job.base_precision, {a.label: a.weight for a in job.adapters})
     result.folded, result.copied = len(job.plan.targets), len(specs) - len(job.plan.targets)
+    place = new_folder(out, overwrite=overwrite, durable=False)
+    if job.mark is not None:
+        place = resumable_folder(out, job.mark, overwrite=overwrite)
+    with place as folder, contextlib.ExitStack() as stack:
+        counted = _Counted(specs, job.progress)
+        job.source.write_side_files(folder)
+        # `produce` is called by the writer, once a tensor, in the order of the files.
+        specs_out, produce, changes, four_bit = _outputs(job, specs, folder, result, counted, stack)
+        _edit_config(folder / "config.json", changes)
+        result.total_bytes = sum(spec.nbytes for spec in specs_out.values())
+        shard_done = None if job.mark is None else _shard_keeper(folder, result, counted)
+        write_checkpoint(folder, specs_out, counted.counting(produce), job.max_shard_size_bytes, shard_done)
+        if job.correction is not None:
+            job.correction.write(folder)
+            result.corrected = sorted(job.correction.layers, key=lambda layer: (-layer.relative, layer.name))
+        if job.verify is not None:
+            rounded = [specs[key].dtype for key in job.plan.targets] or [torch.float32]
+            coarsest_eps = max(torch.finfo(dtype).eps for dtype in rounded)
+            result.verification = job.verify(folder, coarsest_eps, job.plan, job.quantized, four_bit)
+        result.files = sorted(file.name for file in folder.iterdir() if file.name not in (NOTE, PARTS_FOLDER))
+    result.layers.sort(key=lambda layer: (-layer.relative, layer.name))
+    return result
+
+
+def _outputs(
+    job: ExportJob,
+    specs: Mapping[str, TensorSpec],
+    folder: Path,
+    result: ExportReport,
+    counted: _Counted,
+    stack: contextlib.ExitStack,
+) -> tuple[Mapping[str, TensorSpec], Produce, dict[str, Any], FourBit | None]:
+    """(what to write, where to get each tensor, changes of config.json, what of it is in 4 bits)."""
+    changes = _config_changes(job)
 
     def dense(key: str) -> torch.Tensor:
         target = job.plan.targets.get(key)
@@ -67,54 +102,42 @@ def write_export(job: ExportJob, out: Path, overwrite: bool) -> ExportReport:
             return job.source.tensor(key).to(specs[key].dtype)
         return _fold_one(job, key, target, specs[key].dtype, result)
 
-    def quantize(key: str, linear: LinearWeight) -> QuantizedTensor:
-        return _quantize_one(job, key, specs[key].dtype, linear, result)
+    def quantize(key: str, linear: LinearWeight) -> tuple[QuantizedTensor, Findings]:
+        return _quantize_one(job, key, specs[key].dtype, linear)
 
-    # `dense` and `quantize` are called by the writer, once a tensor, in the order of the files.
-    place = new_folder(out, overwrite=overwrite)
-    if job.mark is not None:
-        place = resumable_folder(out, job.mark, overwrite=overwrite)
-    with place as folder, contextlib.ExitStack() as stack:
-        job.source.write_side_files(folder)
-        changes = _config_changes(job)
-        produce: Produce = dense
-        if job.output is not None:
-            keys, kept = linear_weights(folder, specs)
-            changes["quantization_config"] = quantization_config(job.output.quant_type, job.output.double_quant, kept)
-            specs_out, produce = stack.enter_context(quantized_tensors(keys, specs, quantize, dense, folder))
-        else:
-            specs_out = specs
-        _edit_config(folder / "config.json", changes)
-        result.total_bytes = sum(spec.nbytes for spec in specs_out.values())
-        counted = _Counted(produce, specs_out, job.progress)
-        shard_done = None if job.mark is None else _shard_keeper(folder, result, counted)
-        write_checkpoint(folder, specs_out, counted, job.max_shard_size_bytes, shard_done)
-        if job.correction is not None:
-            job.correction.write(folder)
-            result.corrected = sorted(job.correction.layers, key=lambda layer: (-layer.relative, layer.name))
-        if job.verify is not None:
-            rounded = [specs[key].dtype for key in job.plan.targets] or [torch.float32]
-            coarsest_eps = max(torch.finfo(dtype).eps for dtype in rounded)
-            result.verification = job.verify(folder, coarsest_eps, job.plan, job.quantized)
-        result.files = sorted(file.name for file in folder.iterdir() if file.name != NOTE)
-    result.layers.sort(key=lambda layer: (-layer.relative, layer.name))
-    return result
+    def found(key: str, findings: Findings) -> None:
+        result.layers += [] if findings.layer is None else [findings.layer]
+        if findings.corrected is not None and job.correction is not None:
+            job.correction.take(findings.corrected, findings.factors)
+        counted.count(key)
+
+    if job.output is None:
+        return specs, dense, changes, None
+    keys, kept = linear_weights(folder, specs)
+    changes["quantization_config"] = quantization_config(job.output.quant_type, job.output.double_quant, kept)
+    parts = quantized_tensors(keys, specs, quantize, found, dense, folder, resumable=job.mark is not None)
+    return *stack.enter_context(parts), changes, FourBit(tuple(keys.values()), job.output)
 
 
 class _Counted:
-    """`produce`, telling `progress` how many of all bytes are done."""
+    """Tells `progress` how many of the bytes of `specs` are done. Names that are not in `specs` count nothing."""
 
-    def __init__(self, produce: Produce, specs: Mapping[str, TensorSpec], progress: Progress | None) -> None:
-        self.produce, self.specs, self.progress = produce, specs, progress
+    def __init__(self, specs: Mapping[str, TensorSpec], progress: Progress | None) -> None:
+        self.left, self.progress = dict(specs), progress
         self.total_bytes, self.done_bytes = sum(spec.nbytes for spec in specs.values()), 0
 
-    def __call__(self, key: str) -> torch.Tensor:
-        tensor = self.produce(key)
-        self.count(key)
-        return tensor
+    def counting(self, produce: Produce) -> Produce:
+        def counted(key: str) -> torch.Tensor:
+            tensor = produce(key)
+            self.count(key)
+            return tensor
+
+        return counted
 
     def count(self, key: str) -> None:
-        self.done_bytes += self.specs[key].nbytes
+        if key not in self.left:
+            return
+        self.done_bytes += self.left.pop(key).nbytes
         if self.progress is not None:
             self.progress(self.done_bytes, self.total_bytes)
 
@@ -122,6 +145,8 @@ class _Counted:
 def _shard_keeper(folder: Path, result: ExportReport, counted: _Counted) -> Callable[[list[str], bool], None]:
     """What happens after each shard of a resumable export: its errors are noted; of one that is kept, they are read."""
     noted = {layer.name: layer for layer in noted_layers(folder)}
+    for layer in result.layers:  # of 4-bit weights, which are kept beside the shards
+        noted.pop(layer.name, None)
 
     def shard_done(keys: list[str], was_written: bool) -> None:
         if was_written:
@@ -177,7 +202,7 @@ def _fold_one(job: ExportJob, key: str, target: Target, dtype: torch.dtype, resu
     if not target.terms:
         return weight.to(dtype)
     folded = fold(weight, target.terms, dtype=dtype, **target.fold_options)
-    if not bool(torch.isfinite(folded).all()):
+    if not is_finite(folded):
         raise CheckpointError(f"{key} would hold NaN or infinity as {dtype}: the base has it, or it is out of range.")
     if job.report:
         result.layers.append(measure(key, folded, weight, target.terms, **target.fold_options))
@@ -185,8 +210,8 @@ def _fold_one(job: ExportJob, key: str, target: Target, dtype: torch.dtype, resu
 
 
 def _quantize_one(
-    job: ExportJob, key: str, dtype: torch.dtype, linear: LinearWeight, result: ExportReport
-) -> QuantizedTensor:
+    job: ExportJob, key: str, dtype: torch.dtype, linear: LinearWeight
+) -> tuple[QuantizedTensor, Findings]:
     """One 4-bit tensor of the output, quantized from the fp32 sum (without an adapter: from what is stored)."""
     assert job.output is not None
     target = job.plan.targets.get(key)
@@ -198,11 +223,10 @@ def _quantize_one(
         quantized = job.output.quantize(dense, transposed=linear.is_conv1d)
     except InvalidWeightError as error:
         raise InvalidWeightError(f"{key}: {error}") from None
-    if job.report:
-        result.layers.append(measure(key, quantized.dequantize(), weight, terms, **options))
-    if job.correction is not None:
-        job.correction.add(linear.name, quantized, weight, terms, dense)
-    return quantized
+    layer = measure(key, quantized.dequantize(), weight, terms, **options) if job.report else None
+    if job.correction is None:
+        return quantized, Findings(layer)
+    return quantized, Findings(layer, *job.correction.of(linear.name, quantized, weight, terms, dense))
 
 
 def written_specs(job: ExportJob) -> dict[str, TensorSpec]:

@@ -72,7 +72,7 @@ def exact_blocks(
     transposed: bool = False,
     magnitude: torch.Tensor | None = None,
 ) -> Iterator[tuple[Any, torch.Tensor]]:
-    """The sum in fp64 by blocks of rows: (index of rows of `weight`, values of those rows)."""
+    """The sum in fp64 by blocks of rows: (index of rows of `weight`, values of those rows, until the next block)."""
     if magnitude is None:
         yield from _sums(weight, terms, transposed)
         return
@@ -96,9 +96,12 @@ def _sums(weight: torch.Tensor, terms: Sequence[LoraTerm], transposed: bool) -> 
         return
     left, right = _factors(weight, terms, transposed)
     step = max(1, BLOCK_BYTES // (8 * max(1, prod(weight.shape[1:]))))
+    # One block's memory for all: fresh pages cost more than the sums.
+    buffer = torch.empty((min(step, weight.shape[0]), *weight.shape[1:]), dtype=torch.float64, device=weight.device)
     for start in range(0, weight.shape[0], step):
         rows = slice(start, start + step)
-        block = weight[rows].to(torch.float64, copy=True)
+        part = weight[rows]
+        block = buffer[: part.shape[0]].copy_(part)
         if left is not None and right is not None:
             block.addmm_(left[rows], right)
         yield rows, block

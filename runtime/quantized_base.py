@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..config import parse_dtype
-from ..errors import CheckpointError, ConfigError, InvalidWeightError, UnknownOptionError
+from ..errors import CheckpointError, ConfigError, UnknownOptionError
 from ..initialization import is_spectral
 from ..modules import prepared_config
 from ..nf4 import BLOCK_SIZES, CODE_BOOKS
@@ -99,8 +99,6 @@ class QuantizedBase:
 
     def quantize(self, weight: torch.Tensor, *, transposed: bool) -> QuantizedTensor:
         """Dense -> 4 bits as noted here, experts (a 3-D weight) one by one. Raises InvalidWeightError for NaN, infinity."""
-        if not bool(torch.isfinite(weight).all()):
-            raise InvalidWeightError("the weight holds NaN or infinity and cannot be quantized.")
         return quantize_4bit(
             weight,
             quant_type=self.quant_type,

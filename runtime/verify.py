@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, MissingDependencyError
+from ..tensor import QuantizedTensor
+from .export_nf4 import LinearWeight
 from .fold_plan import FoldPlan, WeightedAdapter
 from .formats.peft_files import LoraLayer
 from .models import load_weights
 from .quantized_base import QuantizedBase
+from .quantized_source import is_quantized_folder
 
 # Tokens that are compared: (batch, length). Neither is a size that kernels like.
 IDS_SHAPE = (3, 37)
@@ -27,7 +31,8 @@ class VerifyResult:
 
     `relative` is |difference| / |reference| in 2-norms over all logits, `tolerance` what it may be, `effect` the same
     quotient for base + adapters against the base alone (None where the base alone is not at hand), `argmax_agreement`
-    the fraction of positions with the same most likely token.
+    the fraction of positions with the same most likely token. `quantization`, of a 4-bit export, is the quotient for
+    base + adapters in 4 bits (the reference then) against base + adapters.
     """
 
     max_abs: float
@@ -36,6 +41,7 @@ class VerifyResult:
     argmax_agreement: float
     effect: float | None
     reference: str
+    quantization: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -48,7 +54,17 @@ class VerifyResult:
         )
         if self.effect is not None and self.effect <= self.tolerance:
             text += f" The adapters change the logits by {self.effect:.1e} only: rounding could hide them here."
+        if self.quantization is not None:
+            text += f" The 4 bits change them by {self.quantization:.1e}."
         return text
+
+
+@dataclass(frozen=True)
+class FourBit:
+    """The weights of an export that are in 4 bits, and how they were quantized."""
+
+    linears: tuple[LinearWeight, ...]
+    quantized: QuantizedBase
 
 
 def verify_folder(
@@ -59,12 +75,14 @@ def verify_folder(
     *,
     plan: FoldPlan | None = None,
     quantized: QuantizedBase | None = None,
+    four_bit: FourBit | None = None,
     seed: int = 0,
 ) -> VerifyResult:
     """Compare `folder` with the folder `base` + adapters (stock peft applies a single one of weight 1, if installed).
 
     `plan` and `quantized` say which of the base's weights are replaced by their 4-bit values first; `eps` is that of
-    the type which the export was rounded to. Raises CheckpointError where the logits differ by more than that explains.
+    the type which the export was rounded to. With `four_bit`, base + adapters is quantized as the export was.
+    Raises CheckpointError where the logits differ by more than that explains.
     """
     model = load_plain(base)
     ids = _random_ids(model, seed)
@@ -72,10 +90,21 @@ def verify_folder(
         _requantize(model, plan, quantized)
     alone = _logits(model, ids)
     layers = sum(1 for module in model.modules() if isinstance(module, nn.Linear))
-    model, applied_by = _apply(model, adapters)
-    reference = _logits(model, ids)
+    if plan is not None and plan.untie:  # what is added to one of the two must not change the other
+        head: Any = model.get_output_embeddings()  # type: ignore[operator]
+        head.weight = nn.Parameter(head.weight.detach().clone())
+    model, applied_by = _apply(model, adapters, merge=four_bit is not None)
+    reference, what, lost = _logits(model, ids), f"base + adapters by {applied_by}", None
+    if four_bit is not None:
+        exact = reference
+        _to_four_bits(model, four_bit)
+        reference, what = _logits(model, ids), f"{what}, quantized to {four_bit.quantized.quant_type}"
+        lost = float((reference - exact).norm()) / max(float(exact.norm()), 1e-30)
+        # bitsandbytes' files hold values of 16 bits, whatever the sum was made in.
+        eps = max(eps, torch.finfo(torch.bfloat16).eps)
     del model
-    return _compare(folder, ids, reference, alone, _tolerance(eps, layers), f"base + adapters by {applied_by}")
+    result = _compare(folder, ids, reference, alone, _tolerance(eps, layers), what)
+    return replace(result, quantization=lost)
 
 
 def verify_model(folder: str | os.PathLike[str], model: nn.Module, eps: float, *, seed: int = 0) -> VerifyResult:
@@ -97,6 +126,7 @@ def load_plain(folder: str | os.PathLike[str]) -> nn.Module:
     """
     if Path(folder).suffix.lower() == ".gguf":
         return load_weights(Path(folder), torch.float32)
+    four_bit = is_quantized_folder(Path(folder))
     try:
         import transformers
         from huggingface_hub.errors import StrictDataclassError
@@ -105,8 +135,9 @@ def load_plain(folder: str | os.PathLike[str]) -> nn.Module:
     try:
         config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
         cls = getattr(transformers, (config.architectures or ["AutoModelForCausalLM"])[0], transformers.AutoModel)
+        options = _four_bit_options() if four_bit else {}
         model, info = cls.from_pretrained(
-            str(folder), dtype=torch.float32, local_files_only=True, output_loading_info=True
+            str(folder), dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
         )
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, StrictDataclassError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -114,7 +145,43 @@ def load_plain(folder: str | os.PathLike[str]) -> nn.Module:
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"]})
     if wrong:
         raise CheckpointError(f"{folder} and its config do not agree: {wrong[0]} is missing or not expected.")
-    return model.eval()
+    return (_dense(model) if four_bit else model).eval()
+
+
+def _four_bit_options() -> dict[str, Any]:
+    """Stock bitsandbytes reads a 4-bit folder with other code than ours; without it ours does."""
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        return {"device_map": "cpu"}
+    from .transformers_quantizer import QLoRAQuantizationConfig
+
+    return {"quantization_config": QLoRAQuantizationConfig()}
+
+
+def _dense(model: nn.Module) -> nn.Module:
+    """4-bit linears -> linears in fp32 with the same values: then no kernel rounds what flows through them."""
+    for name, module in list(model.named_modules()):
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, QuantizedTensor):
+            module.weight = nn.Parameter(weight.dequantize().float(), requires_grad=False)
+        elif type(module).__name__ == "Linear4bit":
+            import bitsandbytes
+
+            assert isinstance(weight, torch.Tensor) and isinstance(module, nn.Linear)
+            state = weight.quant_state  # type: ignore[attr-defined]
+            values = bitsandbytes.functional.dequantize_4bit(weight.data, state).float()
+            linear = nn.Linear(*values.shape[::-1], bias=module.bias is not None, device="meta")
+            linear.weight = nn.Parameter(values, requires_grad=False)
+            linear.bias = module.bias
+            model.set_submodule(name, linear)
+    return nn.Module.float(model)  # transformers' own refuses a model that was quantized
+
+
+def _to_four_bits(model: nn.Module, four_bit: FourBit) -> None:
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for linear in four_bit.linears:
+            weight = parameters[linear.name].data
+            weight.copy_(four_bit.quantized.quantize(weight, transposed=linear.is_conv1d).dequantize())
 
 
 def _compare(
@@ -183,8 +250,11 @@ def _requantize(model: nn.Module, plan: FoldPlan, quantized: QuantizedBase) -> N
             weight.copy_(quantized.round_trip(stored, transposed=target.transposed))
 
 
-def _apply(model: nn.Module, adapters: Sequence[WeightedAdapter]) -> tuple[nn.Module, str]:
-    """Base -> base + adapters, and who applied them: stock peft reads the files with other code than ours."""
+def _apply(model: nn.Module, adapters: Sequence[WeightedAdapter], *, merge: bool) -> tuple[nn.Module, str]:
+    """Base -> base + adapters, and who applied them: stock peft reads the files with other code than ours.
+
+    With `merge` they are added to the weights.
+    """
     folder = adapters[0].folder if len(adapters) == 1 and adapters[0].weight == 1 else None
     if folder is not None and (folder / "adapter_model.safetensors").is_file():
         try:
@@ -192,7 +262,8 @@ def _apply(model: nn.Module, adapters: Sequence[WeightedAdapter]) -> tuple[nn.Mo
         except ImportError:
             pass
         else:
-            return peft.PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False).eval(), "stock peft"
+            adapted = peft.PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
+            return (adapted.merge_and_unload() if merge else adapted).eval(), "stock peft"
     if any(layer.magnitude is not None for adapter in adapters for layer in adapter.files.layers().values()):
         raise MissingDependencyError("peft", "test", "Verifying the export of a DoRA adapter")
     _replace_full(model, adapters)
@@ -200,9 +271,20 @@ def _apply(model: nn.Module, adapters: Sequence[WeightedAdapter]) -> tuple[nn.Mo
         for path, layer in adapter.files.layers().items():
             if layer.experts:
                 _add_to_experts(model, path, layer, adapter.weight)
-                continue
-            model.get_submodule(path).register_forward_hook(_low_rank_hook(layer, adapter.weight))
-    return model, "fp32 hooks"
+            elif merge:
+                _add_to_weight(model.get_submodule(path), layer, adapter.weight)
+            else:
+                model.get_submodule(path).register_forward_hook(_low_rank_hook(layer, adapter.weight))
+    return model, "fp32 sums" if merge else "fp32 hooks"
+
+
+def _add_to_weight(module: nn.Module, layer: LoraLayer, weight: float) -> None:
+    """Embeddings and Conv1D hold [in, out]."""
+    delta = layer.scaling * weight * (layer.b.float() @ layer.a.float())
+    with torch.no_grad():
+        module.get_parameter("weight").add_(delta if isinstance(module, nn.Linear) else delta.t())
+        if layer.bias is not None:
+            module.get_parameter("bias").add_(layer.scaling * weight * layer.bias.float())
 
 
 def _add_to_experts(model: nn.Module, parameter: str, layer: LoraLayer, weight: float) -> None:

@@ -18,6 +18,7 @@ from pygments.lexers import CppLexer, PythonLexer
 from ..kernel_report import places
 from ..memory_plan import MemoryPlan
 from ..pass_manager import NodeRecord
+from ..runtime.export_report import ExportReport, read_export_report
 from ..runtime.formats.atomic import write_file
 from ..runtime.metrics import read_metrics
 from ..stage_graph import fold_blocks, folded_names, to_networkx
@@ -34,18 +35,27 @@ _LIBRARIES = ("cytoscape.min.js", "cytoscape-dagre.min.js", "uPlot.iife.min.js")
 RunLog = dict[str, list[dict[str, Any]]]
 
 
-def write_page(report: CompileReport, path: Path | str, runs: Sequence[Path | str] = ()) -> Path:
-    """Write the report; `runs` are folders of `finetune`, for the page Training. Raises OutputError, CheckpointError."""
-    return write_file(path, render(report, {str(run): _run_log(Path(run)) for run in runs}))
+def write_page(
+    report: CompileReport,
+    path: Path | str,
+    runs: Sequence[Path | str] = (),
+    exports: Sequence[ExportReport | Path | str] = (),
+) -> Path:
+    """Write the report; `runs` are folders of `finetune`, for the page Training, `exports` reports of `export` or
+    their JSON files, for the page Export. Raises OutputError, CheckpointError."""
+    logs = {str(run): _run_log(Path(run)) for run in runs}
+    done = [read_export_report(Path(e)) if isinstance(e, str | Path) else e for e in exports]
+    return write_file(path, render(report, logs, done))
 
 
-def render(report: CompileReport, runs: Mapping[str, RunLog]) -> str:
+def render(report: CompileReport, runs: Mapping[str, RunLog], exports: Sequence[ExportReport] = ()) -> str:
     """The page as text."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(_file("report.html.jinja"))
     kernels = [{"name": name, "html": Markup(_highlighted(text))} for name, text in report.kernels.items()]
     return template.render(
         report=report,
+        exports=exports,
         style=Markup(_file("report.css") + _highlight_style() + _file("uPlot.min.css")),
         libraries=[Markup(_file(name)) for name in _LIBRARIES],
         licenses=_file("LICENSES.txt"),

@@ -276,4 +276,4 @@ let resized = 0;
 window.onresize = () => { clearTimeout(resized); resized = setTimeout(() => { for (const [id, draw] of [["memory", drawMemory], ["training", drawTraining], ["numerics", drawNumerics]]) { drawn.delete(id); if (!$(`page-${id}`).hidden) { drawn.add(id); draw(); } } }, 150); };
 bars();
 theme(window.matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
-show(["graph", "kernels", "memory", "numerics", "training"].includes(location.hash.slice(1)) ? location.hash.slice(1) : "overview");
+show(["graph", "kernels", "memory", "numerics", "training", "export"].includes(location.hash.slice(1)) ? location.hash.slice(1) : "overview");

@@ -7,8 +7,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
 
 from ...errors import OutputError
 
@@ -46,11 +49,13 @@ def write_file(path: str | os.PathLike[str], data: bytes | str) -> Path:
 
 
 @contextmanager
-def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False, durable: bool = True) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path` that becomes `path` when the block ends without an error.
 
     After an error (or Ctrl-C) the temporary folder is removed and `path` is as it was. What a killed process leaves is
-    a hidden folder `.NAME.*.tmp` beside `path`, never a half-written `path`.
+    a hidden folder `.NAME.*.tmp` beside `path`, never a half-written `path`. Without `durable`, what is new may still be
+    in the system's cache when the block has ended (a power failure in the next seconds leaves files cut short, which
+    their readers refuse); what it replaces is removed only after it is on the disk.
     Raises OutputError where `path` exists and is not an empty folder (with `overwrite`: is not a folder), where it
     cannot be written, or where the disk is full.
     """
@@ -62,14 +67,14 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
     try:
         with output_errors(path):
             yield temporary
-            install_folder(temporary, path)
+            install_folder(temporary, path, durable=durable)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
 @contextmanager
-def new_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+def new_file(path: str | os.PathLike[str], *, overwrite: bool = False, durable: bool = True) -> Iterator[Path]:
     """Yield a path of the same name, in a temporary folder beside `path`, that becomes `path` when the block ends well.
 
     As `new_folder`, for one large file that is written as a stream. Raises OutputError.
@@ -82,19 +87,33 @@ def new_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterat
     try:
         with output_errors(path):
             yield temporary / path.name
-            _sync_path(temporary / path.name)
-            os.replace(temporary / path.name, path)
-            _sync_folder(path.parent)
+            install_file(temporary / path.name, path, durable=durable)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def install_folder(temporary: Path, path: Path) -> None:
-    """A finished folder -> `path`, on the disk before it has that name. Raises OSError."""
+def install_file(temporary: Path, path: Path, *, durable: bool = True) -> None:
+    """A finished file -> `path`, `durable` or in the place of another: on the disk before it has that name.
+
+    Raises OSError.
+    """
+    durable = durable or path.exists()
+    if durable:
+        _sync_path(temporary)
+    os.replace(temporary, path)
+    if durable:
+        _sync_folder(path.parent)
+
+
+def install_folder(temporary: Path, path: Path, *, durable: bool = True) -> None:
+    """A finished folder -> `path`, as `install_file`. Raises OSError."""
+    durable = durable or path.exists()
     os.chmod(temporary, 0o777 & ~_umask())
-    _sync_tree(temporary)
+    if durable:
+        _sync_tree(temporary)
     _replace_folder(temporary, path)
-    _sync_folder(path.parent)
+    if durable:
+        _sync_folder(path.parent)
 
 
 def check_output_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -114,6 +133,39 @@ def check_output_folder(path: str | os.PathLike[str], *, overwrite: bool = False
             raise OutputError(f"The output folder {path} is not empty; choose another one or ask to overwrite it.")
     elif path.exists() or path.is_symlink():
         raise OutputError(f"The output {path} exists and is not a folder; choose another one.")
+
+
+class BackgroundWriter:
+    """Writes to a file in a thread of its own, one piece at a time.
+
+    `write` waits for the piece before, so two are in memory: the one that is written and the one that is made. Errors
+    of the thread (OSError) come out of the next `write`, or at the end of the block.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self._thread = ThreadPoolExecutor(1, "writer")
+        self._pending: Future[int] | None = None
+
+    def write(self, data: memoryview) -> None:
+        self.wait()
+        self._pending = self._thread.submit(self.file.write, data)
+
+    def wait(self) -> None:
+        """Until all that was given is with the system. Raises OSError."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self._thread.shutdown()
 
 
 def sync(descriptor: int) -> None:

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ...errors import CheckpointError, ConfigError
-from .atomic import sync
+from .atomic import BackgroundWriter, sync
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -83,6 +83,10 @@ class Checkpoint:
             return self._open[1].get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"The tensor {key!r} cannot be read from {shard}: {error}.") from error
+
+    def metadata(self) -> dict[str, str]:
+        """What stands in the header of the (first) file beside the tensors."""
+        return dict(_open_file(next(iter(self.shards.values()))).metadata() or {})
 
     def close(self) -> None:
         self._open = None
@@ -157,8 +161,9 @@ def write_checkpoint(
 ) -> list[Path]:
     """Write safetensors shards (and an index where there are several) into `folder`; returns the shards' paths.
 
-    `produce(key)` is called once a tensor, in the order of the file, and its result is dropped after it was written:
-    one tensor is in memory at a time. Same tensors, same bytes. A tensor larger than the limit gets its own shard.
+    `produce(key)` is called once a tensor, in the order of the file, and its result is dropped after it was written,
+    which happens while the next one is made: two tensors are in memory. Same tensors, same bytes. A tensor larger than
+    the limit gets its own shard.
     With `shard_done`, a shard that is there already is kept (it got its name when it was whole, and on the disk), and
     `shard_done(its names, whether it was written now)` is called for each.
     Raises CheckpointError where `produce` returns another dtype or shape than `specs` says; OSError from writing.
@@ -284,9 +289,10 @@ def _write_shard(file: IO[bytes], specs: Mapping[str, TensorSpec], produce: Call
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
     file.write(len(raw).to_bytes(8, "little") + raw)
-    for key in keys:
-        tensor = produce(key)
-        if (tensor.dtype, tuple(tensor.shape)) != (specs[key].dtype, specs[key].shape):
-            wanted = f"{specs[key].dtype} {list(specs[key].shape)}"
-            raise CheckpointError(f"{key!r} should be {wanted}, but is {tensor.dtype} {list(tensor.shape)}.")
-        file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    with BackgroundWriter(file) as writer:
+        for key in keys:
+            tensor = produce(key)
+            if (tensor.dtype, tuple(tensor.shape)) != (specs[key].dtype, specs[key].shape):
+                wanted = f"{specs[key].dtype} {list(specs[key].shape)}"
+                raise CheckpointError(f"{key!r} should be {wanted}, but is {tensor.dtype} {list(tensor.shape)}.")
+            writer.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -119,14 +119,44 @@ def write_gguf(
     tensors: list[GgufTensor],
     kind: str,
     produce: Callable[[GgufTensor], Any],
+    start: tuple[int, int] = (0, 0),
+    written: Callable[[int, IO[bytes]], None] | None = None,
 ) -> None:
     """Write `file`; `folder` holds config.json and the tokenizer's files. `produce(tensor)` gives each stored array.
 
-    One tensor is in memory at a time. Same input, same bytes. Raises CheckpointError (a tokenizer or a rotary scaling
-    that GGUF has no name for), OSError.
+    One tensor is in memory at a time. Same input, same bytes. `start` = (count, end): so many tensors stand in `file`
+    already, up to the byte `end`. `written(count, stream)` is called after each tensor. Raises CheckpointError (a
+    tokenizer or a rotary scaling that GGUF has no name for), OSError.
     """
-    gguf = gguf_module()
     config = read_json(folder / "config.json")
+    count, end = start
+    if not count:
+        _write_header(file, folder, config, tensors, kind)
+        end = file.stat().st_size
+    with open(file, "r+b") as stream:
+        stream.truncate(end)
+        stream.seek(end)
+        _pad(stream)
+        for number, tensor in enumerate(tensors[count:], count + 1):
+            _write_array(stream, produce(tensor))
+            if written is not None:
+                written(number, stream)
+        factors = _rope_factors(config)
+        if factors is not None:
+            _write_array(stream, factors)
+
+
+def _write_array(stream: IO[bytes], stored: Any) -> None:
+    stream.write(stored.reshape(-1).view("uint8").data)
+    _pad(stream)
+
+
+def _pad(stream: IO[bytes]) -> None:
+    stream.write(bytes(-stream.tell() % gguf_module().GGUF_DEFAULT_ALIGNMENT))
+
+
+def _write_header(file: Path, folder: Path, config: Mapping[str, Any], tensors: list[GgufTensor], kind: str) -> None:
+    gguf = gguf_module()
     vocab_size = next((t.shape[0] for t in tensors if t.name == "token_embd.weight"), 0)
     writer = gguf.GGUFWriter(file, architecture_of(config))
     try:
@@ -135,11 +165,12 @@ def write_gguf(
         writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind}" if kind != "F32" else "ALL_F32"])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _add_sizes(writer, config, vocab_size)
-        factors = _add_rope(writer, gguf, config)
+        _add_rope(writer, gguf, config)
         _add_tokenizer(writer, gguf, folder, vocab_size)
         for tensor in tensors:
             ggml_type = gguf.GGMLQuantizationType[tensor.kind]
             writer.add_tensor_info(tensor.name, tensor.shape, None, tensor.nbytes, raw_dtype=ggml_type)
+        factors = _rope_factors(config)
         if factors is not None:
             writer.add_tensor_info(
                 "rope_freqs.weight", factors.shape, None, factors.nbytes, gguf.GGMLQuantizationType.F32
@@ -147,10 +178,6 @@ def write_gguf(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor in tensors:
-            writer.write_tensor_data(produce(tensor))
-        if factors is not None:
-            writer.write_tensor_data(factors)
     finally:
         writer.close()
 
@@ -198,27 +225,35 @@ def _add_sizes(writer: Any, config: Mapping[str, Any], vocab_size: int) -> None:
     writer.add_vocab_size(vocab_size)
 
 
-def _add_rope(writer: Any, gguf: Any, config: Mapping[str, Any]) -> Any:
-    """Base and scaling of the rotary embedding; returns Llama 3's factors (fp32 array), to be stored as a tensor."""
+def _rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], str, float]:
+    """The rotary embedding: its parameters, its kind and its base."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    return rope, str(rope.get("rope_type", rope.get("type", "default"))), theta
+
+
+def _add_rope(writer: Any, gguf: Any, config: Mapping[str, Any]) -> None:
+    """Base and scaling of the rotary embedding, except what `_rope_factors` gives."""
+    rope, kind, theta = _rope(config)
     writer.add_rope_freq_base(theta)
-    kind = rope.get("rope_type", rope.get("type", "default"))
     if kind in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType[kind.upper()])
         writer.add_rope_scaling_factor(float(rope["factor"]))
         if kind == "yarn":
             original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
             writer.add_rope_scaling_orig_ctx_len(int(original))
-    elif kind == "llama3":
-        return _llama3_factors(rope, theta, config)
-    elif kind != "default":
+    elif kind not in ("default", "llama3"):
         raise CheckpointError(f"GGUF has no name for the rotary scaling {kind!r} of this model.")
-    return None
 
 
-def _llama3_factors(rope: Mapping[str, Any], theta: float, config: Mapping[str, Any]) -> Any:
-    """What divides each rotary frequency (Llama 3.1; transformers `_compute_llama3_parameters`), fp32 [head_dim / 2]."""
+def _rope_factors(config: Mapping[str, Any]) -> Any:
+    """What divides each rotary frequency of Llama 3.1, to be stored as a tensor, fp32 [head_dim / 2]; else None.
+
+    transformers `_compute_llama3_parameters`.
+    """
+    rope, kind, theta = _rope(config)
+    if kind != "llama3":
+        return None
     heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
     dim = int(config.get("head_dim") or hidden // heads)
     wavelength = 2 * math.pi * theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)

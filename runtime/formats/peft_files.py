@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import save
 
 from ...errors import CheckpointError
+from ...tensor import is_finite
 from .atomic import new_folder, write_file
 from .checkpoint_dir import open_checkpoint, read_json
 from .expert_files import parameter_names, unflatten
@@ -188,7 +189,7 @@ def _read_tensors(path: Path, allow_pickle: bool) -> dict[str, torch.Tensor]:
     for key, tensor in tensors.items():
         if not key.startswith(PREFIX):
             raise CheckpointError(f"the key {key!r} does not start with {PREFIX!r}, as PEFT's do.")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not is_finite(tensor):
             raise CheckpointError(f"{key} holds NaN or infinite values.")
     return tensors
 

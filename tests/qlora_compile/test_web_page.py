@@ -22,6 +22,8 @@ import qlora_compile as qc
 from qlora_compile.errors import CheckpointError, OutputError
 from qlora_compile.numerics import measure, text_perplexities
 from qlora_compile.report import CompileReport
+from qlora_compile.runtime.export_report import ExportReport
+from qlora_compile.runtime.fold import LayerError
 from qlora_compile.web.page import memory_data
 
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
@@ -113,11 +115,19 @@ def page(report: CompileReport, tmp_path_factory: pytest.TempPathFactory) -> str
         if name == "second":
             lines[0] |= {"paged_in_bytes": 4096, "paged_out_bytes": 0, "stall_ms": 0.5}
         (folder / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return report.to_html(folder / "report.html", runs=[folder / "first", folder / "second"]).as_uri()
+    exported = ExportReport(
+        folder / "merged", "nf4", "original", {"law": 0.7}, layers=[LayerError("q", 2, 1, 0.125, 1)]
+    )
+    (folder / "export.json").write_text(json.dumps(exported.to_dict()))
+    runs, exports = (
+        [folder / "first", folder / "second"],
+        [folder / "export.json", ExportReport(folder, "gguf", "", {})],
+    )
+    return report.to_html(folder / "report.html", runs, exports).as_uri()
 
 
 def test_every_page_opens_without_an_error(browser: Browser, page: str, report: CompileReport) -> None:
-    for name in ("overview", "graph", "kernels", "memory", "numerics", "training"):
+    for name in ("overview", "graph", "kernels", "memory", "numerics", "export", "training"):
         browser.open(f"{page}#{name}")
         assert browser.run(f"document.getElementById('page-{name}').offsetHeight") > 20
         assert browser.errors() == [], name
@@ -126,6 +136,8 @@ def test_every_page_opens_without_an_error(browser: Browser, page: str, report: 
     assert titles == ["Loss", "Perplexity on held-out text", "Tokens/s", "Memory", "Paged in, bytes a step",
                       "Paged out, bytes a step", "Waited for pages, ms a step"]  # fmt: skip
     assert browser.run("document.querySelectorAll('#page-training canvas').length") == len(titles)
+    exports = browser.run("document.getElementById('page-export').textContent")
+    assert "merged" in exports and "law × 0.7." in exports and "1.25e-01" in exports and "were not measured" in exports
     kernels = browser.run("document.getElementById('page-kernels').textContent")
     assert "*.mlp.down_proj ×32" in kernels and "lora_linear_backward" in kernels
     text = browser.run("document.getElementById('page-overview').textContent")
@@ -208,3 +220,7 @@ def test_without_a_plan_and_what_cannot_be_written(tmp_path: Path, tiny_llama: C
         explained.to_html(tmp_path / "sub" / "r.html" / "x.html")
     with pytest.raises(CheckpointError, match="cannot be read"):
         explained.to_html(tmp_path / "r.html", runs=[tmp_path / "no-run"])
+    (tmp_path / "other.json").write_text('{"layers": []}')
+    with pytest.raises(CheckpointError, match=r"other.json is not an export's report"):
+        explained.to_html(tmp_path / "r.html", exports=[tmp_path / "other.json"])
+    assert not (tmp_path / "r.html").exists()

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_compile.errors import (
-    ConfigError,
-)
+from qlora_compile.errors import CheckpointError, ConfigError
+from qlora_compile.runtime import export_write
 from qlora_compile.runtime.export import export
 from qlora_compile.runtime.formats.checkpoint_dir import open_checkpoint
 from qlora_compile.tensor import quantize_4bit
@@ -109,9 +108,35 @@ class TestNF4:
         theirs = weights_of(bitsandbytes_folder(base, tmp_path / "theirs", quant))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
-    def test_verify_is_refused(self, tiny_checkpoint: Path, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match="use report=True instead"):
-            export(tiny_checkpoint, tmp_path / "out", format="nf4", verify=True)
+    @pytest.mark.parametrize("weights", [(1.0,), (0.6, -0.5)])
+    def test_verify_quantizes_base_and_adapters(
+        self, tmp_path: Path, tiny_llama: MakeModel, make_adapter: MakeAdapter, weights: tuple[float, ...],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        pytest.importorskip("bitsandbytes")
+        source = tiny_llama(torch.bfloat16, hidden_size=192, intermediate_size=128, head_dim=64)
+        base = save_base(tmp_path / "base", source)
+        targets = ("q_proj", "down_proj", "embed_tokens")
+        adapters = {make_adapter(tmp_path / f"a{i}", source, seed=i, targets=targets): w for i, w in enumerate(weights)}
+        result = export(base, tmp_path / "out", adapters, format="nf4", verify=True).verification
+        assert result is not None and result.relative < 5e-3 < 0.05 < (result.quantization or 0)
+        assert result.reference.endswith("quantized to nf4") and "The 4 bits change them by" in result.sentence()
+        # On top of what is in 4 bits already: adapters that follow one another.
+        second = make_adapter(tmp_path / "second", source, seed=9)
+        again = export(tmp_path / "out", tmp_path / "dense", second, base_precision="dequantized", verify=True)
+        assert again.verification is not None and again.verification.relative < 0.02 < (again.verification.effect or 0)
+        once = export_write._quantize_one
+
+        def other(job: Any, key: str, *rest: Any) -> Any:
+            return once(job, key.replace("up_proj", "gate_proj"), *rest)
+
+        monkeypatch.setattr(export_write, "_quantize_one", other)
+        with pytest.raises(CheckpointError, match="does not compute what base"):
+            export(base, tmp_path / "wrong", adapters, format="nf4", verify=True)
+
+    def test_a_model_in_memory_cannot_be_verified_in_4_bits(self, tmp_path: Path, tiny_llama: MakeModel) -> None:
+        with pytest.raises(ConfigError, match="verify needs a base in a folder: name it with base="):
+            export(tiny_llama(), tmp_path / "out", format="nf4", verify=True)
         assert not (tmp_path / "out").exists()
 
     def test_a_correction_takes_back_part_of_the_error(

@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_compile.errors import ConfigError, OutputError
+from qlora_compile.errors import CheckpointError, ConfigError, OutputError
+from qlora_compile.runtime import export_gguf, export_write
 from qlora_compile.runtime.export import export
+
+from .gguf_models import save_family
 
 MakeAdapter = Callable[..., Path]
 KILLED = """
@@ -91,7 +94,70 @@ def test_other_inputs_start_over(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_where_there_is_nothing_to_go_on_from(tiny_checkpoint: Path, tmp_path: Path, tiny_llama: Any) -> None:
-    for source, options in ((tiny_checkpoint, {"format": "nf4"}), (tiny_llama(), {})):
-        with pytest.raises(ConfigError, match="resume is for format='safetensors' and a base in a folder"):
-            export(source, tmp_path / "out", resume=True, **options)
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches a signal."""
+
+
+@pytest.mark.parametrize("when", [0.2, 0.6, 0.97])
+def test_4_bits_go_on_from_the_weights_and_shards_that_are_finished(
+    tiny_checkpoint: Path, tmp_path: Path, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch, when: float
+) -> None:
+    """A kill while weights are quantized (0.2, 0.6), and while shards are written."""
+    adapter = make_adapter(tmp_path / "adapter", load(tiny_checkpoint), targets=("q_proj", "down_proj", "embed_tokens"))
+    options: dict[str, Any] = {"max_shard_size": "9KB", "report": True, "format": "nf4", "correction_rank": 2}
+    with pytest.raises(Killed):
+        export(tiny_checkpoint, tmp_path / "out", adapter, resume=True, progress=killing_at(when), **options)
+    assert (tmp_path / ".out.partial").is_dir() and not (tmp_path / "out").exists()
+    quantized: list[str] = []
+    once = export_write._quantize_one
+    monkeypatch.setattr(
+        export_write, "_quantize_one", lambda job, key, *rest: quantized.append(key) or once(job, key, *rest)
+    )
+    seen: list[int] = []
+    result = export(
+        tiny_checkpoint, tmp_path / "out", adapter, resume=True, progress=lambda done, _: seen.append(done), **options
+    )
+    assert len(quantized) == {0.2: 15, 0.6: 4, 0.97: 0}[when] and seen == sorted(seen)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "out"]
+    whole = export(tiny_checkpoint, tmp_path / "whole", adapter, **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "out" / "correction") == contents(tmp_path / "whole" / "correction")
+    assert (result.layers, result.corrected, result.files) == (whole.layers, whole.corrected, whole.files)
+
+
+@pytest.mark.parametrize("name", ["out.gguf", "out"])
+def test_a_gguf_file_goes_on_from_its_finished_tensors(
+    tmp_path: Path, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    pytest.importorskip("gguf")
+    base = save_family(tmp_path / "base", "Llama")
+    adapter = make_adapter(tmp_path / "adapter", load(base))
+    options: dict[str, Any] = {"report": True, "format": "gguf", "dtype": "q8_0"}
+    monkeypatch.setattr(export_gguf, "NOTE_EVERY_BYTES", 40_000)
+    with pytest.raises(Killed):
+        export(base, tmp_path / name, adapter, resume=True, progress=killing_at(0.7), **options)
+    with open(tmp_path / f".{name}.partial" / ("out.gguf" if name == "out.gguf" else "model.gguf"), "r+b") as file:
+        file.seek(-1000, os.SEEK_END)
+        file.write(b"?" * 2000)  # of the tensor that was being written
+    seen: list[int] = []
+    result = export(base, tmp_path / name, adapter, resume=True, progress=lambda done, _: seen.append(done), **options)
+    assert 0.1 < seen[0] / seen[-1] < 0.7 and seen[-1] == result.total_bytes
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", name]
+    whole = export(base, tmp_path / "whole.gguf", adapter, **options)
+    written = tmp_path / name / "model.gguf" if name == "out" else tmp_path / name
+    assert written.read_bytes() == (tmp_path / "whole.gguf").read_bytes() and result.layers == whole.layers
+
+
+def killing_at(part: float) -> Callable[[int, int], None]:
+    def progress(done: int, total: int) -> None:
+        if done > total * part:
+            raise Killed
+
+    return progress
+
+
+def test_where_there_is_nothing_to_go_on_from(tmp_path: Path, tiny_llama: Any) -> None:
+    with pytest.raises(ConfigError, match="resume needs a base in a folder"):
+        export(tiny_llama(), tmp_path / "out", resume=True)
+    with pytest.raises(CheckpointError, match="There is no checkpoint at"):
+        export(tmp_path / "nowhere", tmp_path / "out", resume=True)
