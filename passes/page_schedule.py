@@ -107,10 +107,11 @@ def fill(timeline: PageTimeline, issues: Sequence[Issue], names: Sequence[str], 
     for issue in sorted(issues, key=lambda issue: (issue.at_ms, issue.group.needed_ms)):
         group = issue.group
         taken = copy_ms(group, speeds)
-        free = max(free, issue.at_ms) + taken
+        begun = max(free, issue.at_ms)
+        free = begun + taken
         hidden = max(0.0, taken - max(0.0, free - group.needed_ms))
         after = names[issue.after] if issue.after >= 0 else ""
-        move = PageMove(group.names, group.state_bytes, after, issue.at_ms, group.needed_ms, taken, hidden)
+        move = PageMove(group.names, group.state_bytes, after, issue.at_ms, group.needed_ms, taken, hidden, begun)
         timeline.prefetches.append(move)
         changes.append((issue.at_ms, group.state_bytes, 0))
         if evicts:

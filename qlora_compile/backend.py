@@ -157,8 +157,8 @@ def _is_guarded(module: nn.Module) -> bool:
     return any(getattr(forward, name, None) for name in ("__defaults__", "__kwdefaults__", "__closure__"))
 
 
-# On the meta device these are chosen as for this machine: the report names them, and the graph stays as it is.
-TRACED_OPS = ("lora_linear", "lora_linear_backward")
+# On the meta device these are chosen as for this machine: the report names what would run here.
+TRACED_OPS = ("lora_linear", "lora_linear_backward", "attention")
 
 
 def _chooser(config: QLoRAConfig) -> Callable[..., Any]:

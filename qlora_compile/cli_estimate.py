@@ -3,42 +3,52 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cli_common import modules_option, print_json
-from .cli_inspect import model_argument
+from .cli_common import print_json
+from .cli_options import (
+    AsJson,
+    Batch,
+    BlockSize,
+    DoubleQuant,
+    ModelOption,
+    ModelPath,
+    Rank,
+    SeqLen,
+    Targets,
+    model_argument,
+    quantization,
+)
 
 if TYPE_CHECKING:
     from .estimate import Estimate
 
 
 def estimate(
-    path: Annotated[Path | None, typer.Argument(help="Hugging Face folder, config.json or GGUF file.")] = None,
-    model: Annotated[Path | None, typer.Option(help="The same as an option.")] = None,
+    path: ModelPath = None,
+    model: ModelOption = None,
     device_memory: Annotated[str | None, typer.Option(help="Does it fit? 24GiB, 80GB.")] = None,
     device: Annotated[str | None, typer.Option(help="Name of a device: its memory, and a time no step beats.")] = None,
-    batch: Annotated[int, typer.Option(help="Sequences per micro-batch.")] = 1,
-    seq_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
-    r: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
-    target_modules: Annotated[str, typer.Option(help="As in finetune.")] = "all-linear",
+    batch: Batch = 1,
+    seq_len: SeqLen = 512,
+    r: Rank = 16,
+    target_modules: Targets = "all-linear",
     optimizer: Annotated[
         str, typer.Option(help="adamw, paged_adamw, paged_adamw8bit, paged_lion, lion or sgd.")
     ] = "adamw",
     optimizer_budget: Annotated[str | None, typer.Option(help="As in finetune.")] = None,
     activation_budget: Annotated[float, typer.Option(help="Fraction of saved activations to keep.")] = 1.0,
     keep_logits: Annotated[bool, typer.Option(help="Hold all logits instead of chunks of them in the loss.")] = False,
-    block_size: Annotated[int, typer.Option(help="Weights per scale.")] = 64,
-    double_quant: Annotated[bool, typer.Option(help="Quantize the scales too.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the answer as one JSON object.")] = False,
+    block_size: BlockSize = 64,
+    double_quant: DoubleQuant = True,
+    as_json: AsJson = False,
 ) -> None:
     """Estimate the memory of fine-tuning before running it; no weight is read.
 
     Example: qlora-compile estimate ./Llama-3.1-8B --device-memory 24GiB --batch 4 --seq-len 2048
     """
-    from .config import QLoRAConfig
     from .estimate import Estimator, devices, find_device, parse_bytes
     from .runtime.models import empty_model
 
@@ -47,17 +57,13 @@ def estimate(
     name = None if device is None else find_device(device)
     if name is not None and memory is None:
         memory = int(devices()[name]["memory_bytes"])
-    config = QLoRAConfig(
-        r=r,
-        target_modules=modules_option(target_modules),
-        activation_budget=activation_budget,
-        keep_logits=keep_logits,
-        block_size=block_size,
-        double_quant=double_quant,
-    )
+    more = {"activation_budget": activation_budget, "keep_logits": keep_logits}
+    config = quantization(r, target_modules, None, block_size, double_quant, **more)
     budget = None if optimizer_budget is None else parse_bytes(optimizer_budget)
     model_ = empty_model(given, config.compute_dtype)
-    found = Estimator(model_, config, optimizer.replace("-", "_"), budget)(batch, seq_len, memory, name)
+    kind = None if name is None else "cuda"  # all named devices are GPUs
+    estimator = Estimator(model_, config, optimizer.replace("-", "_"), budget, kind)
+    found = estimator(batch, seq_len, memory, name)
     if as_json:
         print_json(found.to_dict())
     else:

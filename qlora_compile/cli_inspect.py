@@ -3,50 +3,62 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_common import modules_option, print_json
+from .cli_common import print_json
+from .cli_options import (
+    AsJson,
+    Batch,
+    BlockSize,
+    DoubleQuant,
+    ModelOption,
+    ModelPath,
+    Rank,
+    SeqLen,
+    Targets,
+    model_argument,
+    quantization,
+)
 from .errors import ConfigError, UnknownOptionError
 
 if TYPE_CHECKING:
+    from .page_plan import PlannedOptimizer
     from .report import CompileReport
 
 FORMATS = ("text", "json", "graphml", "dot", "svg", "python", "html")
 
 
 def inspect(
-    path: Annotated[Path | None, typer.Argument(help="Hugging Face folder, config.json or GGUF file.")] = None,
-    model: Annotated[Path | None, typer.Option(help="The same as an option.")] = None,
-    batch: Annotated[int, typer.Option(help="Sequences in the traced step.")] = 1,
-    seq_len: Annotated[int, typer.Option(help="Tokens in each.")] = 512,
+    path: ModelPath = None,
+    model: ModelOption = None,
+    batch: Batch = 1,
+    seq_len: SeqLen = 512,
     stage: Annotated[str | None, typer.Option(help="One stage: input, a pass's name, forward or backward.")] = None,
     diff: Annotated[tuple[str, str] | None, typer.Option(help="What changed from stage A to stage B.")] = None,
     module: Annotated[str | None, typer.Option(help="Only these modules: a name, part of it, or a pattern.")] = None,
     format_: Annotated[str, typer.Option("--format", help=", ".join(FORMATS) + ".")] = "text",
     run: Annotated[list[Path] | None, typer.Option(help="Folder of a finetune run, for html; repeatable.")] = None,
-    export: Annotated[
-        list[Path] | None, typer.Option(help="File of export --report --json, for html; repeatable.")
-    ] = None,
+    export: Annotated[list[Path] | None, typer.Option(help="File of export --report --json, for html.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write to this file instead of standard output.")] = None,
-    r: Annotated[int, typer.Option(help="Rank of the adapters; 0: quantize only.")] = 16,
-    target_modules: Annotated[str, typer.Option(help="As in finetune.")] = "all-linear",
+    r: Rank = 16,
+    target_modules: Targets = "all-linear",
     exclude_modules: Annotated[str | None, typer.Option(help="As in finetune.")] = None,
     quant_type: Annotated[str, typer.Option(help="nf4 or fp4.")] = "nf4",
-    block_size: Annotated[int, typer.Option(help="Weights per scale, 32 to 4096.")] = 64,
-    double_quant: Annotated[bool, typer.Option(help="Quantize the scales too.")] = True,
-    numerics: Annotated[
-        bool, typer.Option(help="Load the weights and measure each layer's quantization error.")
-    ] = False,
+    block_size: BlockSize = 64,
+    double_quant: DoubleQuant = True,
+    optimizer: Annotated[str | None, typer.Option(help="Plan the pages of paged_adamw, paged_adamw8bit, ...")] = None,
+    optimizer_budget: Annotated[str | None, typer.Option(help="Its bytes on the device, as 2GiB.")] = None,
+    step_in_backward: Annotated[bool, typer.Option(help="It updates inside the backward pass.")] = False,
+    numerics: Annotated[bool, typer.Option(help="Load the weights; measure each layer's quantization error.")] = False,
     bits: Annotated[float | None, typer.Option(help="With --numerics: bits a weight; who should stay dense?")] = None,
-    text: Annotated[
-        Path | None, typer.Option(help="With --numerics: .txt or .jsonl; perplexity of each format on it.")
-    ] = None,
+    text: Annotated[Path | None, typer.Option(help="With --numerics: perplexity of each format on this text.")] = None,
     kernel: Annotated[str | None, typer.Option(help="Print the source of this generated kernel.")] = None,
     autotune: Annotated[bool, typer.Option(help="Measure all kernels for the model's shapes on this machine.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the whole report as one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what the compiler does to a model: passes, each linear layer, bytes, the graph at every stage.
 
@@ -54,40 +66,22 @@ def inspect(
 
     Example: qlora-compile inspect ./SmolLM2-135M --diff input group_linears
     """
-    from .config import QLoRAConfig
-
     given = model_argument(path, model)
-    if format_ not in FORMATS:
-        raise UnknownOptionError(format_, FORMATS, what="format")
-    if format_ == "html" and out is None:
-        raise ConfigError("--format html needs --out FILE.")
-    config = QLoRAConfig(
-        r=r,
-        target_modules=modules_option(target_modules),
-        exclude_modules=None if exclude_modules is None else modules_option(exclude_modules),
-        quant_type=quant_type,
-        block_size=block_size,
-        double_quant=double_quant,
-        autotune=autotune,
+    _check(format_, out, numerics, {"--bits": bits, "--text": text}, {"--batch": batch, "--seq-len": seq_len})
+    planned = _planned(optimizer, optimizer_budget, step_in_backward)
+    config = quantization(
+        r, target_modules, exclude_modules, block_size, double_quant, quant_type=quant_type, autotune=autotune
     )
-    for option, value in (("--bits", bits), ("--text", text)):
-        if value is not None and not numerics:
-            raise ConfigError(f"{option} is for --numerics.")
-    for option, number in (("--batch", batch), ("--seq-len", seq_len)):
-        if number < 1:
-            raise ConfigError(f"{option} must be at least 1, got {number}.")
-    report = config_report(given, config, batch, seq_len)
+    report = config_report(given, config, batch, seq_len, planned)
     if numerics:
         from .cli_numerics import measure_into
 
         measure_into(report, given, bits, text, batch, seq_len)
     if as_json:
         print_json(report.to_dict())
-        return
-    if format_ == "html" and out is not None:
+    elif format_ == "html" and out is not None:
         report.to_html(out, run or (), export or ())
-        return
-    if kernel is not None:
+    elif kernel is not None:
         _deliver(_kernel_source(report, kernel), out)
     elif numerics and format_ == "text":
         from .cli_numerics import numerics_text
@@ -98,16 +92,38 @@ def inspect(
         _deliver(rendered(report, format_, stage, diff, module, wide=wide), out)
 
 
-def model_argument(path: Path | None, model: Path | None) -> Path:
-    """The model, given as an argument or as --model. Raises ConfigError for none or both."""
-    if (path is None) == (model is None):
-        raise ConfigError("Name one model: a folder, a config.json or a .gguf file.")
-    given = path if path is not None else model
-    assert given is not None
-    return given
+def _check(
+    format_: str, out: Path | None, numerics: bool, only_then: Mapping[str, Any], counts: Mapping[str, int]
+) -> None:
+    """Raises ConfigError for options that do not go together. `only_then`: those that need --numerics."""
+    if format_ not in FORMATS:
+        raise UnknownOptionError(format_, FORMATS, what="format")
+    if format_ == "html" and out is None:
+        raise ConfigError("--format html needs --out FILE.")
+    for option, value in only_then.items():
+        if value is not None and not numerics:
+            raise ConfigError(f"{option} is for --numerics.")
+    for option, number in counts.items():
+        if number < 1:
+            raise ConfigError(f"{option} must be at least 1, got {number}.")
 
 
-def config_report(path: Path, config: Any, batch: int, seq_len: int) -> CompileReport:
+def _planned(optimizer: str | None, budget: str | None, step_in_backward: bool) -> PlannedOptimizer | None:
+    """The paged optimizer to plan for. Raises ConfigError where its options stand without it."""
+    from .page_plan import PlannedOptimizer
+    from .runtime.memory import parse_bytes
+
+    if optimizer is None:
+        if budget is not None or step_in_backward:
+            raise ConfigError("--optimizer-budget and --step-in-backward are for --optimizer paged_adamw.")
+        return None
+    bytes_ = None if budget is None else parse_bytes(budget)
+    return PlannedOptimizer(optimizer.replace("-", "_"), bytes_, step_in_backward)
+
+
+def config_report(
+    path: Path, config: Any, batch: int, seq_len: int, optimizer: PlannedOptimizer | None = None
+) -> CompileReport:
     """Trace one training step of the model that `path` describes, on the meta device."""
     import torch
 
@@ -116,7 +132,7 @@ def config_report(path: Path, config: Any, batch: int, seq_len: int) -> CompileR
 
     model = empty_model(path, config.compute_dtype).train()
     tokens = torch.zeros(batch, seq_len, dtype=torch.long, device="meta")
-    return trace(model, {"input_ids": tokens, "labels": tokens}, config)
+    return trace(model, {"input_ids": tokens, "labels": tokens}, config, optimizer=optimizer)
 
 
 def rendered(

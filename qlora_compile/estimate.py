@@ -84,10 +84,18 @@ class Estimate:
 
 
 class Estimator:
-    """One traced model; everything for any batch and sequence length is read off its plan."""
+    """One traced model; everything for any batch and sequence length is read off its plan.
+
+    `device`: the kind of device that it is for, "cpu" or "cuda" (None: this machine's), as in `trace`.
+    """
 
     def __init__(
-        self, model: nn.Module, config: QLoRAConfig, optimizer: str = "adamw", optimizer_budget: int | None = None
+        self,
+        model: nn.Module,
+        config: QLoRAConfig,
+        optimizer: str = "adamw",
+        optimizer_budget: int | None = None,
+        device: str | None = None,
     ) -> None:
         if optimizer not in OPTIMIZERS:
             raise UnknownOptionError(optimizer, OPTIMIZERS, what="optimizer")
@@ -95,6 +103,7 @@ class Estimator:
             raise ConfigError("An optimizer budget is for the paged optimizers: choose paged_adamw.")
         self.model, self.config = meta_copy(model).train(), config
         self.optimizer, self.optimizer_budget = optimizer, optimizer_budget
+        self.device = device
         self.limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
 
     @functools.cached_property
@@ -102,7 +111,9 @@ class Estimator:
         """The plan of keeping everything. What a budget leaves of the saved activations is its fraction by definition."""
         tokens = torch.zeros(SYMBOLS.batch, SYMBOLS.seq, dtype=torch.long, device="meta")
         config = dataclasses.replace(self.config, activation_budget=1.0)
-        plan = trace(self.model, {"input_ids": tokens, "labels": tokens}, config, symbols=SYMBOLS).plan
+        plan = trace(
+            self.model, {"input_ids": tokens, "labels": tokens}, config, symbols=SYMBOLS, device=self.device
+        ).plan
         if plan is None:
             raise ModelStateError(
                 "The layers of this model do not run one after the other, so nothing can be estimated."
@@ -173,7 +184,7 @@ class Estimator:
     def in_chunks(self) -> Estimator:
         """The same with the loss in chunks of logits: a trace of its own."""
         config = dataclasses.replace(self.config, keep_logits=False)
-        return Estimator(self.model, config, self.optimizer, self.optimizer_budget)
+        return Estimator(self.model, config, self.optimizer, self.optimizer_budget, self.device)
 
     def _cheaper(self, batch: int, seq_len: int) -> list[tuple[str, Estimator]]:
         """(options, the estimator with them): as it is, then with what costs no time, then with what costs little."""
@@ -187,7 +198,7 @@ class Estimator:
             budget, unit, shift = state // 8, "MiB", 20
             if budget >> shift == 0:
                 budget, unit, shift = max(budget, 4096), "KiB", 10  # a page has 4 KiB at least
-            changed = Estimator(self.model, last.config, paged, budget >> shift << shift)
+            changed = Estimator(self.model, last.config, paged, budget >> shift << shift, self.device)
             changed.__dict__["plan"] = last.plan  # the optimizer is no part of what was traced
             found.append((f"{options} --optimizer {paged} --optimizer-budget {budget >> shift}{unit}".strip(), changed))
         return found

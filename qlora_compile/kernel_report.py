@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ def kernel_reports(gm: fx.GraphModule) -> list[KernelReport]:
 
     found: dict[tuple[str, str, str], KernelReport] = {}
     parts = [part for part in gm.modules() if isinstance(part, fx.GraphModule)]  # outlined regions among them
-    for node in [node for part in parts for node in part.graph.nodes]:
+    for node in [node for part in parts for node in part.graph.nodes if node.target is not operator.getitem]:
         where = node.meta.get("qlora_sites") or (module_path(node) or node.name,)
         for op, choice in node.meta.get("qlora_kernels", ()):
             key = (op, str(choice.problem), choice.name)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .lora_group import as_rows, kernel_for, scratch
+from .memory_plan import chunk_rows
 from .ops import define_op
 
 CHUNK_BYTES = {"cpu": 64 << 20, "other": 256 << 20}  # of fp32 logits at a time
@@ -163,9 +164,9 @@ class _Sweep:
 
     def _kernel(self) -> Callable[..., None] | None:
         """The generated sweep over rows of logits, where the products are bf16 and the logits are their plain result."""
-        plain = self.bias is None and self.scale == 1 and not self.soft_cap
-        bf16 = self._product_dtype() == self.weight.dtype == torch.bfloat16
-        return kernel_for("cross_entropy", self.x.device) if plain and bf16 else None
+        device = self.x.device
+        plain = is_plain(self.bias, self.scale, self.soft_cap, self.weight, device.type)
+        return kernel_for("cross_entropy", device) if plain and self.x.dtype == self.weight.dtype else None
 
     def _check(self, target: Tensor) -> None:
         if len(target) == 0 or target.device.type != "cpu":  # on a GPU, gather's own device-side assert reports it
@@ -177,14 +178,11 @@ class _Sweep:
 
     def _chunks(self, rows: int) -> Iterator[slice]:
         """Equal chunks whose logits take CHUNK_BYTES or less, unless that would be fewer than LEAST_ROWS rows."""
-        most = max(LEAST_ROWS, _bytes(CHUNK_BYTES, self.x) // (4 * len(self.weight)))
-        size = -(-rows // -(-rows // most)) if rows else 1
+        size = chunk_rows(rows, most_rows(len(self.weight), self.x.device.type))
         return (slice(first, min(first + size, rows)) for first in range(0, rows, size))
 
     def _product_dtype(self) -> torch.dtype:
-        """x's own dtype; fp32 on CPUs without instructions for half precision, where it is several times faster and
-        rounds less."""
-        return torch.float32 if self.x.device.type == "cpu" and not _has_fast_half(self.x.dtype) else self.x.dtype
+        return product_dtype(self.x.dtype, self.x.device.type)
 
     def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """(vocabulary rows, W's rows in the dtype of the products): all of W, or copies of a part in a reused buffer."""
@@ -193,7 +191,7 @@ class _Sweep:
             yield slice(0, len(self.weight)), self.weight
             return
         v, k = self.weight.shape
-        size = max(1, TILE_BYTES // (4 * k))
+        size = tile_rows(v, k)
         for first in range(0, v, size):
             part = self.weight[first : first + size]
             yield slice(first, first + len(part)), scratch("head", (len(part), k), part, dtype).copy_(part)
@@ -211,7 +209,7 @@ class _Sweep:
     def _softmax(self, z: Tensor, target: Tensor, need: bool) -> Tensor:
         """The losses of z's rows; z becomes d(sum of losses) / d(x Wᵀ + b) if needed, else it is spoilt."""
         losses = []
-        size = max(1, _bytes(BLOCK_BYTES, z) // (4 * z.shape[1]))
+        size = block_rows(z.shape[1], z.device.type)
         for part, classes in zip(z.split(size), target.unsqueeze(1).split(size)):
             slope = None
             if self.scale != 1:
@@ -250,11 +248,38 @@ class _Sweep:
             dw += dz.to(x.dtype).t() @ x
 
 
+def most_rows(classes: int, device: str) -> int:
+    """Rows of a chunk at most, on this kind of device."""
+    return max(LEAST_ROWS, _of_device(CHUNK_BYTES, device) // (4 * classes))
+
+
+def block_rows(classes: int, device: str) -> int:
+    """Rows that softmax's passes share."""
+    return max(1, _of_device(BLOCK_BYTES, device) // (4 * classes))
+
+
+def tile_rows(v: int, k: int) -> int:
+    """Rows of W that are copied to fp32 at a time."""
+    return min(v, max(1, TILE_BYTES // (4 * k)))
+
+
+def product_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
+    """x's own dtype; fp32 on CPUs without instructions for half precision, where it is several times faster and rounds
+    less."""
+    return torch.float32 if device == "cpu" and not _has_fast_half(dtype) else dtype
+
+
+def is_plain(bias: Any, scale: float, soft_cap: float, weight: Tensor, device: str) -> bool:
+    """Whether the generated sweep covers it: bf16 products whose plain result the logits are."""
+    bf16 = product_dtype(weight.dtype, device) == weight.dtype == torch.bfloat16
+    return bias is None and scale == 1 and not soft_cap and bf16
+
+
 def _has_fast_half(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return dtype != torch.float16 or torch.cpu._is_amx_fp16_supported()
 
 
-def _bytes(by_device: dict[str, int], like: Tensor) -> int:
-    return by_device["cpu" if like.device.type == "cpu" else "other"]
+def _of_device(by_device: dict[str, int], device: str) -> int:
+    return by_device["cpu" if device == "cpu" else "other"]

@@ -15,14 +15,32 @@ KINDS = ("saved", "temporary", "workspace", "gradients", "output")
 
 
 class Size(NamedTuple):
-    """`coefficient * batch**b * seq**s`: bytes, or FLOPs. A plain number where nothing is symbolic."""
+    """`coefficient * batch**b * seq**s`: bytes, or FLOPs. A plain number where nothing is symbolic.
+
+    With `chunk` it is `coefficient` for each of so many rows at most: the rows are worked on in equal chunks.
+    """
 
     coefficient: int
     b: int = 0
     s: int = 0
+    chunk: int = 0
 
     def at(self, batch: int, seq: int) -> int:
-        return self.coefficient * batch**self.b * seq**self.s
+        rows = batch**self.b * seq**self.s
+        return self.coefficient * (chunk_rows(rows, self.chunk) if self.chunk else rows)
+
+
+def chunk_rows(rows: int, most: int) -> int:
+    """The rows of a chunk where as few equal chunks as `most` allows are made of them."""
+    return -(-rows // -(-rows // most)) if rows else 1
+
+
+class Rows(NamedTuple):
+    """Bytes of a buffer with `rows` rows (tokens) of `row_bytes`, or with one chunk of them."""
+
+    rows: int
+    row_bytes: int
+    chunk: int = 0
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .errors import MemoryBudgetError, UnknownOptionError
+
 
 @dataclass(frozen=True)
 class Speeds:
@@ -20,6 +22,8 @@ class Speeds:
 # cuda: NVIDIA's H100 SXM data sheet, and pinned copies over PCIe 5; cpu: two to eight cores with AVX-512.
 SPEEDS = {"cuda": Speeds(990e12, 3.35e12, 25e9), "cpu": Speeds(200e9, 20e9, 4e9)}
 FILE_COPY = 1e9  # bytes/s where the host tier is a file
+LEAST_BUDGET = 4096  # one page of the smallest size
+PAGED = ("paged_adamw", "paged_adamw8bit", "paged_lion")
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,27 @@ class PageLink:
 
 
 @dataclass(frozen=True)
+class PlannedOptimizer:
+    """A paged optimizer that nobody has made yet, for `trace`: named as in `finetune`, with a budget in bytes (None: all
+    of its state stays on the device)."""
+
+    name: str = "paged_adamw"
+    budget: int | None = None
+    step_in_backward: bool = False
+
+    def __post_init__(self) -> None:
+        if self.name not in PAGED:
+            raise UnknownOptionError(self.name, PAGED, what="paged optimizer")
+        if self.budget is not None and self.budget < LEAST_BUDGET:
+            raise MemoryBudgetError(
+                f"A budget of {self.budget} bytes is too small: the least that works is one page of {LEAST_BUDGET} bytes."
+            )
+
+
+@dataclass(frozen=True)
 class PageMove:
-    """A prefetch: begun `issued_ms` into the backward pass, needed at `needed_ms`; what of its copy the nodes hide."""
+    """A prefetch: issued `issued_ms` into the backward pass, its copy from `begun_ms` on (copies queue), needed at
+    `needed_ms`; what of the copy the nodes hide."""
 
     parameters: tuple[str, ...]
     bytes: int
@@ -56,6 +79,7 @@ class PageMove:
     needed_ms: float
     copy_ms: float
     hidden_ms: float
+    begun_ms: float
 
 
 @dataclass

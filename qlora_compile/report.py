@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .runtime.export_report import ExportReport
 
 _OP = "lora_linear"
+_CODEC = ("dequantize_4bit", "quantize_4bit", "linear_4bit_small", "lora_down")
 
 
 @dataclass
@@ -144,7 +145,7 @@ class CompileReport:
 
     def blocks(self) -> list[tuple[str, list[tuple[LinearReport, int]]]]:
         """The linears by repeated block: [(its name or "", [(linear of its first layer, how many there are)])]."""
-        from .report_text import linear_blocks
+        from .linear_tree import linear_blocks
 
         return linear_blocks(self.linears)
 
@@ -195,7 +196,7 @@ def explain(model: nn.Module) -> CompileReport:
         linear.rank = linear.rank or (foreign[linear.name].rank if linear.name in foreign else {})
     report.linears += [_foreign_report(found, groups) for name, found in foreign.items() if name not in sites]
     report.memory = _memory(model, report.linears)
-    report.kernels = kernel_sources(model)
+    report.kernels = kernel_sources(model, report)
     for linear in report.linears:
         linear.lowering = lowered.get(linear.name, linear.lowering)
     return report
@@ -272,17 +273,31 @@ def _memory(model: nn.Module, linears: list[LinearReport]) -> dict[str, float]:
     }
 
 
-def kernel_sources(model: nn.Module) -> dict[str, str]:
+def kernel_sources(model: nn.Module, report: CompileReport) -> dict[str, str]:
     """Source text of each generated kernel that the model's device uses, by op."""
-    return device_kernel_sources(next((p.device.type for p in model.parameters()), "cpu"))
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    return device_kernel_sources(device, used_kernels(report))
 
 
-def device_kernel_sources(device: str, *, build: bool = True) -> dict[str, str]:
-    """Source text of each generated kernel of a kind of device; `build` leaves out those that cannot run here."""
+def used_kernels(report: CompileReport) -> list[str]:
+    """The generated kernels that a report's choices, loss and paged optimizers call, beside those of the codec."""
+    from .runtime import kernels
+
+    found = dict.fromkeys(part for choice in report.choices for part in choice.parts)
+    if any("linear_cross_entropy" in record.target for record in next(reversed(report.stages.values()), ())):
+        found["cross_entropy"] = None
+    if report.paging:
+        found["paged_step"] = None
+    wanted = [*_CODEC, *(part for part in found if part not in _CODEC)]
+    return list({kernels.source_name(op): op for op in reversed(wanted)}.values())[::-1]  # one of those in one file
+
+
+def device_kernel_sources(device: str, ops: Sequence[str], *, build: bool = True) -> dict[str, str]:
+    """Source text of generated kernels of a kind of device; `build` leaves out those that cannot run here."""
     from .runtime import kernels
 
     found = {}
-    for op in ("dequantize_4bit", "quantize_4bit", "linear_4bit_small", "lora_down"):
+    for op in ops:
         if not build or kernels.find(op, device) is not None:
             path = kernels.kernel_source(op, device)
             if path is not None:

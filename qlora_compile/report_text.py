@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -13,21 +13,22 @@ from rich.tree import Tree
 
 from .errors import UnknownOptionError
 from .kernel_report import print_kernels
+from .linear_tree import linear_tree
 from .page_plan import PageTimeline
 from .pass_manager import NodeRecord, PassResult
 from .stage_graph import block_name, fold_blocks, human_bytes, human_count, to_networkx
 
 if TYPE_CHECKING:
-    from .report import CompileReport, LinearReport
+    from .report import CompileReport
 
-_COLUMNS = ("module", "out × in", "bits", "rank", "group", "lowering", "bytes")
+_PREFETCHES = 12  # shown of each timeline; all of them are in the HTML report and in --json
 
 
 def print_report(report: CompileReport, console: Console) -> None:
     """Passes with counts and ms, linears by repeated block, bytes, and the peak of a step where it is known."""
     if report.passes:
         console.print(_pass_table(report))
-    console.print(_linear_table(report.linears))
+    console.print(linear_tree(report))
     if report.choices:
         print_kernels(report.choices, console)
     for what, amount in report.memory.items():
@@ -45,10 +46,13 @@ def _paging_table(timeline: PageTimeline) -> Table:
     table = Table(title=f"{timeline.optimizer}: {way}, estimated ms into the backward pass", title_justify="left")
     for column in ("prefetch", "bytes", "after", "begun", "needed", "copy", "hidden"):
         table.add_column(column, justify="left" if column in ("prefetch", "after") else "right")
-    for move in timeline.prefetches:
+    for move in timeline.prefetches[:_PREFETCHES]:
         first = move.parameters[0] + (f" and {len(move.parameters) - 1} more" if len(move.parameters) > 1 else "")
         times = (move.issued_ms, move.needed_ms, move.copy_ms, move.hidden_ms)
         table.add_row(first, human_bytes(move.bytes), move.after or "the start", *(f"{ms:.2f}" for ms in times))
+    more = len(timeline.prefetches) - _PREFETCHES
+    if more > 0:
+        table.add_row(f"... and {more} more")
     budget = "no budget" if timeline.budget is None else f"of a budget of {human_bytes(timeline.budget)}"
     table.caption = f"at most {human_bytes(timeline.peak_bytes)} planned on the device, {budget}; the backward takes "
     table.caption += f"{timeline.backward_ms:.1f} ms; {timeline.gradients_in_pages} gradients lie in pages"
@@ -71,55 +75,6 @@ def _pass_table(report: CompileReport) -> Table:
 def _declined_text(result: PassResult) -> str:
     lines = [f"skip {what}: {reason}" for what, reason in result.declined]
     return "\n".join(lines[:4] + ([f"... and {len(lines) - 4} more"] if len(lines) > 4 else []))
-
-
-def _linear_table(linears: Sequence[LinearReport]) -> Table:
-    table = Table(title="linears", title_justify="left")
-    for column in _COLUMNS:
-        table.add_column(column, overflow="fold")
-    for block, members in linear_blocks(linears):
-        if block:
-            table.add_row(f"[bold]{block}[/bold]", *[""] * (len(_COLUMNS) - 1))
-        for linear, times in members:
-            table.add_row(*_linear_row(linear, block, times))
-    return table
-
-
-def _linear_row(linear: LinearReport, block: str, times: int) -> tuple[str, ...]:
-    rank = ", ".join(f"{n}: {r}" if n != "default" else str(r) for n, r in linear.rank.items()) or "-"
-    group = " + ".join(name.rsplit(".", 1)[-1] for name in linear.group) or "-"
-    name = f"  {_within(linear.name)}" if block else linear.name
-    stored = human_bytes(linear.bytes_after * times)
-    shape = " × ".join(map(str, linear.shape))
-    return name, shape, f"{linear.bits:.3f}", rank, group, linear.lowering, stored
-
-
-def linear_blocks(linears: Sequence[LinearReport]) -> list[tuple[str, list[tuple[LinearReport, int]]]]:
-    """[(`model.layers.0…29 ×30` or "", [(linear of the first of them, how many there are)])], in model order."""
-    layers: dict[tuple[str, str], list[LinearReport]] = {}
-    for linear in linears:
-        layers.setdefault(_layer_of(linear.name), []).append(linear)
-    same: dict[Any, list[tuple[str, str]]] = {}
-    for layer, members in layers.items():
-        kind = tuple((_within(m.name), m.shape, m.bits, tuple(m.rank.items()), m.lowering) for m in members)
-        same.setdefault((layer[0], kind) if layer[1] else layer, []).append(layer)
-    blocks = []
-    for group in same.values():
-        path, first = group[0]
-        label = "" if len(group) == 1 else f"{path}.{first}…{group[-1][1]} ×{len(group)}"
-        blocks.append((label, [(linear, len(group)) for linear in layers[group[0]]]))
-    return blocks
-
-
-def _layer_of(name: str) -> tuple[str, str]:
-    parts = name.split(".")
-    index = next((i for i, part in enumerate(parts) if part.isdigit() and 0 < i < len(parts) - 1), None)
-    return (name, "") if index is None else (".".join(parts[:index]), parts[index])
-
-
-def _within(name: str) -> str:
-    path, index = _layer_of(name)
-    return name[len(path) + len(index) + 2 :] if index else name
 
 
 def _print_plan(report: CompileReport, console: Console) -> None:

@@ -7,7 +7,7 @@ fused op there (on the meta device it would fall apart into products of whole at
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +17,16 @@ from torch._functorch.aot_autograd import aot_module_simplified
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from . import nf4
+from . import nf4, page_ops  # noqa: F401 - page_ops registers its ops
 from .flops import node_flops, partitioner_settings
 from .fx_utils import module_path
-from .memory_plan import Buffer, Event, MemoryPlan, Size
+from .memory_plan import Buffer, Event, MemoryPlan, Rows, Size, chunk_rows
+from .page_plan import PagedParameter
 from .pass_manager import target_name
 from .tensor import QuantizedTensor
 from .workspace import scratch_bytes, workspace_bytes
 
+_PREFETCH, _EVICT = torch.ops.qlora.prefetch_page.default, torch.ops.qlora.evict_page.default
 _SLACK = 16  # a dimension of seq + 1 (shifted labels) or one padded to a multiple of 8 still counts as the sequence
 
 
@@ -105,13 +107,21 @@ def _outputs(gm: fx.GraphModule) -> list[Any]:
 # --- the plan of a step ------------------------------------------------------------------------------------------
 
 
-def plan_of(steps: Sequence[StepGraphs], symbols: Symbols | None) -> MemoryPlan:
+def plan_of(
+    steps: Sequence[StepGraphs],
+    symbols: Symbols | None,
+    paged: Mapping[int, PagedParameter] | None = None,
+    device: str = "cpu",
+) -> MemoryPlan:
     """The life of every storage over forward and backward; residents (weights, inputs) are the caller's to add.
+
+    `paged`: the parameters, by number, whose optimizer state the graphs prefetch and evict. `device` (a kind) decides
+    what ops of ours work on at a time.
 
     Several steps are the graphs of one model with graph breaks: forwards in order, then backwards in reverse. What one
     hands to the next is then taken to live to the end of the forward.
     """
-    builder = _PlanBuilder(symbols)
+    builder = _PlanBuilder(symbols, paged or {}, device)
     for part, step in enumerate(steps):
         builder.add("forward", part, step.forward)
         given = _outputs(step.forward)
@@ -134,16 +144,24 @@ def plan_of(steps: Sequence[StepGraphs], symbols: Symbols | None) -> MemoryPlan:
 class _PlanBuilder:
     """Walks both graphs in order; a storage is born at the first node that has it and dies after the last that reads it."""
 
-    def __init__(self, symbols: Symbols | None) -> None:
-        self.symbols = symbols
+    def __init__(self, symbols: Symbols | None, paged: Mapping[int, PagedParameter], device: str) -> None:
+        self.symbols, self.paged, self.device = symbols, paged, device
         self.events: list[Event] = []
         self.scratch: dict[str, Size] = {}
         self.live: dict[Any, Buffer] = {}  # storage -> its buffer so far
         self.saved: dict[tuple[int, str], list[Any]] = {}  # (part, name of a saved node) -> its storages
         self.workspaces: list[Buffer] = []
+        self.pages: dict[int, int] = {}  # number of a parameter whose state is on the device -> its place in `states`
+        self.states: list[Buffer] = []
 
-    def size(self, number: int) -> Size:
-        return self.symbols.size(number) if self.symbols else Size(number)
+    def size(self, number: int | Rows) -> Size:
+        if not isinstance(number, Rows):
+            return self.symbols.size(number) if self.symbols else Size(number)
+        rows, row_bytes, chunk = number
+        found = self.symbols.size(rows) if self.symbols else Size(rows)
+        if found.coefficient != 1:  # no symbols, or other rows than tokens: as traced
+            return Size(row_bytes * (chunk_rows(rows, chunk) if chunk else rows))
+        return Size(row_bytes, found.b, found.s, chunk)
 
     def add(self, phase: str, part: int, gm: fx.GraphModule) -> None:
         """A node that the backward computes again stands on the forward's fake tensor: a storage's key names its graph."""
@@ -167,6 +185,22 @@ class _PlanBuilder:
                 size = self.size(keys[key])
                 self.live[own[key]] = Buffer(node.name, module_path(node), "temporary", size, index, index)
             self._add_workspace(node, index)
+            self._move_pages(node, index)
+
+    def _move_pages(self, node: fx.Node, index: int) -> None:
+        """State lives on the device from its prefetch to its eviction, or to the end of the step."""
+        numbers: Any = node.args[-1] if node.target in (_PREFETCH, _EVICT) else ()
+        for number in numbers:
+            if node.target is _EVICT:
+                place = self.pages.pop(number, None)
+                if place is not None:
+                    self.states[place] = _with(self.states[place], end=index)
+            elif number in self.paged and number not in self.pages:
+                parameter = self.paged[number]
+                self.pages[number] = len(self.states)
+                module = parameter.name.rpartition(".lora_")[0] or parameter.name.rpartition(".")[0]
+                size = Size(parameter.state_bytes)
+                self.states.append(Buffer(f"state of {parameter.name}", module, "optimizer", size, index, index))
 
     def _touch(self, key: Any, index: int) -> None:
         if key in self.live:
@@ -179,12 +213,13 @@ class _PlanBuilder:
         return Event(phase, node.name, target, module, allocates, (self.size(flops),) if flops else (), traffic)
 
     def _add_workspace(self, node: fx.Node, index: int) -> None:
-        for nbytes in workspace_bytes(node):
+        for nbytes in workspace_bytes(node, self.device):
             buffer = Buffer(f"{node.name}: workspace", module_path(node), "workspace", self.size(nbytes), index, index)
             self.workspaces.append(buffer)
-        for name, nbytes in scratch_bytes(node).items():
-            if name not in self.scratch or self.scratch[name].coefficient < nbytes:
-                self.scratch[name] = Size(nbytes)
+        for name, nbytes in scratch_bytes(node, self.device).items():
+            size = self.size(nbytes) if isinstance(nbytes, Rows) else Size(nbytes)
+            if name not in self.scratch or self.scratch[name].coefficient < size.coefficient:
+                self.scratch[name] = size
 
     def close_forward(self, part: int, saved: list[fx.Node]) -> None:
         """What the forward saves lives until the backward has used it."""
@@ -201,7 +236,9 @@ class _PlanBuilder:
                 self.live[(*graph, key)] = _with(buffer, kind=known, end=max(end, buffer.end))
 
     def buffers(self) -> list[Buffer]:
-        return [*self.live.values(), *self.workspaces]
+        last, held = len(self.events) - 1, set(self.pages.values())
+        states = [_with(state, end=last) if place in held else state for place, state in enumerate(self.states)]
+        return [*self.live.values(), *self.workspaces, *states]
 
 
 def _with(buffer: Buffer, **changes: Any) -> Buffer:

@@ -27,10 +27,12 @@ from .kernel_report import KernelReport
 from .lowering import Lowering
 from .memory_plan import MemoryPlan, merge_resident, unroll
 from .modules import adapter_parameters, prepared_state
+from .page_plan import PagedParameter, PlannedOptimizer
+from .page_trace import plan_pages
 from .pass_manager import NodeRecord, PassResult, snapshot
 from .preparation import call_arguments
 from .repetition import Repeat, find_repeats, fold_layers, unfold_name
-from .report import CompileReport, LinearReport, device_kernel_sources, explain
+from .report import CompileReport, LinearReport, device_kernel_sources, explain, used_kernels
 from .state import ModelEdits
 from .step_graphs import Symbols, capture_step, plan_of
 from .tensor import QuantizedTensor
@@ -53,12 +55,17 @@ def trace(
     *,
     fold: bool = True,
     symbols: Symbols | None = None,
+    optimizer: PlannedOptimizer | None = None,
+    device: str | None = None,
 ) -> CompileReport:
     """The pipeline on `model` with no weights in memory -> CompileReport, with forward and backward among the stages.
 
     `example_inputs` is a tuple of positional or a mapping of keyword arguments of `forward`; their values are not read.
     A model on the meta device is enough; it is not changed. `fold=False` traces every layer even where they are equal.
     `report.plan` is the life of every buffer over a step (None if the model has graph breaks). Nothing is outlined.
+    `optimizer`: what a paged optimizer would do over the backward pass, in `report.paging` and the plan; its order is
+    that of all layers, so every layer is traced. `device`, "cpu" or "cuda": whose chunks of the loss the plan has (None:
+    this machine's).
 
     Raises what `prepare` raises, and ModelStateError where the model needs values to be traced.
     """
@@ -68,7 +75,7 @@ def trace(
     work = meta_copy(model)
     arguments = tree_map(_on_meta, call_arguments(model, example_inputs))
     alike = config.activation_budget == 1 and prepared_state(work) is None  # a budget may recompute some layers only
-    repeats = _repeats(work, config) if fold and alike else []
+    repeats = _repeats(work, config) if fold and alike and optimizer is None else []
     fold_layers(work, repeats)
     fewer = [_with_two_units(work, repeat) for repeat in repeats]
     traced = _run(work, arguments, config)
@@ -76,7 +83,8 @@ def trace(
     for repeat, smaller in zip(repeats, fewer):
         passes = _run(smaller, arguments, config).report.passes
         report.passes = [_extrapolated(p, few, repeat) for p, few in zip(report.passes, passes, strict=True)]
-    _add_step(report, traced, repeats, config, symbols)
+    _add_step(report, traced, repeats, symbols, optimizer, device)
+    report.kernels = device_kernel_sources(local_device(), used_kernels(report), build=False)
     return report
 
 
@@ -187,7 +195,6 @@ def _unfolded(traced: _Traced, repeats: list[Repeat]) -> CompileReport:
         "model_after": frozen - buffers,
         "trainable": resident.get("adapters", 0) + resident.get("trained", 0),
     }
-    report.kernels = device_kernel_sources(local_device(), build=False)
     for choice in report.choices:
         choice.modules = tuple(name for module in choice.modules for name in unfold_name(module, repeats))
     return report
@@ -266,20 +273,32 @@ def _stored_bytes(tensor: torch.Tensor) -> int:
 
 
 def _add_step(
-    report: CompileReport, traced: _Traced, repeats: list[Repeat], config: QLoRAConfig, symbols: Symbols | None
+    report: CompileReport,
+    traced: _Traced,
+    repeats: list[Repeat],
+    symbols: Symbols | None,
+    optimizer: PlannedOptimizer | None,
+    device: str | None,
 ) -> None:
     """Forward and backward (of the largest graph) among the stages, and the plan of the whole step."""
-    steps = [capture_step(copy_graph(gm), inputs, config.activation_budget) for gm, inputs in traced.graphs]
+    budget = report.config.activation_budget
+    steps = [capture_step(copy_graph(gm), inputs, budget) for gm, inputs in traced.graphs]
+    paged: dict[int, PagedParameter] = {}
+    if optimizer is not None:
+        for step, (_, inputs) in zip(steps, traced.graphs):
+            paged |= plan_pages(report, step.backward, inputs, traced.model, optimizer)
     largest = max(steps, key=lambda step: len(step.forward.graph.nodes))
     for stage, graph in (("forward", largest.forward), ("backward", largest.backward)):
         if graph is not None:
             report.stages[stage] = _with_kernels(_counted(snapshot(graph.graph), repeats), report.choices)
             report.code[stage] = graph.print_readable(print_output=False)
-    plan: MemoryPlan | None = plan_of(steps, symbols)
+    plan: MemoryPlan | None = plan_of(steps, symbols, paged, device or local_device())
     for repeat in repeats:
         plan = unroll(plan, *_unit_functions(repeat)) if plan is not None else None
     if plan is not None:
         plan.resident = resident_bytes(traced.model, repeats)
+        if optimizer is not None and optimizer.budget is None:
+            plan.resident["optimizer"] = sum(parameter.state_bytes for parameter in paged.values())
     report.plan = plan
 
 

@@ -1,6 +1,6 @@
 """What an op of ours allocates inside itself while it runs: copies, casts and reused buffers that no graph shows.
 
-Follows `lora_group.py` line by line; the estimate's tests compare it with what the allocator counts.
+Follows `lora_group.py` and `linear_cross_entropy.py` line by line; tests compare it with what the allocator counts.
 """
 
 from __future__ import annotations
@@ -11,8 +11,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from . import expert_ops  # noqa: F401  defines ops that are named here
+from . import linear_cross_entropy as loss
+from .memory_plan import Rows
+
 _FORWARD = torch.ops.qlora.lora_linear.default
 _BACKWARD = torch.ops.qlora.lora_linear_backward.default
+_LOSSES = (torch.ops.qlora.linear_cross_entropy.default, torch.ops.qlora.linear_cross_entropy_grads.default)
 _EXPERTS = (torch.ops.qlora.grouped_lora_linear.default, torch.ops.qlora.grouped_lora_linear_backward.default)
 
 
@@ -23,8 +28,10 @@ def named_arguments(node: fx.Node) -> dict[str, Any]:
     return dict(zip((argument.name for argument in target._schema.arguments), values))
 
 
-def workspace_bytes(node: fx.Node) -> list[int]:
+def workspace_bytes(node: fx.Node, device: str) -> list[int | Rows]:
     """Bytes alive inside the op at its widest moment, one number for each part that scales alike."""
+    if node.target in _LOSSES:
+        return _loss_bytes(named_arguments(node), device)
     if node.target is _FORWARD:
         given = named_arguments(node)
         x, dtype = given["x"], given["dtype"]
@@ -47,8 +54,10 @@ def _backward_bytes(given: dict[str, Any]) -> int:
     return cast + copied + low + joined + uncast
 
 
-def scratch_bytes(node: fx.Node) -> dict[str, int]:
+def scratch_bytes(node: fx.Node, device: str) -> dict[str, int | Rows]:
     """The reused buffers that the op needs, by name: they grow to the largest and are never given back."""
+    if node.target in _LOSSES:
+        return _loss_scratch(named_arguments(node), device)
     if node.target in _EXPERTS:
         return _expert_scratch(named_arguments(node))
     if node.target not in (_FORWARD, _BACKWARD):
@@ -61,7 +70,49 @@ def scratch_bytes(node: fx.Node) -> dict[str, int]:
     return {f"stacked {dtype}": (sum(rows) + ranks) * k * dtype.itemsize} if given["need_dx"] else {}
 
 
-def _expert_scratch(given: dict[str, Any]) -> dict[str, int]:
+def _loss_scratch(given: dict[str, Any], device: str) -> dict[str, int | Rows]:
+    """A chunk of logits and, where the products' dtype is not W's, a part of W in it."""
+    x, (v, k) = given["x"], given["weight"].shape
+    dtype = torch.bfloat16 if _is_swept(given, device) else torch.float32
+    found: dict[str, int | Rows] = {
+        f"logits {dtype}": Rows(math.prod(x.shape[:-1]), v * dtype.itemsize, loss.most_rows(v, device))
+    }
+    product = loss.product_dtype(x.dtype, device)
+    if product != given["weight"].dtype:
+        found[f"head {product}"] = loss.tile_rows(v, k) * k * product.itemsize
+    return found
+
+
+def _is_swept(given: dict[str, Any], device: str) -> bool:
+    """Whether the generated kernel runs, which leaves the logits in bf16."""
+    plain = loss.is_plain(given["bias"], given["scale"], given["soft_cap"], given["weight"], device)
+    plain = plain and given["x"].dtype == torch.bfloat16 and not given.get("need_dw") and not given.get("need_db")
+    return plain and device == "cpu" and loss.kernel_for("cross_entropy", torch.device(device)) is not None
+
+
+def _loss_bytes(given: dict[str, Any], device: str) -> list[int | Rows]:
+    """What is held for every row, and the larger of two moments: products over a chunk, and the slope of a soft cap."""
+    x, (v, k) = given["x"], given["weight"].shape
+    tokens, need = math.prod(x.shape[:-1]), given.get("need_dx", False)
+    product, most = loss.product_dtype(x.dtype, device), loss.most_rows(v, device)
+    every = 8 + 8 + 4  # which rows count, their targets, their losses
+    row = k * product.itemsize  # the chunk's rows of x; then, with a gradient, its product with W and what is cast
+    if _is_swept(given, device):
+        row += k * product.itemsize if need else 0
+    else:
+        cast = v * product.itemsize if product != torch.float32 else 0
+        row += cast + (k * (4 + product.itemsize) if need else 0)
+    moment = Rows(tokens, row, most)
+    if given["soft_cap"] and need:
+        block = min(loss.block_rows(v, device), most)
+        slope = Rows(tokens, 2 * 4 * v, block)  # 1 - part * part
+        moment = max(moment, slope, key=lambda rows: rows.row_bytes * rows.chunk)
+    found: list[int | Rows] = [Rows(tokens, every), moment]
+    narrow = given.get("need_dw") and given["weight"].dtype != torch.float32
+    return [*found, 4 * v * k] if narrow else found  # dW in fp32, until it is rounded
+
+
+def _expert_scratch(given: dict[str, Any]) -> dict[str, int | Rows]:
     """One expert's dense matrix at a time; a dense weight of another dtype is cast into a fresh tensor instead."""
     n = given["dy"].shape[1] if "dy" in given else given["out_features"]
     dtype, quantized = given["dtype"], given["quant_type"] != "none"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,11 @@ from pygments.lexers import CppLexer, PythonLexer
 
 from ..kernel_report import places
 from ..memory_plan import MemoryPlan
+from ..page_plan import PageTimeline
 from ..pass_manager import NodeRecord
 from ..runtime.export_report import ExportReport, read_export_report
 from ..runtime.formats.atomic import write_file
+from ..runtime.kernels import source_name
 from ..runtime.metrics import read_metrics
 from ..stage_graph import fold_blocks, folded_names, to_networkx
 
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
     from ..report import CompileReport
 
 POINTS = 1200  # of the memory chart: the peak of each interval is kept, so the chart's top is the plan's
-_STACK = ("weights", "adapters", "trained", "gradients", "saved", "output", "workspace", "temporary")  # from below
+_STACK = ("weights", "adapters", "trained", "optimizer", "gradients", "saved", "output", "workspace", "temporary")  # up
 _TOP, _AT_PEAK = 4, 12  # largest buffers named at a point, and at the peak
 _LIBRARIES = ("cytoscape.min.js", "cytoscape-dagre.min.js", "uPlot.iife.min.js")
 
@@ -59,10 +62,11 @@ def render(report: CompileReport, runs: Mapping[str, RunLog], exports: Sequence[
         style=Markup(_file("report.css") + _highlight_style() + _file("uPlot.min.css")),
         libraries=[Markup(_file(name)) for name in _LIBRARIES],
         licenses=_file("LICENSES.txt"),
-        script=Markup(_file("report.js")),
+        script=Markup(_file("paging.js") + _file("report.js").removeprefix('"use strict";')),
         data=Markup(_json(page_data(report, runs))),
         kernels=kernels,
         linear_of=_linears_by_lowering(report),
+        article_of=articles(report),
         places=places,
     )
 
@@ -85,6 +89,13 @@ def _highlight_style() -> str:
     light = HtmlFormatter(style="default", cssclass="code").get_style_defs(".code")
     dark = HtmlFormatter(style="github-dark", cssclass="code").get_style_defs("[data-theme=dark] .code")
     return f"{light}\n{dark}\n"
+
+
+def articles(report: CompileReport) -> dict[str, str]:
+    """Each generated part -> the name under which its source stands on the page: several kernels share one file."""
+    by_file = {source_name(op): op for op in report.kernels}
+    parts = dict.fromkeys(part for choice in report.choices for part in choice.parts)
+    return {part: by_file[source_name(part)] for part in parts if source_name(part) in by_file}
 
 
 def _linears_by_lowering(report: CompileReport) -> dict[str, int]:
@@ -116,6 +127,7 @@ def page_data(report: CompileReport, runs: Mapping[str, RunLog]) -> dict[str, An
     return {
         "stages": {name: stage_data(name, records) for name, records in report.stages.items()},
         "memory": memory_data(report.plan) if report.plan is not None else None,
+        "paging": [paging_data(timeline, report.stages.get("backward", ())) for timeline in report.paging],
         "sizes": report.memory,
         "runs": runs,
         "numerics": [row.__dict__ for row in report.numerics],
@@ -123,6 +135,7 @@ def page_data(report: CompileReport, runs: Mapping[str, RunLog]) -> dict[str, An
         "perplexity_dense": report.perplexity_dense,
         "format": f"{report.config.quant_type}, blocks of {report.config.block_size}",
         "parts": {choice.kernel: list(choice.parts) for choice in report.choices},
+        "articles": articles(report),
     }
 
 
@@ -174,6 +187,31 @@ def memory_data(plan: MemoryPlan) -> dict[str, Any]:
     kinds = {kind: kinds[kind] for kind in (*_STACK, *kinds) if kind in kinds}
     events = [[plan.events[i].phase, plan.events[i].target, plan.events[i].module] for i in picked]
     peak = plan.peak()
-    largest_then = [[b.name, b.module, b.kind, plan.size(b.size)] for b in plan.live_at(peak.event)[:_AT_PEAK]]
+    alive = [[b.name, b.module, b.kind, plan.size(b.size)] for b in plan.live_at(peak.event)[:_AT_PEAK]]
+    alive += [[f"{name}, reused", "all that need it", "workspace", plan.size(n)] for name, n in plan.scratch.items()]
+    largest_then = sorted(alive, key=lambda row: -row[3])[:_AT_PEAK]
     return {"event": picked, "events": events, "kinds": kinds, "tops": tops, "peak": peak.bytes, "peak_event": peak.event,
-            "by_kind": peak.by_kind, "at_peak": largest_then}  # fmt: skip
+            "by_kind": peak.by_kind, "at_peak": largest_then, "pages": _page_marks(plan)}  # fmt: skip
+
+
+def _page_marks(plan: MemoryPlan) -> list[list[Any]]:
+    """[event, "in" or "out", bytes, the first parameter, how many] for each prefetch and eviction."""
+    found: dict[tuple[int, str], list[Any]] = {}
+    for buffer in plan.buffers:
+        if buffer.kind == "optimizer":
+            for event, way in ((buffer.start, "in"), (buffer.end, "out")):
+                if way == "in" or plan.events[event].target == "qlora.evict_page":
+                    mark = found.setdefault((event, way), [event, way, 0, buffer.name.removeprefix("state of "), 0])
+                    mark[2], mark[4] = mark[2] + plan.size(buffer.size), mark[4] + 1
+    return [found[key] for key in sorted(found)]
+
+
+def paging_data(timeline: PageTimeline, backward: Sequence[NodeRecord]) -> dict[str, Any]:
+    """What a paged optimizer does over a backward pass; of a prefetch the first parameter and how many there are."""
+    modules = {record.name: record.module for record in backward}
+    moves = []
+    for move in timeline.prefetches:
+        fields = {name: value for name, value in asdict(move).items() if name != "parameters"}
+        first, count = move.parameters[0], len(move.parameters)
+        moves.append(fields | {"first": first, "count": count, "module": modules.get(move.after, "")})
+    return timeline.to_dict() | {"prefetches": moves}

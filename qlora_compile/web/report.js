@@ -164,7 +164,7 @@ function changes(node) {
 }
 // `fp32_gemm, backward library_gemm`: the generated sources of both.
 function kernelOf(name) {
-  const words = name.split(/[\s,]+/), parts = [...new Set(words.flatMap((word) => data.parts[word] || [word]))];
+  const words = name.split(/[\s,]+/), parts = [...new Set(words.flatMap((word) => data.parts[word] || [word]).map((part) => data.articles[part] || part))];
   const details = el("details", { className: "kernel" }, el("summary", { textContent: `kernel: ${name}` }));
   const articles = parts.map((part) => $(`kernel-${part}`)).filter(Boolean);
   for (const article of articles) {
@@ -182,6 +182,7 @@ const table = (heads, rows) => el("table", {}, el("thead", {}, el("tr", {}, ...h
   el("tbody", {}, ...rows.map((cells) => el("tr", {}, ...cells.map((cell) => el("td", {}, cell instanceof Node ? cell : String(cell)))))));
 function drawMemory() {
   const memory = data.memory;
+  drawPaging();
   $("memory-chart").replaceChildren();
   if (!memory) { $("peak").textContent = "Only a traced report knows this: qlora_compile.trace(...), or `qlora-compile inspect MODEL --format html --out FILE`."; return; }
   const at = memory.event.indexOf(memory.peak_event), [phase, target, module] = memory.events[at] || ["", "", ""];
@@ -196,7 +197,7 @@ function drawMemory() {
   window.memoryChart = new uPlot({
     width: $("memory-chart").clientWidth, height: 400, series, scales: { x: { time: false }, y: { range: (u, lo, hi) => [0, hi * 1.05 || 1] } },
     axes: [{ ...axis(), label: "executed nodes: forward, then backward" }, { ...axis(), size: 84, values }], legend: { live: true },
-    hooks: { setCursor: [(u) => hover(u.cursor.idx)], draw: [(u) => phases(u)] },
+    hooks: { setCursor: [(u) => hover(u.cursor.idx)], draw: [(u) => { phases(u); pageMarks(u); }] },
   }, [memory.event, ...stacked.slice().reverse()], $("memory-chart"));
   $("memory-chart").onkeydown = (event) => {
     const move = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
@@ -220,13 +221,14 @@ function phases(u) {
   ctx.setLineDash([4 * devicePixelRatio, 4 * devicePixelRatio]);
   ctx.beginPath(); ctx.moveTo(x, bbox.top); ctx.lineTo(x, bbox.top + bbox.height); ctx.stroke();
   ctx.textAlign = "left"; ctx.font = `${13 * devicePixelRatio}px sans-serif`;
-  ctx.fillText("backward →", x + 8 * devicePixelRatio, bbox.top + 14 * devicePixelRatio);
+  ctx.fillText("backward →", x + 8 * devicePixelRatio, bbox.top + (data.memory.pages.length ? 40 : 14) * devicePixelRatio);
   ctx.restore();
 }
 function hover(index) {
   if (index == null || !data.memory.events[index]) return;
   const [phase, target, module] = data.memory.events[index];
   $("memory-hover").replaceChildren(el("div", { textContent: `${phase}: ${target} in ${module || "the model"}` }),
+    ...pagesBetween(index ? data.memory.event[index - 1] : -1, data.memory.event[index]).slice(0, 3).map((text) => el("div", { textContent: text })),
     ...data.memory.tops[index].map(([name, owner, bytes]) => el("div", { textContent: `${human(bytes)} ${name} (${owner || "the model"})` })));
 }
 const TRAINING = [["steps", "loss", "Loss"], ["evals", "perplexity", "Perplexity on held-out text"], ["steps", "tokens_per_s", "Tokens/s"], ["steps", "memory_bytes", "Memory"],

@@ -57,6 +57,11 @@ def kernel_source(op: str, device_type: str) -> Path | None:
     return cpp_build.write_source(cpu.TEMPLATES[op])
 
 
+def source_name(op: str) -> str:
+    """The name that kernels which one generated file holds share."""
+    return cpu.TEMPLATES.get(op, op)
+
+
 def choose_kernel(
     op: str,
     forced: str = "",

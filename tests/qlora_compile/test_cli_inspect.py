@@ -100,6 +100,9 @@ def test_unknown_names_name_the_nearest(
         ("--format html", "--format html needs --out FILE."),
         ("--model other", "Name one model"),
         ("--batch 0", "--batch must be at least 1, got 0."),
+        ("--optimizer-budget 1GiB", "--optimizer-budget and --step-in-backward are for --optimizer paged_adamw."),
+        ("--optimizer paged_adm", "Unknown paged optimizer 'paged_adm': did you mean 'paged_adamw'?"),
+        ("--optimizer paged_adamw --optimizer-budget 1KiB", "the least that works is one page of 4096 bytes"),
     ],
 )
 def test_wrong_use(config_file: Path, options: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,7 +112,7 @@ def test_printed_text() -> None:
     lines = text.getvalue().splitlines()
 
     def row(start: str) -> str:
-        return next(line for line in lines if line.lstrip("│ ").startswith(start))
+        return next(line for line in lines if line.lstrip("│├└─ ").startswith(start))
 
     for name in [p.__name__ for p in PIPELINE]:
         assert name in row(name)

@@ -12,11 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qlora_compile as qc
-from qlora_compile.errors import ModelStateError, NoTargetError
+from qlora_compile.errors import MemoryBudgetError, ModelStateError, NoTargetError, UnknownOptionError
 from qlora_compile.lora_group import release_scratch
+from qlora_compile.memory_plan import Size
+from qlora_compile.page_plan import PlannedOptimizer
 from qlora_compile.repetition import Repeat, find_repeats
 from qlora_compile.step_graphs import Symbols
 from qlora_compile.tracing import meta_copy, resident_bytes
+from qlora_compile.web.page import memory_data
 
 # torch's own kernels on every machine: what a CPU without bf16 instructions does differently is not traced
 KERNELS = dict.fromkeys(("lora_linear", "lora_linear_backward", "dense_linear"), "library_gemm") | {
@@ -141,13 +144,49 @@ def test_the_peak_is_the_allocators(name: str, monkeypatch: pytest.MonkeyPatch) 
     assert planned == pytest.approx(measured, rel=0.10), f"{planned / measured - 1:+.1%}"
 
 
+def test_pages_of_an_optimizer_that_is_only_planned(tiny_llama: Callable[..., nn.Module]) -> None:
+    model = tiny_llama(torch.bfloat16, num_hidden_layers=1).train()
+    trainable = 3 * (54 + 48) + 2 * 3 * (18 + 48) + 3 * (48 + 54) + 3 * 3 * (80 + 48)
+    planned = PlannedOptimizer("paged_adamw", 64 << 10, step_in_backward=True)
+    report = qc.trace(model, _tokens(), CONFIG, optimizer=planned)
+    (timeline,), plan = report.paging, report.plan
+    assert sum(move.bytes for move in timeline.prefetches) == 8 * trainable
+    assert report.passes[-1].name == "page_optimizer" and report.passes[-1].rewrites == 14
+    assert all(move.issued_ms <= move.begun_ms and move.hidden_ms <= move.copy_ms for move in timeline.prefetches)
+    # in the plan: a buffer for each parameter's state, from its prefetch to its eviction; no gradient lives to the end
+    states = [buffer for buffer in plan.buffers if buffer.kind == "optimizer"]
+    assert sum(plan.size(state.size) for state in states) == 8 * trainable
+    ends = {plan.events[state.end].target for state in states}
+    assert {plan.events[state.start].target for state in states} == {"qlora.prefetch_page"}
+    assert ends == {"qlora.evict_page"} and all(state.module.endswith("_proj") for state in states)
+    assert not any(buffer.kind == "gradients" for buffer in plan.buffers)
+    by_hand = max(
+        sum(plan.size(s.size) for s in states if s.start <= event <= s.end) for event in range(len(plan.events))
+    )
+    # the page leaves within the event at which the plan in ms has it gone already
+    assert timeline.peak_bytes <= by_hand + max(move.bytes for move in timeline.prefetches) <= 64 << 10
+    marks = memory_data(plan)["pages"]
+    assert sum(mark[2] for mark in marks if mark[1] == "in") == 8 * trainable
+    assert {mark[1] for mark in marks} == {"in", "out"}
+    # step() after the backward pass: gradients in pages; without a budget all of it stays
+    report = qc.trace(model, _tokens(), CONFIG, optimizer=PlannedOptimizer(budget=256 << 10))
+    assert report.paging[0].gradients_in_pages == 14
+    assert sum(b.size.coefficient for b in report.plan.buffers if b.kind == "gradients") == 4 * trainable
+    report = qc.trace(model, _tokens(), CONFIG, optimizer=PlannedOptimizer("paged_lion"))
+    assert report.paging == [] and report.plan.resident["optimizer"] == 4 * trainable
+    with pytest.raises(UnknownOptionError, match="did you mean 'paged_adamw'"):
+        PlannedOptimizer("paged_adam")
+    with pytest.raises(MemoryBudgetError, match="the least that works is one page of 4096 bytes"):
+        PlannedOptimizer(budget=100)
+
+
 def test_symbols_are_found_in_sizes() -> None:
     symbols = Symbols(7919, 100003)
-    assert symbols.size(7919 * 100003 * 12) == (12, 1, 1)
-    assert symbols.size(7919 * 100003**2) == (1, 1, 2)
-    assert symbols.size(7919 * (100003 + 1) * 8) == (8, 1, 1)  # labels, padded by one before they are shifted
-    assert symbols.size(16384 * 53248) == (16384 * 53248, 0, 0)
-    assert symbols.size(0) == (0, 0, 0)
+    assert symbols.size(7919 * 100003 * 12) == Size(12, 1, 1)
+    assert symbols.size(7919 * 100003**2) == Size(1, 1, 2)
+    assert symbols.size(7919 * (100003 + 1) * 8) == Size(8, 1, 1)  # labels, padded by one before they are shifted
+    assert symbols.size(16384 * 53248) == Size(16384 * 53248, 0, 0)
+    assert symbols.size(0) == Size(0, 0, 0)
 
 
 @SLOW

@@ -21,6 +21,7 @@ from torch import nn
 import qlora_compile as qc
 from qlora_compile.errors import CheckpointError, OutputError
 from qlora_compile.numerics import measure, text_perplexities
+from qlora_compile.page_plan import PlannedOptimizer
 from qlora_compile.report import CompileReport
 from qlora_compile.runtime.export_report import ExportReport
 from qlora_compile.runtime.fold import LayerError
@@ -100,7 +101,13 @@ def report() -> CompileReport:
     with torch.device("meta"):
         model = LlamaForCausalLM(config).train()
     tokens = torch.zeros(2, 24, dtype=torch.long)
-    return qc.trace(model, {"input_ids": tokens, "labels": tokens}, {"r": 3, "block_size": 32})
+    inputs, config = {"input_ids": tokens, "labels": tokens}, {"r": 3, "block_size": 32}
+    report = qc.trace(model, inputs, config)
+    with torch.device("meta"):
+        small = LlamaForCausalLM(LlamaConfig(**model.config.to_dict() | {"num_hidden_layers": 1})).train()
+    planned = qc.trace(small, inputs, config, optimizer=PlannedOptimizer(budget=64 << 10, step_in_backward=True))
+    report.paging = planned.paging
+    return report
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +182,11 @@ def test_the_memory_chart_has_the_plans_peak(browser: Browser, page: str, report
     browser.run("document.getElementById('memory-chart').focus()")
     browser.press("\ue014")  # right arrow: the node after the peak
     assert "backward: " in browser.run("document.getElementById('memory-hover').textContent")
+    # pages: a chart of what is resident, one of the prefetches, and a row for each of these
+    assert browser.run("document.querySelectorAll('#paging canvas').length") == 2
+    rows = browser.run("[...document.querySelectorAll('.prefetches tbody tr')].map((r) => r.textContent)")
+    moves = report.paging[0].prefetches
+    assert len(rows) == len(moves) and moves[0].parameters[0] in rows[0] and "100%" in rows[-1]
     browser.run("(hover(data.memory.event.length / 2 | 0), 1)")
     assert "B " in browser.run("document.getElementById('memory-hover').textContent")
 

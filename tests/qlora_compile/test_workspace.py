@@ -1,0 +1,82 @@
+"""What an op of ours allocates inside itself, as the plan has it, against what the CPU allocator counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from qlora_compile import linear_cross_entropy
+from qlora_compile.lora_group import release_scratch
+from qlora_compile.memory_plan import MemoryPlan, Size
+from qlora_compile.step_graphs import StepGraphs, Symbols, plan_of
+
+SYMBOLS = Symbols(7919, 100003)
+V, K = 16001, 48
+
+
+def _graph(rows: int, dtype: torch.dtype, soft_cap: float, need_dw: bool) -> fx.GraphModule:
+    """One call of the op, on meta tensors; the weight trains with `need_dw`."""
+    graph = fx.Graph()
+    inputs = []
+    shapes = ((rows, K), (V, K), (rows,))
+    for name, shape in zip("xwt", shapes):
+        inputs.append(graph.placeholder(name))
+        inputs[-1].meta["val"] = torch.empty(shape, dtype=torch.long if name == "t" else dtype, device="meta")
+    x, w, t = inputs
+    node = graph.call_function(
+        torch.ops.qlora.linear_cross_entropy_grads.default, (x, w, None, t, -100, 1.0, soft_cap, True, need_dw, False)
+    )
+    results = [((), torch.float32), ((rows, K), dtype), *([((V, K), dtype)] if need_dw else [])]
+    node.meta["val"] = [torch.empty(shape, dtype=kind, device="meta") for shape, kind in results]
+    graph.output((node,))
+    return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def _plan(rows: int, symbols: Symbols | None, *args: object, device: str = "cpu") -> MemoryPlan:
+    graph = _graph(rows, *args)  # type: ignore[arg-type]
+    return plan_of([StepGraphs(graph, None, 1)], symbols, device=device)
+
+
+def _measured(rows: int, dtype: torch.dtype, soft_cap: float, need_dw: bool) -> int:
+    x, w = torch.randn(rows, K).to(dtype), torch.randn(V, K).to(dtype)
+    target = torch.randint(0, V, (rows,))
+
+    def run() -> list[Tensor]:
+        return torch.ops.qlora.linear_cross_entropy_grads(x, w, None, target, -100, 1.0, soft_cap, True, need_dw, False)
+
+    run()  # builds the kernel, if there is one
+    release_scratch()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kept = run()
+    now = peak = 0
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    del kept
+    return peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("soft_cap", "need_dw"), [(0.0, False), (30.0, False), (0.0, True)])
+def test_the_loss_in_chunks(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, soft_cap: float, need_dw: bool
+) -> None:
+    for limits in (linear_cross_entropy.CHUNK_BYTES, linear_cross_entropy.BLOCK_BYTES):
+        monkeypatch.setitem(limits, "cpu", 4 * V * 150)
+    for batch, seq in ((3, 160), (1, 70)):  # four chunks of 120 rows; one of 70
+        planned = _plan(SYMBOLS.batch * SYMBOLS.seq, SYMBOLS, dtype, soft_cap, need_dw).at(batch, seq)
+        assert planned.peak().bytes == pytest.approx(_measured(batch * seq, dtype, soft_cap, need_dw), rel=0.1)
+        assert _plan(batch * seq, None, dtype, soft_cap, need_dw).peak() == planned.peak()
+
+
+def test_a_gpus_chunks_are_larger() -> None:
+    cpu, gpu = (_plan(2**16, None, torch.bfloat16, 0.0, False, device=device) for device in ("cpu", "cuda"))
+    (logits,) = [size for name, size in gpu.scratch.items() if name.startswith("logits")]
+    assert 128 << 20 < gpu.size(logits) <= 256 << 20 and gpu.peak().bytes > cpu.peak().bytes
+
+
+def test_sizes_of_chunks() -> None:
+    assert Size(10, 1, 1, 150).at(3, 160) == 10 * 120 and Size(10, 1, 1).at(3, 160) == 4800
+    assert Size(10, 1, 1, 150).at(1, 1) == 10
