@@ -13,6 +13,7 @@ from torch import fx
 
 from . import expert_ops  # noqa: F401  defines ops that are named here
 from . import linear_cross_entropy as loss
+from .lora_group import kernel_for
 from .memory_plan import Rows
 
 _FORWARD = torch.ops.qlora.lora_linear.default
@@ -87,7 +88,7 @@ def _is_swept(given: dict[str, Any], device: str) -> bool:
     """Whether the generated kernel runs, which leaves the logits in bf16."""
     plain = loss.is_plain(given["bias"], given["scale"], given["soft_cap"], given["weight"], device)
     plain = plain and given["x"].dtype == torch.bfloat16 and not given.get("need_dw") and not given.get("need_db")
-    return plain and device == "cpu" and loss.kernel_for("cross_entropy", torch.device(device)) is not None
+    return plain and device == "cpu" and kernel_for("cross_entropy", torch.device(device)) is not None
 
 
 def _loss_bytes(given: dict[str, Any], device: str) -> list[int | Rows]:

@@ -187,7 +187,7 @@ def memory_data(plan: MemoryPlan) -> dict[str, Any]:
     kinds = {kind: kinds[kind] for kind in (*_STACK, *kinds) if kind in kinds}
     events = [[plan.events[i].phase, plan.events[i].target, plan.events[i].module] for i in picked]
     peak = plan.peak()
-    alive = [[b.name, b.module, b.kind, plan.size(b.size)] for b in plan.live_at(peak.event)[:_AT_PEAK]]
+    alive: list[Any] = [[b.name, b.module, b.kind, plan.size(b.size)] for b in plan.live_at(peak.event)[:_AT_PEAK]]
     alive += [[f"{name}, reused", "all that need it", "workspace", plan.size(n)] for name, n in plan.scratch.items()]
     largest_then = sorted(alive, key=lambda row: -row[3])[:_AT_PEAK]
     return {"event": picked, "events": events, "kinds": kinds, "tops": tops, "peak": peak.bytes, "peak_event": peak.event,
