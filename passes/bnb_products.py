@@ -14,8 +14,8 @@ from torch import fx
 
 from ..foreign import bnb_decline_reason, is_bnb_weight, is_repacked, unpack
 from ..fx_utils import LINEAR, dtype_of, emit, replace, value
+from ..param_info import ParamInfo, StateRef
 from ..pass_manager import PassContext
-from ..state import ParamInfo, StateRef
 from .bnb_pattern import BnbProduct, read_product
 from .lora_pattern import cast
 

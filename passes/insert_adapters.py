@@ -9,8 +9,8 @@ from torch import fx
 
 from ..fx_utils import dtype_of, is_linear, peel_transposes
 from ..modules import QLoRALinear
+from ..param_info import ParamInfo, StateRef
 from ..pass_manager import PassContext
-from ..state import ParamInfo, StateRef
 from .lora_pattern import write_branch
 from .quantize_weights import decline_reason, linears_of, used_as_module
 

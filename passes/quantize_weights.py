@@ -14,8 +14,8 @@ import torch
 from torch import fx
 
 from ..fx_utils import dtype_of, emit, is_linear, module_path, peel_casts, peel_transposes, placeholders
+from ..param_info import ParamInfo, StateRef, is_linear_module
 from ..pass_manager import PassContext
-from ..state import ParamInfo, StateRef, is_linear_module
 from .lora_pattern import cast
 
 _PARTS = ("codes", "absmax", "absmax_scale", "absmax_offset")

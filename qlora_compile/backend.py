@@ -28,20 +28,12 @@ from .errors import ConfigError, ModelStateError, QLoRACompileError
 from .fx_utils import copy_graph, is_linear, peel_transposes, placeholders
 from .lowering import Lowering, bind, lowering
 from .modules import prepared_config, prepared_state
+from .param_info import ParamInfo, is_linear_module
 from .pass_manager import Pass, PassContext, run_passes
 from .passes import BACKWARD_PIPELINE, PIPELINE
 from .preparation import choose_root, edit_modules, require_targets
 from .report import CompileReport
-from .state import (
-    ModelEdits,
-    ParamInfo,
-    check_not_wrapped,
-    check_one_device,
-    check_same_config,
-    expert_targets,
-    is_linear_module,
-    linear_entries,
-)
+from .state import ModelEdits, check_not_wrapped, check_one_device, check_same_config, expert_targets, linear_entries
 from .tensor import QuantizedTensor
 
 

@@ -13,9 +13,9 @@ from . import fingerprint
 from .config import QLoRAConfig
 from .flops import partitioner_settings
 from .fx_utils import placeholders, recomputed
+from .param_info import StateRef
 from .pass_manager import PassContext
 from .regions import CACHEABLE, call_region, return_operands_directly
-from .state import StateRef
 from .tensor import QuantizedTensor
 
 Lowering = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]

@@ -19,7 +19,8 @@ from .config import QLoRAConfig
 from .errors import ConfigError, PassError, QLoRACompileError, UnknownOptionError
 from .fx_utils import add_placeholder, module_path, source_line, value
 from .page_plan import PageLink, PageTimeline
-from .state import ModelEdits, ParamInfo, StateRef
+from .param_info import ParamInfo, StateRef
+from .state import ModelEdits
 
 Pass = Callable[[fx.GraphModule, "PassContext"], int]
 

@@ -14,15 +14,14 @@ from .attention import is_attention_weight
 from .config import QLoRAConfig
 from .errors import ModelStateError, NoTargetError
 from .modules import prepared_config, prepared_state
+from .param_info import ParamInfo, is_linear_module
 from .state import (
     ModelEdits,
-    ParamInfo,
     check_not_wrapped,
     check_one_device,
     check_same_config,
     expert_entries,
     expert_targets,
-    is_linear_module,
     linear_entries,
 )
 from .weight_reads import weights_read_directly

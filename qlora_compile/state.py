@@ -6,92 +6,24 @@ configuration only, so both doors leave bit-identical state.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .attention import forgo_fast_path, is_attention_weight
+from .adapter_edits import add_adapter_to_site, attach
+from .attention import forgo_fast_path
 from .config import QLoRAConfig, names_module
 from .errors import ConfigError, InvalidWeightError, ModelStateError
-from .experts import expert_parameters, experts_class
+from .experts import experts_class
 from .foreign import is_bnb_weight, peft_layers
 from .initialization import SpectralStart, is_spectral, start_from_weight
-from .modules import (
-    AdapterInfo,
-    AdapterSite,
-    PreparedState,
-    add_adapter_to_site,
-    attach,
-    linear_class,
-    parameter_class,
-    prepared_state,
-)
+from .modules import AdapterInfo, AdapterSite, PreparedState, linear_class, parameter_class, prepared_state
+from .param_info import ParamInfo, is_adapter, is_conv1d, is_linear_weight, routes_tokens, site_name
 from .tensor import QuantizedTensor, quantize_4bit
-from .weight_reads import own_forward_is_linear
 
 # What may differ between the configuration that a model was prepared with and the one that it is compiled with.
 COMPILE_ONLY = ("lowering", "outline_layers", "activation_budget", "keep_logits", "dump_dir", "kernels", "autotune")
-
-
-@dataclass(frozen=True)
-class StateRef:
-    """A tensor that the compiled graph takes as an extra input: what it is now, and how to fetch it at each call."""
-
-    name: str
-    example: Tensor
-    get: Callable[[], Tensor]
-
-
-@dataclass(frozen=True)
-class ParamInfo:
-    """One parameter of the model: its site name and every (module name, module, parameter name) that holds it."""
-
-    name: str
-    owners: tuple[tuple[str, nn.Module, str], ...]
-
-    @property
-    def param(self) -> Tensor:
-        _, module, key = self.owners[0]
-        value = module._parameters[key]
-        assert value is not None
-        return value
-
-    @property
-    def info(self) -> AdapterInfo | None:
-        _, module, key = self.owners[0]
-        return module.__dict__.get("_qlora_info", {}).get(key)
-
-    @property
-    def site(self) -> AdapterSite | None:
-        _, module, key = self.owners[0]
-        return AdapterSite(self.name, module, key) if self.info else None
-
-    @property
-    def is_experts(self) -> bool:
-        """A parameter [E, ., .] of a module of fused experts that can become (or is) a QLoRAExperts."""
-        return all(key in expert_parameters(module) for _, module, key in self.owners)
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D (GPT-2): a linear whose weight is [in, out]."""
-    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
-
-
-def is_linear_module(module: nn.Module) -> bool:
-    """A module whose own forward is a linear over its own `weight` (so that its class can be swapped)."""
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return False  # nn.MultiheadAttention reads this module's weight and never calls it
-    if isinstance(module, nn.Linear):
-        return type(module).forward is nn.Linear.forward or own_forward_is_linear(module)
-    return is_conv1d(module) and type(module).forward.__qualname__ == "Conv1D.forward"
-
-
-def is_linear_weight(module: nn.Module, key: str) -> bool:
-    """A linear module's weight, or one of torch's attention modules, which are known to use it as one."""
-    return is_attention_weight(module, key) or (key == "weight" and is_linear_module(module))
 
 
 class ModelEdits:
@@ -116,7 +48,7 @@ class ModelEdits:
             for key, param in module._parameters.items():
                 if param is not None:
                     owners.setdefault(id(param), []).append((name, module, key))
-        return {key: ParamInfo(_site_name(*found[0]), tuple(found)) for key, found in owners.items()}
+        return {key: ParamInfo(site_name(*found[0]), tuple(found)) for key, found in owners.items()}
 
     def _output_heads(self) -> set[int]:
         """ids of the weights of output heads: what `get_output_embeddings` gives, a classifier, else `lm_head`."""
@@ -130,7 +62,7 @@ class ModelEdits:
     def find(self, param: object) -> ParamInfo | None:
         """The parameter's entry, by identity; None where it is none of the root's parameters, or an adapter of ours."""
         entry = self._params.get(id(param))
-        return None if entry is None or _is_adapter(entry) else entry
+        return None if entry is None or is_adapter(entry) else entry
 
     def find_codes(self, tensor: object) -> ParamInfo | None:
         """The 4-bit parameter whose codes this tensor is, by identity: what a QLoRAExperts reads; or None."""
@@ -163,7 +95,7 @@ class ModelEdits:
             return "it is the output head" if config.exclude_modules is None else "exclude_modules names it"
         if not config.is_target(name):
             return "target_modules does not name it"
-        if config.target_modules == "all-linear" and any(_routes(module) for _, module, _ in entry.owners):
+        if config.target_modules == "all-linear" and any(routes_tokens(module) for _, module, _ in entry.owners):
             return "it routes tokens to experts (name it in target_modules to adapt it)"
         return None
 
@@ -260,7 +192,7 @@ class ModelEdits:
         for entry in self._params.values():
             if self.trains(entry):
                 entry.param.requires_grad_(True)
-            elif entry.param.requires_grad and not _is_adapter(entry):
+            elif entry.param.requires_grad and not is_adapter(entry):
                 entry.param.requires_grad_(False)
 
     def trains(self, entry: ParamInfo) -> bool:
@@ -296,21 +228,6 @@ class ModelEdits:
         }
         before = self.root.__dict__.get("_ddp_params_and_buffers_to_ignore", ())
         self.root.__dict__["_ddp_params_and_buffers_to_ignore"] = sorted({*before, *names})
-
-
-def _site_name(module_name: str, module: nn.Module, key: str) -> str:
-    if key == "weight":
-        return module_name.removesuffix(".base_layer")  # PEFT's wrapper has the layer's own name
-    return f"{module_name}.{key}" if module_name else key
-
-
-def _routes(module: nn.Module) -> bool:
-    """A mixture of experts' router that is no linear module: transformers' `MixtralTopKRouter` and its like."""
-    return any(word in type(module).__name__ for word in ("Router", "Gating")) and not is_linear_module(module)
-
-
-def _is_adapter(entry: ParamInfo) -> bool:
-    return any(part.endswith(("lora_A", "lora_B")) for name, _, _ in entry.owners for part in name.split("."))
 
 
 def check_same_config(old: QLoRAConfig, new: QLoRAConfig) -> None:

@@ -11,15 +11,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..adapter_edits import add_adapter
 from ..errors import AdapterMismatchError, ConfigError, ModelStateError, NoAdapterError
-from ..modules import (
-    AdapterSite,
-    QLoRALinear,
-    adapter_sites,
-    add_adapter,
-    is_quantized,
-    prepared_state,
-)
+from ..modules import AdapterSite, QLoRALinear, adapter_sites, is_quantized, prepared_state
 from .adapter_config import modules_saved_in_full, peft_config
 from .export_sources import unwrap
 from .fold_plan import first_few

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora_compile.modules import adapter_parameters, adapter_sites, add_adapter
+from qlora_compile.adapter_edits import add_adapter
+from qlora_compile.modules import adapter_parameters, adapter_sites
 from qlora_compile.passes import PIPELINE, match_lora, normalize_linear
 
 OUT, IN = 21, 37

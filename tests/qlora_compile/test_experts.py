@@ -149,7 +149,7 @@ def test_double_quantization_off_and_several_adapters() -> None:
     model = prepared(build("mixtral", **MIXTRAL), double_quant=False)
     batch = inputs()
     one = model(**batch).logits
-    from qlora_compile.modules import add_adapter
+    from qlora_compile.adapter_edits import add_adapter
 
     sites = adapter_sites(model)
     add_adapter(model, "other", rank=2, alpha=4, scaling=dict.fromkeys(sites, 2.0))

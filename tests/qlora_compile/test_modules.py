@@ -11,15 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_compile import QLoRAConfig, prepare
+from qlora_compile.adapter_edits import add_adapter
 from qlora_compile.errors import ModelStateError, NoAdapterError
-from qlora_compile.modules import (
-    QLoRALinear,
-    adapter_parameters,
-    adapter_sites,
-    add_adapter,
-    is_quantized,
-    prepared_config,
-)
+from qlora_compile.modules import QLoRALinear, adapter_parameters, adapter_sites, is_quantized, prepared_config
 from qlora_compile.tensor import QuantizedTensor
 
 FP32 = {"compute_dtype": "float32", "block_size": 32, "r": 3, "lora_alpha": 5}

@@ -21,9 +21,10 @@ from qlora_compile.backend import qlora
 from qlora_compile.config import QLoRAConfig
 from qlora_compile.errors import InvalidWeightError, PassError, UnknownOptionError
 from qlora_compile.fx_utils import written
+from qlora_compile.param_info import StateRef
 from qlora_compile.pass_manager import NodeRecord, PassContext, insert_pass, run_passes, snapshot, target_name
 from qlora_compile.passes import PIPELINE
-from qlora_compile.state import ModelEdits, StateRef
+from qlora_compile.state import ModelEdits
 
 
 def _graph(function: Callable[..., Any]) -> fx.GraphModule:

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qlora_compile as qc
+from qlora_compile.adapter_edits import add_adapter
 from qlora_compile.errors import ModelStateError, UnknownOptionError
-from qlora_compile.modules import add_adapter
 from qlora_compile.passes import PIPELINE
 
 OPTIONS: dict[str, Any] = {"lowering": "eager", "block_size": 32, "r": 3}

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import qlora_compile as qc
+from qlora_compile.adapter_edits import add_adapter
 from qlora_compile.errors import ConfigError, ModelStateError, NoAdapterError
-from qlora_compile.modules import adapter_parameters, adapter_sites, add_adapter
+from qlora_compile.modules import adapter_parameters, adapter_sites
 
 MakeModel = Callable[..., torch.nn.Module]
 IDS = torch.arange(39).reshape(3, 13) * 5 % 97
