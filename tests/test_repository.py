@@ -57,7 +57,8 @@ def test_templates_and_other_data_are_packaged() -> None:
     for folder in SOURCE_FOLDERS:
         for path in (ROOT / folder).rglob("*"):
             if path.is_file() and path.suffix not in (".py", ".pyc"):
-                patterns = declared.get(_package_of(path.parent), [])
+                package = next(parent for parent in path.parents if (parent / "__init__.py").exists())
+                patterns = declared.get(_package_of(package), [])
                 assert any(path.match(pattern) for pattern in patterns), path
 
 
