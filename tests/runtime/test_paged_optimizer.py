@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import qlora_compile as qc
 from qlora_compile.errors import CheckpointError, ConfigError, MemoryBudgetError, ModelStateError, NoAdapterError
+from qlora_compile.nf4 import dynamic_map
 from qlora_compile.runtime import kernels, paged_optimizer_sweep
 from qlora_compile.runtime.kernels import cpp_build, cpu
 from qlora_compile.runtime.paged_optimizer_layout import dequantize_blocks, quantize_blocks
@@ -100,7 +101,7 @@ def test_every_instruction_set_gives_the_same(monkeypatch: pytest.MonkeyPatch) -
     assert kernel is not None
     for bits in (32, 8):
         best, _ = train(lambda p: qc.PagedAdamW(p, **ADAMW, state_bits=bits), 5)  # noqa: B023
-        for isa in cpu.supported_isas():
+        for isa in cpu.supported_isas():  # "avx512" without VBMI, which the best has where it is there
             forced = lambda *args, isa=isa: kernel(*args, isa=isa)
             monkeypatch.setattr(paged_optimizer_sweep.kernels, "find", lambda op, device, forced=forced: forced)
             other, _ = train(lambda p: qc.PagedAdamW(p, **ADAMW, state_bits=bits), 5)  # noqa: B023
@@ -347,10 +348,34 @@ def test_codes_are_the_nearest() -> None:
     for signed in (True, False):
         given = values if signed else values.abs()
         codes, scales = quantize_blocks(given, signed=signed)
-        code_map = qc.runtime.kernels.cpu_paged_step.code_entries(signed)[0]
+        code_map = dynamic_map(signed)
         distance = (given[:, None] / scales.repeat_interleave(256)[:1000, None] - code_map).abs()
         chosen = distance.gather(1, codes.long()[:, None])[:, 0]
         assert bool((chosen <= distance.amin(1) + 1e-7).all())
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_every_path_finds_the_code_of_every_kind_of_number(signed: bool) -> None:
+    """On bounds, next to them, 0, across all octaves: as `quantize_blocks`. Blocks hold a 1, so that nothing is scaled."""
+    kernel = kernels.find("paged_step", "cpu")
+    if kernel is None:
+        pytest.skip("needs a C++ compiler")
+    bounds = (dynamic_map(signed)[1:] + dynamic_map(signed)[:-1]) / 2
+    near = [(bounds.view(torch.int32) + ulp).view(torch.float32) for ulp in (-1, 0, 1)]
+    octaves = torch.arange(0x30000000, 0x3F800001, 70001, dtype=torch.int32).view(torch.float32)
+    values = torch.cat([*near, octaves, -octaves, torch.zeros(3)]).clamp(-1, 1)
+    rows = values[: len(values) // 255 * 255].view(-1, 255)
+    gradient = torch.cat([rows, torch.ones(len(rows), 1)], 1).view(-1)
+    gradient = gradient if signed else gradient.abs().sqrt()
+    first = signed  # Lion's moment becomes g, the second one of AdamW g * g
+    expected, _ = quantize_blocks(gradient if first else gradient * gradient, signed=signed)
+    numbers = torch.tensor([[1.0, 1.0, 0.0, 1.0, float(not first), 0.0, 0.0, 0.0]])
+    for isa in ("auto", *cpu.supported_isas()):
+        count, states = gradient.numel(), 1 if first else 2
+        parameter, state = torch.zeros(count), torch.zeros(states * (count + count // 64), dtype=torch.uint8)
+        piece = torch.tensor([[parameter.data_ptr(), gradient.data_ptr(), state.data_ptr(), count, 0, 0]])
+        kernel(piece, numbers, first, True, isa)
+        assert torch.equal(state[(states - 1) * count :][:count], expected), isa
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
