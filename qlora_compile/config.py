@@ -48,7 +48,8 @@ class QLoRAConfig:
 
     Compilation: products run in `compute_dtype`, adapters are stored in `adapter_dtype`. `activation_budget` is the
     fraction of saved activations to keep (1.0 keeps all, lower recomputes). `outline_layers=True` compiles equal layers
-    once; "auto" compiles each by itself and lets the report say what True would save; False says nothing.
+    once; "auto" does where there are many (with Inductor), else the report says what True would save; False compiles each
+    by itself.
     With `keep_logits=False` a loss over an output head is computed in chunks, and the output has `logits=None`.
     `kernels` forces kernels by op, as in `{"lora_linear": "library_gemm"}`; `autotune` measures all kernels for the
     shapes that are compiled, once a machine.

@@ -242,18 +242,38 @@ def test_false_leaves_everything_and_says_nothing(traced: Any) -> None:
     assert traced(many, *_inputs(), outline_layers=False).declined(*BEFORE, outline_layers) == {}
 
 
-def test_auto_leaves_the_graph_flat_and_says_what_it_would_save(traced: Any) -> None:
-    few = Stack(*[Block() for _ in range(4)])
-    assert traced(few, *_inputs(), outline_layers="auto").declined(*BEFORE, outline_layers) == {}
-    t = traced(Stack(*[Block() for _ in range(12)]), *_inputs(), outline_layers="auto")
+def test_auto_outlines_where_it_pays(traced: Any) -> None:
+    t = traced(Stack(*[Block() for _ in range(40)]), *_inputs(), outline_layers="auto")
+    assert t.count(*BEFORE, outline_layers) == 40
+    assert len(_regions(t)) == 1
+
+
+@pytest.mark.parametrize(
+    ("layers", "options", "why"),
+    [
+        (12, {}, "little to save"),
+        (40, {"lowering": "aot_eager"}, "lowering 'aot_eager' compiles nothing"),
+    ],
+)
+def test_auto_leaves_the_graph_flat_and_says_what_it_would_save(
+    layers: int, options: dict[str, Any], why: str, traced: Any
+) -> None:
+    t = traced(Stack(*[Block() for _ in range(layers)]), *_inputs(), outline_layers="auto", **options)
     ((what, reason),) = t.declined(*BEFORE, outline_layers).items()
-    assert what == "blocks.0 ... blocks.11"
-    said = re.fullmatch(r"12 equal regions: outline_layers=True would compile (\d+) of (\d+) nodes no more", reason)
+    assert what == f"blocks.0 ... blocks.{layers - 1}"
+    said = re.fullmatch(
+        rf"{layers} equal regions: {why}; outline_layers=True would compile (\d+) of (\d+) nodes no more", reason
+    )
     assert said is not None
     saved, total = map(int, said.groups())
-    assert saved % 11 == 0
+    assert saved % (layers - 1) == 0
     assert 0.8 * total < saved < total
     assert _regions(t) == {}
+
+
+def test_auto_says_nothing_of_a_small_graph(traced: Any) -> None:
+    few = Stack(*[Block() for _ in range(4)])
+    assert traced(few, *_inputs(), outline_layers="auto").declined(*BEFORE, outline_layers) == {}
 
 
 def test_records_keep_each_layer_s_own_names(traced: Any) -> None:
