@@ -69,9 +69,9 @@ def test_training_is_peft_s_own(four_bit: Callable[..., Any], tmp_path: Path) ->
     reference, model = (adapted(kbit(four_bit(), use_gradient_checkpointing=False)).train() for _ in range(2))
     names = [name for name, _ in model.named_parameters()]
     storage = {n: p.data_ptr() for n, p in model.named_parameters() if type(p).__name__ == "Params4bit"}
-    expected = losses(reference, reference)
-    found = losses(model, torch.compile(model, backend="qlora", options=OPTIONS))
-    assert expected[0] - expected[-1] > 0.1  # it learns
+    expected = losses(reference, reference, steps=20)
+    found = losses(model, torch.compile(model, backend="qlora", options=OPTIONS), steps=20)
+    assert expected[0] - expected[-1] > 0.5  # it learns
     # bf16 low-rank products against PEFT's fp32 ones; with other adapters the losses differ by more than 0.01
     assert found == pytest.approx(expected, abs=2e-3)
     assert [name for name, _ in model.named_parameters()] == names
@@ -79,7 +79,7 @@ def test_training_is_peft_s_own(four_bit: Callable[..., Any], tmp_path: Path) ->
 
     report = qc.explain(model)
     assert len(report.linears) == len(storage) == 7
-    assert {linear.lowering for linear in report.linears} <= {"library_gemm", "fp32_gemm"}
+    assert {linear.lowering for linear in report.linears} <= {"library_gemm", "fp32_gemm", "codes"}  # by machine
     assert [linear.rank for linear in report.linears] == [{"default": 3}] * 7
     assert not any("bitsandbytes" in record.target for record in report.stages["group_linears"])
     model.save_pretrained(tmp_path / "adapter")
@@ -87,9 +87,9 @@ def test_training_is_peft_s_own(four_bit: Callable[..., Any], tmp_path: Path) ->
     saved, theirs = (peft.utils.load_peft_weights(tmp_path / name, device="cpu") for name in ("adapter", "reference"))
     assert saved.keys() == theirs.keys()
     for key, value in saved.items():
-        # AdamW's steps have the size of lr wherever a gradient is near zero and its sign open: 4 of them, both ways
-        torch.testing.assert_close(value, theirs[key], atol=2 * 4 * 5e-3, rtol=0)
-        assert (value - theirs[key]).abs().mean() < 1e-3
+        # AdamW's steps have the size of lr wherever a gradient is near zero and its sign open: 20 of them, both ways
+        torch.testing.assert_close(value, theirs[key], atol=2 * 20 * 5e-3, rtol=0)
+        assert (value - theirs[key]).abs().mean() < 2e-3
 
 
 @pytest.mark.slow  # compiled by Inductor, twice
