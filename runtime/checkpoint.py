@@ -57,10 +57,7 @@ def save_checkpoint(
 def _save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     # Views of one storage become tensors of their own: safetensors refuses to write shared memory.
     whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    try:
-        save_file(whole, file)
-    except SafetensorError as error:
-        raise OutputError(f"The checkpoint file {file} cannot be written: {error}.") from error
+    save_file(whole, file)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import resource
@@ -16,7 +17,7 @@ from typing import Any, Self
 import torch
 
 from .. import __version__
-from ..errors import CheckpointError
+from ..errors import CheckpointError, OutputError
 from .formats.atomic import output_errors, write_file
 
 
@@ -41,7 +42,9 @@ class MetricsLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._file.close()
+        # Closing writes again what could not be written: where that is known already, it is not said twice.
+        with contextlib.suppress(*([] if kind is None else [OutputError])), output_errors(self.path):
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -2,50 +2,78 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
+from safetensors import SafetensorError
+
 from ...errors import OutputError
 
 
 @contextmanager
 def output_errors(path: Path) -> Iterator[None]:
-    """OSError while writing `path` -> OutputError with one sentence."""
+    """OSError while writing `path`, or a file of it under a temporary name -> OutputError with one sentence.
+
+    So too safetensors' own error, where the system refused it something.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(f"The disk is full: {path} was not written; free some space and run it again.") from error
-        reason = error.strerror or str(error)
-        raise OutputError(f"{path} cannot be written ({reason}); choose another output.") from error
+        raise _named(path, error) from error
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        if found is None:
+            raise
+        raise _named(path, OSError(int(found[1]), os.strerror(int(found[1])))) from error
+    except OutputError as error:
+        if isinstance(error.__cause__, OSError):
+            raise _named(path, error.__cause__) from error.__cause__
+        raise
+
+
+def _named(path: Path, error: OSError) -> OutputError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(f"The disk is full: {path} was not written; free some space and run it again.")
+    return OutputError(f"{path} cannot be written ({error.strerror or error}); choose another output.")
 
 
 def write_file(path: str | os.PathLike[str], data: bytes | str) -> Path:
     """Write `data` (text as UTF-8) to `path`, making its folder. Raises OutputError (not writable, disk full)."""
     path = Path(path)
-    raw = data.encode() if isinstance(data, str) else data
-    with output_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(raw)
-                sync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's own mode is private to the user
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-        _sync_folder(path.parent)
+    write_files(path.parent, {path.name: data}, path)
     return path
+
+
+def write_files(folder: Path, contents: Mapping[str, bytes | str], name: Path | None = None) -> None:
+    """Write files by name, each as `write_file`; if one cannot be written, all are as they were. `name` is for errors."""
+    temporaries: dict[str, str] = {}
+    with output_errors(name or folder), made_folder(folder):
+        try:
+            for file_name, data in contents.items():
+                handle, temporary = tempfile.mkstemp(prefix=f".{file_name}.", suffix=".tmp", dir=folder)
+                temporaries[temporary] = file_name
+                with os.fdopen(handle, "wb") as file:
+                    file.write(data.encode() if isinstance(data, str) else data)
+                    sync(file.fileno())
+                os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's own mode is private to the user
+            for temporary, file_name in temporaries.items():
+                os.replace(temporary, folder / file_name)
+        except BaseException:
+            for temporary in temporaries:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary)
+            raise
+        _sync_folder(folder)
 
 
 @contextmanager
@@ -61,16 +89,14 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False, durable
     """
     path = Path(os.path.abspath(path))
     check_output_folder(path, overwrite=overwrite)
-    with output_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with output_errors(path), made_folder(path.parent):
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    try:
-        with output_errors(path):
+        try:
             yield temporary
             install_folder(temporary, path, durable=durable)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 @contextmanager
@@ -81,15 +107,27 @@ def new_file(path: str | os.PathLike[str], *, overwrite: bool = False, durable: 
     """
     path = Path(os.path.abspath(path))
     check_output_file(path, overwrite=overwrite)
-    with output_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with output_errors(path), made_folder(path.parent):
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    try:
-        with output_errors(path):
+        try:
             yield temporary / path.name
             install_file(temporary / path.name, path, durable=durable)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Make `folder` and those above it; those that were made are gone again after an error, if nothing is in them."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for place in missing:
+                place.rmdir()
+        raise
 
 
 def install_file(temporary: Path, path: Path, *, durable: bool = True) -> None:

@@ -24,7 +24,7 @@ from safetensors.torch import save
 
 from ...errors import CheckpointError
 from ...tensor import is_finite
-from .atomic import new_folder, write_file
+from .atomic import new_folder, write_files
 from .checkpoint_dir import open_checkpoint, read_json
 from .expert_files import parameter_names, unflatten
 
@@ -152,7 +152,8 @@ def write_adapter(
 ) -> Path:
     """Write a PEFT folder: same input, same bytes. `extra_files` maps further file names to their text.
 
-    A new folder appears at once and whole. In a folder that exists, each file is replaced by itself, weights first.
+    A new folder appears at once and whole. In a folder that exists, each file is replaced by itself, weights first, when
+    all are on the disk.
     Raises OutputError where it cannot be written.
     """
     path = Path(path)
@@ -166,8 +167,7 @@ def write_adapter(
         CONFIG_FILE: json.dumps(sorted_config, indent=2, sort_keys=True) + "\n",
     }
     if path.is_dir() and any(path.iterdir()):
-        for name, data in contents.items():
-            write_file(path / name, data)
+        write_files(path, contents)
         return path
     with new_folder(path) as folder:
         for name, data in contents.items():

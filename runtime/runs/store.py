@@ -126,6 +126,17 @@ class RunStore:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
+        is_new = not self.path.exists()
+        try:
+            with self._writing() as database:
+                yield database
+        except RunStoreError:
+            if is_new and self.path.is_file() and not self.path.stat().st_size:
+                self.path.unlink()  # SQLite made it, and could write nothing
+            raise
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
         with self._errors("written"), closing(self._connect()) as database:
             database.execute("PRAGMA synchronous = NORMAL")
             if self._version(database) == 0:
@@ -163,6 +174,8 @@ class RunStore:
         try:
             yield
         except (sqlite3.Error, OSError) as error:
+            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+                raise RunStoreError(f"The disk is full: the run store {self.path} was not {done}.") from error
             raise RunStoreError(
                 f"The run store {self.path} cannot be {done} ({error}): move it away and the next run begins a new one; "
                 "each run's own folder still holds its metrics.jsonl and run.json."
