@@ -22,16 +22,23 @@ from ..errors import CheckpointError, MissingDependencyError
 class ExpertRows:
     """What one tensor of a checkpoint holds: output features `rows` of one expert, as [rows, in] or `transposed`.
 
-    `parameter` is the fused one in the model, `fused_transposed` whether that holds [in, out] matrices; `siblings` are
-    all tensors of this expert (itself too) as (key, rows, transposed).
+    `expert` None: of all experts, in order, as [E, rows, in] or [E, in, rows]. `parameter` is the fused one in the
+    model, `fused_transposed` whether that holds [in, out] matrices; `siblings` are all tensors of this expert (itself
+    too) as (key, rows, transposed).
     """
 
     parameter: str
     fused_transposed: bool
-    expert: int
+    expert: int | None
     rows: torch.Tensor
     transposed: bool
     siblings: tuple[tuple[str, torch.Tensor, bool], ...] = ()
+
+    def own_part(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The fused parameter's adapter [E, r, in], [E, out, r] -> that of this tensor."""
+        if self.expert is None:
+            return a, b[:, self.rows]
+        return a[self.expert], b[self.expert][self.rows]
 
 
 class ExpertLayout:
@@ -91,18 +98,22 @@ class ExpertLayout:
 
 
 def _read_probe(parameter: str, fused_transposed: bool, out: int, tensor: torch.Tensor) -> ExpertRows | None:
-    """A tensor of row numbers -> the one expert and its rows, None where there are several or it is no matrix."""
-    if tensor.dim() != 2 or 1 not in tensor.shape:
+    """A tensor of row numbers -> whose rows it holds: one expert's, or the same ones of all; None for anything else."""
+    if tensor.dim() not in (2, 3) or 1 not in tensor.shape[-2:]:
         return None
-    numbers = tensor.reshape(-1).long()
-    experts = numbers // out
-    if not bool((experts == experts[0]).all()):
-        return None
-    return ExpertRows(parameter, fused_transposed, int(experts[0]), numbers % out, tensor.shape[0] == 1 and out != 1)
+    transposed = tensor.shape[-2] == 1 and (tensor.shape[-1] != 1 or fused_transposed)
+    numbers = tensor.long().squeeze(-2 if transposed else -1)
+    experts, rows = numbers // out, numbers % out
+    if numbers.dim() == 1:
+        one = bool((experts == experts[0]).all())
+        return ExpertRows(parameter, fused_transposed, int(experts[0]), rows, transposed) if one else None
+    in_order = torch.equal(experts, torch.arange(len(experts))[:, None].expand_as(experts))
+    same = torch.equal(rows, rows[:1].expand_as(rows))
+    return ExpertRows(parameter, fused_transposed, None, rows[0], transposed) if in_order and same else None
 
 
 def _with_siblings(held: Mapping[str, ExpertRows]) -> dict[str, ExpertRows]:
-    of_expert: dict[int, list[tuple[str, torch.Tensor, bool]]] = {}
+    of_expert: dict[int | None, list[tuple[str, torch.Tensor, bool]]] = {}
     for key, rows in held.items():
         of_expert.setdefault(rows.expert, []).append((key, rows.rows, rows.transposed))
     return {

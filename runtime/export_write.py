@@ -182,18 +182,19 @@ def start_of(job: ExportJob, key: str, target: Target) -> torch.Tensor:
 
 
 def _expert_round_trip(source: WeightSource, held: ExpertRows, quantized: QuantizedBase) -> torch.Tensor:
-    """The expert's whole matrix, put together as the model has it, made 4-bit and back -> this tensor's rows of it."""
+    """Whole matrices, put together as the model has them, made 4-bit and back -> this tensor's rows of them."""
     parts: dict[str, torch.Tensor] = {}
     for key, _, flip in held.siblings:
         tensor = source.tensor(resolve_key(key, source.specs) or key)
-        parts[key] = tensor.t() if flip else tensor
+        parts[key] = tensor.mT if flip else tensor
     first = next(iter(parts.values()))
-    whole = first.new_empty(sum(part.shape[0] for part in parts.values()), first.shape[1])
+    out = sum(part.shape[-2] for part in parts.values())
+    whole = first.new_empty(*first.shape[:-2], out, first.shape[-1])
     for key, rows, _ in held.siblings:
-        whole[rows] = parts[key]
-    done = quantized.round_trip(whole.t().contiguous() if held.fused_transposed else whole, transposed=False)
-    own = (done.t() if held.fused_transposed else done)[held.rows]
-    return own.t().contiguous() if held.transposed else own
+        whole[..., rows, :] = parts[key]
+    done = quantized.round_trip(whole.mT.contiguous() if held.fused_transposed else whole, transposed=False)
+    own = (done.mT if held.fused_transposed else done)[..., held.rows, :]
+    return own.mT.contiguous() if held.transposed else own
 
 
 def _fold_one(job: ExportJob, key: str, target: Target, dtype: torch.dtype, result: ExportReport) -> torch.Tensor:

@@ -39,7 +39,7 @@ class Target:
     for the usual single w = 1. `transposed`: W is [in, out] (Conv1D) or [vocab, dim] (an embedding).
     `magnitude` [out] is DoRA's: the length that each row of the sum gets. `bias` are vectors added to it (`lora_bias`).
     `parameter` is its name in the model, which may have a prefix that the checkpoint's key lacks. `expert`: the
-    tensor holds rows of one expert of that parameter.
+    tensor holds rows of that parameter's experts.
     """
 
     source: str
@@ -224,15 +224,16 @@ def _add_experts(
     layer: LoraLayer,
     adapter: WeightedAdapter,
 ) -> list[str]:
-    """Add the adapters of fused experts that the checkpoint holds in several tensors; returns what is wrong."""
+    """Add the adapters of fused experts that the checkpoint holds in tensors of its own; returns what is wrong."""
     problems = []
     for name, rows in held.items():
         key = resolve_key(name, specs)
         if key is None:
             problems.append(f"the base has no {name}")
             continue
-        a, b = layer.a[rows.expert], layer.b[rows.expert][rows.rows]
-        shape = (a.shape[1], b.shape[0]) if rows.transposed else (b.shape[0], a.shape[1])
+        a, b = rows.own_part(layer.a, layer.b)
+        matrix = (a.shape[-1], b.shape[-2]) if rows.transposed else (b.shape[-2], a.shape[-1])
+        shape = (*a.shape[:-2], *matrix)
         if specs[key].shape != shape or specs[key].dtype not in FOLDABLE:
             problems.append(f"{key} is {list(specs[key].shape)} of {specs[key].dtype}, {list(shape)} in the adapter")
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 import qlora_compile as qc
 from qlora_compile.modules import adapter_sites
-from qlora_compile.runtime.expert_layout import ExpertLayout
+from qlora_compile.runtime.expert_layout import ExpertLayout, _read_probe
 
 transformers = pytest.importorskip("transformers")
 
@@ -34,6 +35,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "head_dim": 14,
         "sliding_window": 8,
     },  # as in the model
+    "granitemoe": {"num_local_experts": 3},  # all experts in one tensor of another name
 }
 # fp32 through two layers; the fold rounds once, we add to the result
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-3}
@@ -66,8 +68,8 @@ def test_the_merged_folder_computes_what_the_model_computed(name: str, base_prec
     assert report.verification is not None and max(layer.relative for layer in report.layers) < 1e-6
     base, merged = (load_file(tmp_path / folder / "model.safetensors") for folder in ("base", "merged"))
     assert base.keys() == merged.keys()
-    experts = [key for key in base if ".experts." in key and "bias" not in key]
-    assert experts and all(not torch.equal(base[key], merged[key]) for key in experts)
+    experts = [key for key in base if re.search(r"[.]experts[.](?!.*bias)|_linear[.]", key)]
+    assert len(experts) >= 4 and all(not torch.equal(base[key], merged[key]) for key in experts)
     loaded = type(plain).from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(input_ids=ids).logits, want, **TOLERANCE)
@@ -96,6 +98,27 @@ def test_what_a_checkpoint_holds_of_an_expert() -> None:
     assert {key for key, _, _ in rows.siblings} == {
         f"model.layers.1.block_sparse_moe.experts.2.{w}.weight" for w in ("w1", "w3")
     }
+
+
+def test_experts_in_one_tensor_of_another_name() -> None:
+    layout = ExpertLayout(build("granitemoe").config.to_dict() | {"architectures": ["GraniteMoeForCausalLM"]})
+    [(key, held)] = layout.tensors("model.layers.0.block_sparse_moe.experts.gate_up_proj").items()
+    assert key == "model.layers.0.block_sparse_moe.input_linear.weight"
+    assert held.expert is None and not held.transposed and torch.equal(held.rows, torch.arange(152))
+
+
+@pytest.mark.parametrize("shape", [(3, 10, 1), (3, 1, 10)])
+def test_a_probe_is_read_only_where_it_is_understood(shape: tuple[int, ...]) -> None:
+    numbers = torch.arange(30.0).view(shape)
+    held = _read_probe("experts.up_proj", False, 10, numbers)
+    assert held is not None and held.transposed == (shape[1] == 1)
+    a, b = torch.randn(3, 2, 5), torch.randn(3, 10, 2)
+    assert all(torch.equal(one, two) for one, two in zip(held.own_part(a, b), (a, b), strict=True))
+    assert _read_probe("experts.up_proj", False, 10, numbers.flip(0)) is None  # experts in another order
+    mixed = numbers.clone()
+    mixed[1] = numbers[1].roll(1, dims=-1 if shape[1] == 1 else 0)
+    assert _read_probe("experts.up_proj", False, 10, mixed) is None  # not the same rows of all
+    assert _read_probe("experts.up_proj", False, 10, torch.arange(30.0)[None]) is None  # several experts in a matrix
 
 
 def test_combined_adapters_of_experts(tmp_path: Path) -> None:
