@@ -1,8 +1,9 @@
 """A training loop of one's own on several processes: accelerate starts and feeds them, DDP or FSDP2 joins them.
 
-    accelerate launch --num_processes 2 examples/finetune_distributed.py --model DIR --data FILE --out DIR
+    accelerate launch --multi_gpu --num_processes 2 examples/finetune_distributed.py --model DIR --data FILE --out DIR
     torchrun --nproc-per-node 2 examples/finetune_distributed.py --model DIR --data FILE --out DIR --fsdp
 
+(On CPUs `--multi_gpu` too, with --cpu after the script's name: accelerate's own --cpu starts one process.)
 Each process prepares the same 4-bit model and trains on its part of the text. The adapter is written by the first one.
 """
 
@@ -51,6 +52,7 @@ def train(args: argparse.Namespace) -> list[float]:
     model, call = make_model(args, accelerator)
     optimizer = qc.PagedAdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr)
     model.train()
+    accelerator.print(f"{accelerator.num_processes} processes, {len(loader)} batches of {args.batch} on each")
     losses: list[float] = []
     while len(losses) < args.steps:
         for ids in loader:

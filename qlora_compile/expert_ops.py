@@ -82,7 +82,7 @@ def grouped_lora_linear(
     """x [S, K] -> [y [S, N] in x's dtype, h [S, sum R] in `dtype`]; rows after the last offset give zero.
 
     `weight` holds the codes, or (`quant_type` "none") the dense matrices; `scales` is [absmax] or [absmax, scale,
-    offset]. A_j is [E, R, K], B_j [E, N, R], `scaling` 0-dim tensors.
+    offset]. A_j is [E, R, K], B_j [E, N, R], `scaling` 0-dim tensors, or [S] where it differs by row.
     """
     group = ExpertGroup(
         offsets, weight, scales, lora_a, lora_b, scaling, alpha,

@@ -45,7 +45,10 @@ class ExpertGroup:
         self.offsets, self.weight, self.scales, self.shape = offsets, weight, scales, shape
         self.lora_a, self.lora_b = lora_a, lora_b
         self.a, self.b = [t.to(dtype) for t in lora_a], [t.to(dtype) for t in lora_b]
-        self.factors = [alpha_j * float(weight_j) for alpha_j, weight_j in zip(alpha, scaling, strict=True)]
+        self.factors = [
+            alpha_j * (weight_j.to(dtype)[:, None] if weight_j.dim() else float(weight_j))
+            for alpha_j, weight_j in zip(alpha, scaling, strict=True)
+        ]  # one number, or [S, 1] where each row of the batch has a choice of its own
         self.transposed, self.quant_type, self.block_size, self.dtype = transposed, quant_type, block_size, dtype
 
     def runs(self) -> Iterator[tuple[int, slice]]:
@@ -83,11 +86,16 @@ def grouped_forward(group: ExpertGroup, x: Tensor) -> tuple[Tensor, Tensor]:
         torch.mm(x[rows], group.dense(expert).t(), out=y[rows])
         for a, b, factor, own in zip(group.a, group.b, group.factors, columns):
             h[rows, own] = low = x[rows] @ a[expert].t()
-            y[rows].addmm_(low, b[expert].t(), alpha=factor)
+            y[rows].addmm_(_scaled(low, factor, rows), b[expert].t())
         end = rows.stop
     y[end:].zero_()
     h[end:].zero_()
     return y, h
+
+
+def _scaled(low: Tensor, factor: Tensor | float, rows: slice) -> Tensor:
+    """[rows, R], each row times its adapter's factor."""
+    return low * (factor[rows] if isinstance(factor, Tensor) else factor)
 
 
 def grouped_backward(
@@ -106,12 +114,12 @@ def grouped_backward(
         if dx is not None:
             torch.mm(dy[rows], group.dense(expert), out=dx[rows])
         for j, (a, b, factor, own) in enumerate(zip(group.a, group.b, group.factors, columns)):
-            low = (dy[rows] @ b[expert]).mul_(factor)
+            low = _scaled(dy[rows] @ b[expert], factor, rows)
             if dx is not None:
                 dx[rows].addmm_(low, a[expert])
             if need_adapters:
                 da[j][expert] = low.t() @ x[rows]
-                db[j][expert] = (dy[rows].t() @ h[rows, own]).mul_(factor)
+                db[j][expert] = dy[rows].t() @ _scaled(h[rows, own], factor, rows)
         end = rows.stop
     if dx is not None:
         dx[end:].zero_()

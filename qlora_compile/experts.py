@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import ModelStateError
 from .modules import moved
 from .tensor import QuantizedTensor
 
@@ -50,10 +51,11 @@ class QLoRAExperts(nn.Module):
         experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
         numbers = torch.arange(self.num_experts, device=experts.device, dtype=experts.dtype)
         offsets = torch.searchsorted(experts, numbers, right=True)
-        x = hidden_states[order // k]
-        x = self._product("gate_up_proj" if self.has_gate else "up_proj", x, experts, offsets)
+        source = order // k
+        x = hidden_states[source]
+        x = self._product("gate_up_proj" if self.has_gate else "up_proj", x, experts, offsets, source, tokens)
         x = self._apply_gate(x) if self.has_gate else self.act_fn(x)  # type: ignore[operator]
-        x = self._product("down_proj", x, experts, offsets)
+        x = self._product("down_proj", x, experts, offsets, source, tokens)
         if self.has_post_expert_norm:
             x = self.post_expert_norm(x)  # type: ignore[operator]
         x = x * top_k_weights.reshape(-1)[order].unsqueeze(-1)
@@ -61,8 +63,11 @@ class QLoRAExperts(nn.Module):
         back[order] = torch.arange(order.shape[0], device=order.device)
         return x[back].view(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
 
-    def _product(self, name: str, x: Tensor, experts: Tensor, offsets: Tensor) -> Tensor:
-        """x [S, in], sorted by expert, times each row's expert's matrix, with its adapters and bias: [S, out]."""
+    def _product(self, name: str, x: Tensor, experts: Tensor, offsets: Tensor, source: Tensor, tokens: int) -> Tensor:
+        """x [S, in], sorted by expert, times each row's expert's matrix, with its adapters and bias: [S, out].
+
+        `source` [S] says which of the `tokens` each row was.
+        """
         weight, transposed = getattr(self, name), self.is_transposed
         lora_a, lora_b = getattr(self, f"{name}_lora_A", {}), getattr(self, f"{name}_lora_B", {})
         scaling, weights = getattr(self, f"{name}_lora_scaling", {}), getattr(self, f"{name}_lora_weight", {})
@@ -79,7 +84,7 @@ class QLoRAExperts(nn.Module):
             scales,
             [lora_a[adapter] for adapter in adapters],
             [lora_b[adapter] for adapter in adapters],
-            [weights[adapter] for adapter in adapters],
+            [_by_token(weights[adapter], source, tokens) for adapter in adapters],
             [scaling[adapter] for adapter in adapters],
             weight.shape[-1 if transposed else -2],
             transposed,
@@ -91,6 +96,21 @@ class QLoRAExperts(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         return moved(super()._apply(fn, recurse))
+
+
+def _by_token(weight: Tensor, source: Tensor, tokens: int) -> Tensor:
+    """An adapter's weight for each row of the batch (`adapter_ids`), [rows] -> [S]; one for all stays as it is.
+
+    Experts see a batch's tokens row after row, as many of each.
+    """
+    if weight.dim() == 0:
+        return weight
+    rows = weight.shape[0]
+    if tokens % rows:
+        raise ModelStateError(
+            f"adapter_ids chose adapters for {rows} rows, this batch has {tokens} tokens: call set_adapters again."
+        )
+    return weight[source // (tokens // rows)]
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .config import QLoRAConfig
 from .errors import ConfigError
-from .tensor import QuantizedTensor
+from .tensor import QuantizedTensor, stack_experts
 
 SPECTRAL = ("pissa", "olora", "loftq")
 # [out, in] -> (the base as it is stored, the [out, in] values that it stands for)
@@ -29,7 +29,7 @@ Store = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class SpectralStart:
-    """The stored base, and fp32 factors `a` [r, in] and `b` [out, r]."""
+    """The stored base, and fp32 factors `a` [r, in] and `b` [out, r]; of experts [E, ., .] all three."""
 
     base: Tensor
     a: Tensor
@@ -46,14 +46,15 @@ def start_from_weight(
 ) -> SpectralStart:
     """What `config.init_lora_weights` makes of the parameter `name` (`transposed`: it is [in, out]).
 
-    `quantize` maps a dense parameter to a QuantizedTensor; None leaves the base dense. Raises ConfigError (experts, a
-    rank above the matrix's, LoftQ on a weight whose dense values are gone).
+    Of a weight of E experts [E, ., .] each is a matrix of its own: `a` [E, r, in], `b` [E, out, r].
+
+    `quantize` maps a dense parameter, and an expert's matrix, to a QuantizedTensor; None leaves the base dense. Raises
+    ConfigError (a rank above the matrix's, LoftQ on a weight whose dense values are gone).
     """
     method, rank = str(config.init_lora_weights), config.rank_for(name)
-    if param.dim() != 2:
-        raise ConfigError(f"init_lora_weights={method!r} is for matrices: exclude {name} {list(param.shape)}.")
-    if rank > min(param.shape):
-        raise ConfigError(f"init_lora_weights={method!r} needs r of at most {min(param.shape)} at {name}, got {rank}.")
+    most = min(param.shape[-2:])
+    if rank > most:
+        raise ConfigError(f"init_lora_weights={method!r} needs r of at most {most} at {name}, got {rank}.")
     if isinstance(param, QuantizedTensor) and method == "loftq":
         raise ConfigError(f"init_lora_weights='loftq' needs the dense weights, and {name} is in 4 bits already.")
     dense = param.dequantize() if isinstance(param, QuantizedTensor) else param.detach()
@@ -68,7 +69,15 @@ def start_from_weight(
         quantized = quantize(stored)
         return quantized, turn(quantized.dequantize())  # type: ignore[operator]
 
-    return spectral_start(turn(dense), method, rank, config.scaling_for(name), store, config.loftq_iter)
+    def start(matrix: Tensor) -> SpectralStart:
+        return spectral_start(turn(matrix), method, rank, config.scaling_for(name), store, config.loftq_iter)
+
+    if dense.dim() == 2:
+        return start(dense)
+    starts = [start(matrix) for matrix in dense]
+    bases = [one.base for one in starts]
+    base = torch.stack(bases) if quantize is None else stack_experts(bases)  # type: ignore[arg-type]
+    return SpectralStart(base, torch.stack([one.a for one in starts]), torch.stack([one.b for one in starts]))
 
 
 def spectral_start(

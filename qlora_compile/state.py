@@ -146,22 +146,19 @@ class ModelEdits:
                 block_size=self.config.block_size,
                 double_quant=self.config.double_quant,
                 transposed=transposed,
-                per_expert=entry.is_experts,
+                per_expert=weight.dim() == 3,
             )
         except InvalidWeightError as error:
             raise InvalidWeightError(f"{entry.name}: {error}") from None
 
     def _spectral_start(self, entry: ParamInfo, fan_in_fan_out: bool) -> SpectralStart | None:
-        """The base and the adapter that PiSSA, OLoRA or LoftQ make of a weight; None where they have no say: experts
-        start from zero, as with `init_lora_weights=True`."""
-        if entry.is_experts:
-            return None
+        """The base and the adapter that PiSSA, OLoRA or LoftQ make of a weight; None where they have no say."""
         param, rank = entry.param, self.config.rank_for(entry.name)
         if not is_spectral(self.config.init_lora_weights) or self.is_foreign or rank == 0 or param.is_meta:
             return None
 
         def quantize(weight: Tensor) -> Tensor:
-            return self._quantized(entry, weight, fan_in_fan_out)
+            return self._quantized(entry, weight, fan_in_fan_out and not entry.is_experts)
 
         maker = quantize if self.quantizes_weight(entry) else None
         return start_from_weight(entry.name, param, self.config, maker, transposed=fan_in_fan_out)

@@ -8,7 +8,7 @@ working, slowly and correctly. `t()` stays 4-bit, so autograd saves no dense wei
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -256,6 +256,15 @@ def is_finite(tensor: Tensor) -> bool:
         return True
     tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor
     return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
+
+
+def stack_experts(matrices: Sequence[QuantizedTensor]) -> QuantizedTensor:
+    """E weights [a, b] of one format -> one [E, a, b], of the same bytes."""
+    layout = matrices[0].layout_4bit
+    parts = zip(*(matrix.data_4bit for matrix in matrices), strict=True)
+    data = nf4.QuantizedData(*(None if part[0] is None else torch.stack(part) for part in parts))
+    stride = (layout.shape[0] * layout.shape[1], *layout.stride)
+    return QuantizedTensor(data, layout._replace(shape=(len(matrices), *layout.shape), stride=stride, per_expert=True))
 
 
 def _check_finite(weight: Tensor) -> None:

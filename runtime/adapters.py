@@ -13,6 +13,7 @@ from torch import nn
 
 from ..adapter_edits import add_adapter
 from ..errors import AdapterMismatchError, ConfigError, ModelStateError, NoAdapterError
+from ..experts import QLoRAExperts
 from ..modules import AdapterSite, QLoRALinear, adapter_sites, is_quantized, prepared_state
 from .adapter_config import modules_saved_in_full, peft_config
 from .export_sources import unwrap
@@ -127,7 +128,8 @@ def _wanted(given: Mapping[str, float] | Iterable[str] | str | None, known: list
 
 def _check_by_row(sites: Mapping[str, AdapterSite]) -> None:
     """A parameter that another module's own code uses gets its adapters added to it: it cannot differ by row."""
-    shared = [name for name, site in sites.items() if site.adapters and not isinstance(site.module, QLoRALinear)]
+    by_row = QLoRALinear, QLoRAExperts
+    shared = [name for name, site in sites.items() if site.adapters and not isinstance(site.module, by_row)]
     if shared:
         raise ModelStateError(
             f"adapter_ids cannot choose by row at {shared[0]}, whose weight another module's code uses."

@@ -27,6 +27,16 @@ from torch import nn
 from ..errors import CheckpointError, ConfigError, DistributedError, ModelStateError, QLoRACompileError
 from ..modules import adapter_sites
 from ..sharding_ops import split_problem
+from .lost_process import (
+    Member,
+    TermWatch,
+    first_sentence,
+    is_lost_connection,
+    leave_the_last_word,
+    lost,
+    myself,
+    note_end,
+)
 
 T = TypeVar("T")
 TIMEOUT_S = 1800.0  # of one exchange: compiling may take one process minutes longer than another
@@ -34,11 +44,12 @@ TIMEOUT_S = 1800.0  # of one exchange: compiling may take one process minutes lo
 
 @dataclass(frozen=True)
 class Processes:
-    """`count` processes, of which this is number `rank`; `local_rank` on its machine."""
+    """`count` processes, of which this is number `rank`; `local_rank` on its machine. `members`: where each one runs."""
 
     rank: int = 0
     count: int = 1
     local_rank: int = 0
+    members: tuple[Member, ...] = ()
 
     @classmethod
     def join(cls, device: torch.device) -> Processes:
@@ -55,10 +66,12 @@ class Processes:
                 dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
             except (RuntimeError, ValueError) as error:
                 raise DistributedError(
-                    f"The {count} processes did not find each other ({_first_line(error)}): start them with torchrun, "
+                    f"The {count} processes did not find each other ({first_sentence(error)}): start them with torchrun, "
                     "or unset WORLD_SIZE to train in one process."
                 ) from error
-        return cls(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+        members: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(members, myself())
+        return cls(dist.get_rank(), len(members), int(os.environ.get("LOCAL_RANK", "0")), tuple(members))
 
     @property
     def first(self) -> bool:
@@ -146,40 +159,30 @@ class Processes:
         call.set_requires_gradient_sync(last)
         return contextlib.nullcontext()
 
+    def ended_by_signal(self) -> contextlib.AbstractContextManager[None]:
+        """Within it SIGTERM, by which torchrun ends those that a lost process leaves behind, is an error of one sentence."""
+        return TermWatch(self.rank, self.members)()
+
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         """Raises DistributedError in place of what the network says where another process is gone."""
         try:
             yield
-        except RuntimeError as error:
-            if self.count == 1 or not _is_lost_connection(error):
-                raise
-            raise DistributedError(
-                f"Process {self.rank} of {self.count} lost another one ({_first_line(error)}): see the error of the "
-                "process that ended first; the same command with --resume goes on from the newest checkpoint."
-            ) from error
+        except DistributedError:
+            raise
+        except Exception as error:
+            if self.count > 1 and isinstance(error, RuntimeError) and is_lost_connection(error):
+                leave_the_last_word()
+                raise lost(self.rank, self.members, error) from error
+            if self.count > 1:  # the others will lose this one
+                note_end(f"process {self.rank}, which ended with: {first_sentence(error)}")
+            raise
 
     def leave(self) -> None:
         """Once all are done."""
         if self.count > 1 and dist.is_initialized():
+            dist.barrier()
             dist.destroy_process_group()
-
-
-def _is_lost_connection(error: RuntimeError) -> bool:
-    words = (
-        "Connection closed",
-        "Connection reset",
-        "Broken pipe",
-        "NCCL",
-        "Timed out",
-        "gloo",
-        "unhandled system error",
-    )
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].strip() if str(error).strip() else type(error).__name__
 
 
 def split_model(model: nn.Module, mesh: Any = None) -> dict[str, str]:

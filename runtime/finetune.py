@@ -43,10 +43,10 @@ def finetune(config: FinetuneConfig, reporter: Reporter | None = None) -> Finetu
     Under torchrun every process takes its part of each batch, and the first one writes (runtime/distributed.py).
     """
     processes = Processes.join(config.pick_device())
-    with processes.own_folder(config) as own, processes.watched():
+    with processes.own_folder(config) as own, processes.ended_by_signal(), processes.watched():
         reporter = SilentReporter() if not processes.first else make_reporter() if reporter is None else reporter
         result = _finetune(_Run(own, reporter, processes))
-    processes.leave()
+        processes.leave()
     return result
 
 

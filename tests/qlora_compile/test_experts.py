@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import qlora_compile as qc
-from qlora_compile.errors import InvalidWeightError
+from qlora_compile.adapter_edits import add_adapter
+from qlora_compile.errors import InvalidWeightError, ModelStateError
 from qlora_compile.experts import QLoRAExperts, expert_parameters
-from qlora_compile.modules import adapter_sites, is_quantized
+from qlora_compile.modules import adapter_parameters, adapter_sites, is_quantized
 
 transformers = pytest.importorskip("transformers")
 
@@ -299,3 +300,52 @@ def test_moving_and_evaluation_without_gradients() -> None:
     torch.testing.assert_close(run(**batch).logits, want, atol=0, rtol=0)
     assert model.to(torch.bfloat16).get_parameter("model.layers.0.mlp.experts.down_proj").dtype == torch.bfloat16
     assert torch.isfinite(model(**batch).logits).all()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("method", ["pissa", "olora", "loftq"])
+def test_starts_that_take_from_the_weight_take_from_each_expert(name: str, method: str) -> None:
+    plain = build(name, **(MIXTRAL if name == "mixtral" else GPT_OSS))
+    dense = {key: parameter.detach().clone() for key, parameter in plain.named_parameters()}
+    sites = adapter_sites(qc.prepare(plain, FP32 | {"init_lora_weights": method}))
+    experts = {key: site for key, site in sites.items() if site.experts}
+    assert len(experts) == 2
+    for key, site in experts.items():
+        alone = qc.quantize_4bit(dense[key], block_size=32, per_expert=True)
+        delta = (site.b() @ site.a() * site.scaling()).detach()
+        got = site.weight.dequantize() + (delta.mT if site.fan_in_fan_out else delta)
+        for expert, matrix in enumerate(dense[key]):
+            error, without = (got[expert] - matrix).norm(), (alone.dequantize()[expert] - matrix).norm()
+            assert (
+                0 < error < (4.0 if method == "olora" else 1.0) * without
+            )  # OLoRA's base is larger than W, as for linears
+        if method == "loftq":  # one round: the ordinary base
+            assert torch.equal(site.weight.codes, alone.codes) and torch.equal(site.weight.absmax, alone.absmax)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_adapters_chosen_by_row(compiled: bool) -> None:
+    """Each row as if it were alone with its adapter, forward and backward."""
+    model = prepared(build("mixtral", **MIXTRAL))
+    add_adapter(model, "other", rank=2, alpha=4.0, scaling=dict.fromkeys(adapter_sites(model), 2.0))
+    with torch.no_grad():
+        for site in adapter_sites(model).values():
+            site.b("other").normal_(std=0.05)
+    call = torch.compile(model, backend="qlora", fullgraph=True) if compiled else model
+    ids, rows = inputs(3)["input_ids"], ["other", None, {"default": 0.5, "other": -1.0}]
+    want = []
+    for number, row in enumerate(rows):
+        qc.set_adapters(model, row or {})
+        want.append(model(ids[number : number + 1]).logits)
+        (want[-1].square().mean() / 3).backward()
+    gradients = [parameter.grad.clone() for parameter in adapter_parameters(model)]
+    model.zero_grad()
+    qc.set_adapters(model, adapter_ids=rows)
+    got = call(ids).logits
+    torch.testing.assert_close(got, torch.cat(want), **TOLERANCE)
+    got.square().mean().backward()
+    for parameter, gradient in zip(adapter_parameters(model), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=2e-5 * float(gradient.abs().max()) + 1e-7, rtol=1e-3)
+    experts = model.model.layers[0].mlp.experts
+    with pytest.raises(ModelStateError, match="3 rows, this batch has 22 tokens"):
+        experts(torch.randn(22, 48), torch.zeros(22, 2, dtype=torch.long), torch.ones(22, 2))

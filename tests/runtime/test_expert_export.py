@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch import nn
 
 import qlora_compile as qc
 from qlora_compile.modules import adapter_sites
+from qlora_compile.runtime.combine import checked_options, combine_layers
 from qlora_compile.runtime.expert_layout import ExpertLayout, _read_probe
+from qlora_compile.runtime.formats.peft_files import LoraLayer
 
 transformers = pytest.importorskip("transformers")
 
@@ -121,7 +124,9 @@ def test_a_probe_is_read_only_where_it_is_understood(shape: tuple[int, ...]) -> 
     assert _read_probe("experts.up_proj", False, 10, torch.arange(30.0)[None]) is None  # several experts in a matrix
 
 
-def test_combined_adapters_of_experts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["cat", "svd"])
+def test_combined_adapters_of_experts(method: str, tmp_path: Path) -> None:
+    """By `svd` of the whole rank nothing is lost either."""
     folders = {}
     for number, weight in ((1, 0.7), (2, -0.4)):
         model = qc.prepare(build("mixtral"), OPTIONS | {"seed": number, "quantize": False})
@@ -132,7 +137,7 @@ def test_combined_adapters_of_experts(tmp_path: Path) -> None:
         folders[tmp_path / str(number)] = weight
     from qlora_compile.runtime.combine_folders import combine_folders
 
-    combine_folders(folders, tmp_path / "both", method="cat")
+    combine_folders(folders, tmp_path / "both", method=method, **({"rank": 6} if method == "svd" else {}))
     model = qc.prepare(build("mixtral"), OPTIONS | {"r": 0, "quantize": False})
     qc.load_adapter(model, tmp_path / "both", "both")
     ids = torch.randint(3, 99, (2, 11))
@@ -143,3 +148,20 @@ def test_combined_adapters_of_experts(tmp_path: Path) -> None:
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     with torch.no_grad():
         torch.testing.assert_close(got, merged(input_ids=ids).logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("method", ["cat", "svd", "linear", "sequential", "ties", "dare"])
+def test_every_way_to_combine_takes_each_expert_for_itself(method: str) -> None:
+    a, b = (LoraLayer(torch.randn(3, 2, 14), torch.randn(3, 9, 2), 4.0, 2.0) for _ in "ab")
+    options = checked_options(method, None, 1.0, "total")
+
+    def combine(**parts: LoraLayer) -> LoraLayer:
+        layers = {label: {"up": layer} for label, layer in parts.items()}
+        return combine_layers("new", layers, {"a": 0.5, "b": 0.25}, method, options, 0, torch.float32)[0]["up"]
+
+    together = combine(a=a, b=b)
+    assert together.experts == 3
+    for expert in range(3):
+        alone = combine(**{k: replace(v, a=v.a[expert], b=v.b[expert]) for k, v in {"a": a, "b": b}.items()})
+        want, got = alone.b @ alone.a, together.b[expert] @ together.a[expert]
+        torch.testing.assert_close(got * together.scaling, want * alone.scaling, atol=1e-5, rtol=1e-4)
