@@ -73,11 +73,11 @@ def test_bf16_stays_bf16_and_gradients_reach_the_chosen_rows_only(tiny_llama: Ma
 @pytest.mark.parametrize("door", ["prepared", "backend"])
 def test_compiled_once_for_all_choices(tiny_llama: MakeModel, door: str) -> None:
     if door == "prepared":
-        model = with_two(tiny_llama())
+        model = with_two(tiny_llama(num_hidden_layers=1))
         compiled = torch.compile(model, backend="qlora", options={"lowering": "aot_eager"})
         names: list[Any] = ROWS
     else:
-        model = tiny_llama().eval()
+        model = tiny_llama(num_hidden_layers=1).eval()
         options = {"r": 3, "compute_dtype": "float32", "lowering": "aot_eager", "init_lora_weights": False}
         compiled = torch.compile(model, backend="qlora", options=options)
         with torch.no_grad():
