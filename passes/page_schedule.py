@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from ..flops import node_flops
-from ..fx_utils import hint
+from ..fx_utils import called_graph, hint
 from ..page_plan import PageMove, PageTimeline, Speeds
 
 SAFETY = 2.0  # times the estimated copy: pages that leave are copied in between, and estimates are estimates
@@ -44,7 +44,10 @@ def clock(nodes: Sequence[fx.Node], speeds: Speeds) -> list[float]:
     """When each node is done, in ms: the longer of its FLOPs and its bytes, one node after the other."""
     now, ends = 0.0, []
     for node in nodes:
-        if node.op == "call_function":
+        region = called_graph(node)
+        if region is not None:
+            now += clock(list(region.nodes), speeds)[-1]
+        elif node.op == "call_function":
             moved = _bytes(node) + sum(_bytes(source) for source in node.all_input_nodes)
             now += 1e3 * max(node_flops(node) / speeds.flops, moved / speeds.memory)
         ends.append(now)

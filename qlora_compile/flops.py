@@ -21,6 +21,7 @@ from . import (  # noqa: F401  they define the ops that get a formula here
     ops,
     wide_ops,
 )
+from .fx_utils import called_graph
 
 _ops, _aten = torch.ops.qlora, torch.ops.aten
 
@@ -131,7 +132,10 @@ def partitioner_settings(activation_budget: float) -> dict[str, Any]:
 
 
 def node_flops(node: fx.Node) -> int:
-    """FLOPs of a product or an attention, 0 for everything else."""
+    """FLOPs of a product, an attention or a region with such in it, 0 for everything else."""
+    region = called_graph(node)
+    if region is not None:
+        return sum(map(node_flops, region.nodes))
     if not isinstance(node.target, torch._ops.OpOverload):
         return 0
     formula = flop_registry.get(node.target._overloadpacket)

@@ -95,6 +95,13 @@ def is_call(node: Any, *targets: Any) -> bool:
     return isinstance(node, fx.Node) and node.op in ("call_function", "call_method") and node.target in targets
 
 
+def called_graph(node: fx.Node) -> fx.Graph | None:
+    """The graph of the region that `node` calls (`invoke_subgraph`), or None."""
+    if node.target is not torch.ops.higher_order.invoke_subgraph:
+        return None
+    return getattr(node.graph.owning_module, str(node.args[0].target)).graph  # type: ignore[union-attr]
+
+
 def peel_casts(node: Any) -> Any:
     """The node under dtype casts (`x.to(torch.bfloat16)`, `x.float()`): same values, another precision."""
     while (inner := under_cast(node)) is not None:

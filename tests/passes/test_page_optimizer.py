@@ -17,9 +17,11 @@ CONFIG = {"r": 5, "compute_dtype": "float32", "init_lora_weights": False, "lower
 Maker = Callable[..., nn.Module]
 
 
-def train(make: Maker, steps: int = 3, *, compiled: bool = True, **options: Any) -> tuple[Any, ...]:
+def train(
+    make: Maker, steps: int = 3, *, compiled: bool = True, layers: int = 2, outlined: bool = False, **options: Any
+) -> tuple[Any, ...]:
     """-> (losses, trained parameters, optimizer, model)."""
-    model = qc.prepare(make(num_hidden_layers=2), CONFIG).train()
+    model = qc.prepare(make(num_hidden_layers=layers), CONFIG | {"outline_layers": outlined}).train()
     optimizer = qc.PagedAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, **options)
     if compiled:
         model.compile(backend="qlora")
@@ -62,6 +64,17 @@ def test_every_way_to_step_gives_the_same_bits(tiny_llama: Maker) -> None:
     eager, parameters, *_ = train(tiny_llama, compiled=False, device_budget="64KiB", step_in_backward=True)
     without, others, *_ = train(tiny_llama, compiled=False)
     assert eager == without and same(parameters, others)
+
+
+def test_calls_of_an_outlined_layer_take_the_time_of_what_is_in_it(tiny_llama: Maker) -> None:
+    """Else the clock of the plan stands still in them, and every prefetch goes to the start."""
+    shapes: dict[str, Any] = {"layers": 3, "device_budget": "64KiB", "step_in_backward": True}
+    found = [train(tiny_llama, steps=1, outlined=outlined, **shapes) for outlined in (False, True)]
+    assert found[0][0] == found[1][0] and same(found[0][1], found[1][1])
+    flat, outlined = (qc.explain(model).paging[0] for *_, model in found)
+    assert outlined.backward_ms == pytest.approx(flat.backward_ms, rel=0.2)  # a region's temporaries are its own
+    begun = sorted(move.issued_ms for move in outlined.prefetches)
+    assert begun[-1] > 0.3 * outlined.backward_ms
 
 
 def test_a_gradient_is_a_view_of_its_page_and_outlives_it(tiny_llama: Maker) -> None:
