@@ -122,6 +122,7 @@ def plan_of(
     hands to the next is then taken to live to the end of the forward.
     """
     builder = _PlanBuilder(symbols, paged or {}, device)
+    builder.whole = len(steps) == 1  # else what comes into a backward graph is what another one gave
     for part, step in enumerate(steps):
         builder.add("forward", part, step.forward)
         given = _outputs(step.forward)
@@ -146,6 +147,7 @@ class _PlanBuilder:
 
     def __init__(self, symbols: Symbols | None, paged: Mapping[int, PagedParameter], device: str) -> None:
         self.symbols, self.paged, self.device = symbols, paged, device
+        self.whole = True
         self.events: list[Event] = []
         self.scratch: dict[str, Size] = {}
         self.live: dict[Any, Buffer] = {}  # storage -> its buffer so far
@@ -171,7 +173,10 @@ class _PlanBuilder:
             keys = storages(node)
             if node.op == "placeholder":
                 known.update(zip(keys, self.saved.get((part, node.name), ())))
-                inputs.update(key for key in keys if key not in known)
+                if self.whole and node.name.startswith("tangents"):
+                    self._give_tangent(node, (phase, part))
+                else:
+                    inputs.update(key for key in keys if key not in known)
                 continue
             if node.op == "output":
                 continue
@@ -186,6 +191,12 @@ class _PlanBuilder:
                 self.live[own[key]] = Buffer(node.name, module_path(node), "temporary", size, index, index)
             self._add_workspace(node, index)
             self._move_pages(node, index)
+
+    def _give_tangent(self, node: fx.Node, graph: tuple[str, int]) -> None:
+        """The gradient of an output that the loss does not use (the logits, in a language model) comes as zeros."""
+        start = len(self.events)
+        for key, nbytes in storages(node).items():
+            self.live[(*graph, key)] = Buffer(node.name, "", "temporary", self.size(nbytes), start, start)
 
     def _move_pages(self, node: fx.Node, index: int) -> None:
         """State lives on the device from its prefetch to its eviction, or to the end of the step."""

@@ -17,6 +17,7 @@ from qlora_compile.adapter_edits import add_adapter
 from qlora_compile.errors import InvalidWeightError, ModelStateError
 from qlora_compile.experts import QLoRAExperts, expert_parameters
 from qlora_compile.modules import adapter_parameters, adapter_sites, is_quantized
+from qlora_compile.numerics import with_dense_layers
 
 transformers = pytest.importorskip("transformers")
 
@@ -349,3 +350,23 @@ def test_adapters_chosen_by_row() -> None:
     experts = model.model.layers[0].mlp.experts
     with pytest.raises(ModelStateError, match="3 rows, this batch has 22 tokens"):
         experts(torch.randn(22, 48), torch.zeros(22, 2, dtype=torch.long), torch.ones(22, 2))
+
+
+def test_a_budget_may_keep_a_matrix_of_experts_dense() -> None:
+    """The squared error per bit chooses among linears and experts' matrices alike; its adapters train on the dense one."""
+    model = build("mixtral", **MIXTRAL)
+    experts = model.get_submodule("model.layers.0.mlp.experts")
+    with torch.no_grad():
+        experts.down_proj.mul_(30)
+    config = qc.QLoRAConfig.from_options(FP32)
+    chosen = with_dense_layers(model, config, 9.0)
+    assert "model.layers.0.mlp.experts.down_proj" in chosen.dense_modules
+    assert "model.layers.0.mlp.experts.gate_up_proj" not in chosen.dense_modules
+    prepared(model, dense_modules=chosen.dense_modules)
+    assert is_quantized(experts.gate_up_proj) and not is_quantized(experts.down_proj)
+    batch = inputs()
+    loss = model(**batch).loss
+    torch.testing.assert_close(loss, merged(model, "mixtral", **MIXTRAL)(**batch).loss, **TOLERANCE)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="qlora")
+    torch.testing.assert_close(compiled(**batch).loss, loss, **TOLERANCE)
