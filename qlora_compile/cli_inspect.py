@@ -193,11 +193,11 @@ def _only(report: CompileReport, pattern: str) -> CompileReport:
     """The linears that a pattern names, and their kernels. Raises UnknownOptionError naming the nearest."""
     import dataclasses
 
-    from .report_text import names_module
+    from .report_text import names_module, unknown_module
 
     linears = [linear for linear in report.linears if names_module(pattern, linear.name)]
     if not linears:
-        raise UnknownOptionError(pattern, [linear.name for linear in report.linears], what="module")
+        raise unknown_module(pattern, [linear.name for linear in report.linears])
     choices = []
     for choice in report.choices:
         modules = tuple(name for name in choice.modules if names_module(pattern, name))

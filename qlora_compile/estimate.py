@@ -104,6 +104,8 @@ class Estimator:
         self.model, self.config = meta_copy(model).train(), config
         self.optimizer, self.optimizer_budget = optimizer, optimizer_budget
         self.device = device
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        self.classes = 0 if head is None else len(head.weight)
         self.limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
 
     @functools.cached_property
@@ -135,15 +137,25 @@ class Estimator:
         state, _ = self.state_bytes(plan)
         found = {}
         for phase in ("forward", "backward"):
-            peak = plan.peak(phase)
+            peak = self._with_logits(plan, plan.peak(phase))
             kept, saved = self.config.activation_budget if budget is None else budget, peak.by_kind.get("saved", 0)
             again = 0 if kept == 1 else int(_largest_layer(plan) * (1 - kept))
             found[phase] = _with(peak, optimizer=state, saved=int(saved * kept), recomputed=min(again, saved))
         trainable = self.trainable_bytes(plan)
         # an update of one tensor at a time: its denominator and its step, of the largest adapter
         resident = plan.resident_bytes() | {"gradients": trainable, "optimizer": state}
+        resident = _moved(resident, "logits", {"workspace": _chunk_of_logits(plan)})
         found["optimizer"] = Peak(sum(resident.values()), 0, {k: v for k, v in resident.items() if v})
         return found
+
+    def _with_logits(self, plan: MemoryPlan, peak: Peak) -> Peak:
+        """The logits and what the loss makes of them (a number for each token and class) as a kind of their own."""
+        moved = {"workspace": _chunk_of_logits(plan)}
+        for buffer in plan.live_at(peak.event) if self.classes else ():
+            size = buffer.size
+            if size.b == size.s == 1 and not size.chunk and size.coefficient % self.classes == 0:
+                moved[buffer.kind] = moved.get(buffer.kind, 0) + plan.size(size)
+        return Peak(peak.bytes, peak.event, _moved(peak.by_kind, "logits", moved))
 
     def peak_at(self, batch: int, seq_len: int, budget: float | None = None) -> int:
         return max(peak.bytes for peak in self.peaks(self.plan.at(batch, seq_len), budget).values())
@@ -202,6 +214,19 @@ class Estimator:
             changed.__dict__["plan"] = last.plan  # the optimizer is no part of what was traced
             found.append((f"{options} --optimizer {paged} --optimizer-budget {budget >> shift}{unit}".strip(), changed))
         return found
+
+
+def _chunk_of_logits(plan: MemoryPlan) -> int:
+    return sum(plan.size(size) for name, size in plan.scratch.items() if name.startswith("logits"))
+
+
+def _moved(by_kind: dict[str, int], to: str, amounts: dict[str, int]) -> dict[str, int]:
+    """Some of the bytes of several kinds as another kind; what is then nothing is left out."""
+    changed = dict(by_kind)
+    for kind, amount in amounts.items():
+        changed[kind] = changed.get(kind, 0) - amount
+        changed[to] = changed.get(to, 0) + amount
+    return {kind: amount for kind, amount in changed.items() if amount}
 
 
 def _largest_layer(plan: MemoryPlan) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -104,8 +105,16 @@ def select_modules(records: Sequence[NodeRecord], pattern: str | None) -> tuple[
         return tuple(records)
     found = tuple(r for r in records if any(names_module(pattern, name) for name in (r.module, *r.sites)))
     if not found:
-        raise UnknownOptionError(pattern, {r.module for r in records if r.module}, what="module")
+        raise unknown_module(pattern, {r.module for r in records if r.module})
     return found
+
+
+def unknown_module(pattern: str, modules: Iterable[str]) -> UnknownOptionError:
+    """Names the nearest module or end of a module's name (`down_proj`); where none is near, the last parts of all."""
+    parts = [name.split(".") for name in modules]
+    ends = {".".join(each[i:]) for each in parts for i in range(len(each))}
+    near = difflib.get_close_matches(pattern, sorted(ends), n=1, cutoff=0.5)
+    return UnknownOptionError(pattern, near or {each[-1] for each in parts}, what="module")
 
 
 def names_module(pattern: str, module: str) -> bool:

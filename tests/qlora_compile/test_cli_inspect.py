@@ -83,6 +83,8 @@ def test_formats(report: CompileReport, config_file: Path, capsys: pytest.Captur
         (None, ("input", "fuse_lora"), None, "Unknown stage 'fuse_lora': did you mean 'fuse_lora_linear'?"),
         ("input", None, "model.layers.1.mpl", "Unknown module 'model.layers.1.mpl': did you mean"),
         (None, None, "model.layers.1.mpl", "Unknown module 'model.layers.1.mpl': did you mean"),
+        (None, None, "down_porj", "Unknown module 'down_porj': did you mean 'down_proj'?"),
+        (None, None, "zzz", "known: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj."),
     ],
 )
 def test_unknown_names_name_the_nearest(

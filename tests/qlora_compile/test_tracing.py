@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 from collections.abc import Callable
 from typing import Any
@@ -95,7 +96,7 @@ def _measured_peak(model: nn.Module, batch: dict[str, Tensor]) -> int:
 def _models() -> dict[str, Any]:
     import transformers as t
 
-    same: dict[str, Any] = {"vocab_size": 700, "use_cache": False, "bos_token_id": 1, "eos_token_id": 2}
+    same: dict[str, Any] = {"vocab_size": 20000, "use_cache": False, "bos_token_id": 1, "eos_token_id": 2}
     llama = same | {"hidden_size": 96, "intermediate_size": 208, "num_attention_heads": 6, "num_key_value_heads": 2}
     return {
         "llama": t.LlamaConfig(**llama, num_hidden_layers=5),
@@ -114,10 +115,11 @@ def _models() -> dict[str, Any]:
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.parametrize("keep_logits", [True, pytest.param(False, marks=SLOW)])
 @pytest.mark.parametrize(
     "name", ["llama", *(pytest.param(n, marks=SLOW) for n in ("qwen2", "gemma2", "gpt_neox", "opt"))]
 )
-def test_the_peak_is_the_allocators(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_peak_is_the_allocators(name: str, keep_logits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModelForCausalLM
 
     from qlora_compile import lora_group
@@ -127,21 +129,22 @@ def test_the_peak_is_the_allocators(name: str, monkeypatch: pytest.MonkeyPatch) 
     both = {"lora_linear": lora_group.forward, "lora_linear_backward": lora_group.backward}
     monkeypatch.setattr(kernels, "lora_kernel", lambda op, *_, **__: both[op])
 
+    config = dataclasses.replace(CONFIG, keep_logits=keep_logits)
     model = AutoModelForCausalLM.from_config(_models()[name], dtype=torch.bfloat16).train()
     batch = _tokens(3, 64)
     # sizes by symbols from one trace, evaluated at what is measured: 7919 and 100003 are primes that divide nothing here
     tokens = torch.zeros(7919, 100003, dtype=torch.long, device="meta")
-    report = qc.trace(model, {"input_ids": tokens, "labels": tokens}, CONFIG, symbols=Symbols(7919, 100003))
-    qc.prepare(model, CONFIG)
+    report = qc.trace(model, {"input_ids": tokens, "labels": tokens}, config, symbols=Symbols(7919, 100003))
+    qc.prepare(model, config)
     compiled = torch.compile(model, backend="qlora")
     compiled(**batch).loss.backward()
     for parameter in model.parameters():
         parameter.grad = None
     measured = _measured_peak(compiled, batch)
     planned = report.plan.at(3, 64).peak().bytes
-    # 10 %: what the library's products allocate for themselves is not in the plan, and lists of workspaces overlap less
-    # than it says; 1 to 4 % was seen
-    assert planned == pytest.approx(measured, rel=0.10), f"{planned / measured - 1:+.1%}"
+    # what the library's products allocate for themselves is not in the plan, and lists of workspaces overlap less than it
+    # says; up to 1 % was seen
+    assert planned == pytest.approx(measured, rel=0.05), f"{planned / measured - 1:+.1%}"
 
 
 def test_pages_of_an_optimizer_that_is_only_planned(tiny_llama: Callable[..., nn.Module]) -> None:
