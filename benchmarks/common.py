@@ -71,13 +71,14 @@ def cut(model_dir: str, layers: int | None) -> str:
     if layers is None:
         return model_dir
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = Path(__file__).parents[1] / "build" / f"{Path(model_dir).name}_{layers}_layers"
     if not (folder / "config.json").exists():
         AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16, num_hidden_layers=layers).save_pretrained(
             folder
         )
+        AutoTokenizer.from_pretrained(model_dir).save_pretrained(folder)
     return str(folder)
 
 

@@ -96,6 +96,12 @@ def finetune(
         str | None, _rate("Most optimizer state on the device, as 2GiB; all if not given.")
     ] = None,
     optimizer_folder: Annotated[Path | None, _rate("Keep the rest in a file here, not in RAM.")] = None,
+    step_in_backward: Annotated[
+        bool, _rate("Paged ones: update in the backward pass; with --max-grad-norm 0.")
+    ] = False,
+    memory_budget: Annotated[
+        str | None, _length("Most device memory of a step, as 16GiB: what does not fit is split.")
+    ] = None,
     seed: Annotated[int, _rate("Adapters, data order and dropout.")] = 0,
     eval_every: Annotated[int, _run("Steps between evaluations; 0: before and after only.")] = 0,
     eval_batches: Annotated[int | None, _run("Evaluate on so many batches only.")] = None,

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import CheckpointError, QLoRACompileError
+from ..config import QLoRAConfig
+from ..errors import CheckpointError, ConfigError, QLoRACompileError
 from ..preparation import prepare
 from .adapters import save_adapter
 from .checkpoint import Checkpoint, prune, save_checkpoint
@@ -27,6 +28,7 @@ from .reporters import EvalRecord, Reporter, SilentReporter, StepRecord, make_re
 from .run_folder import RunFolder
 from .runs import open_sinks
 from .schedule import learning_rate, warmup_steps
+from .step_memory import StepMemory
 from .train_step import StepResult, TrainStep
 from .training_state import capture, restore
 
@@ -86,6 +88,9 @@ class _Run:
         self.reporter = reporter
         self.processes = processes
         self.started = time.perf_counter()
+        if processes.count > 1 and (config.step_in_backward or config.memory_budget is not None):
+            what = "step_in_backward" if config.step_in_backward else "memory_budget"
+            raise ConfigError(f"{what} is for one process, and this run has {processes.count}: leave it out.")
         self.device = processes.device(config.pick_device())
         self.folder = RunFolder(config.out)
         self.sinks = open_sinks(config, reporter.notice)
@@ -132,6 +137,7 @@ class _Run:
         self.model.config.use_cache = False  # type: ignore[union-attr]  # no key-value cache among the graph's outputs
         qlora = with_dense_layers(self.model, config, self.reporter)
         self.run_record["dense_modules"] = list(qlora.dense_modules)
+        memory = self._memory(qlora)
         prepare(self.model, qlora)
         if self.checkpoint is None:
             self._evaluate("quantized")
@@ -143,6 +149,7 @@ class _Run:
             weight_decay=config.weight_decay,
             device_budget=config.optimizer_budget,
             page_folder=config.optimizer_folder,
+            step_in_backward=config.step_in_backward,
         )
         half = torch.float16 in (config.qlora.compute_dtype, config.base_dtype)
         scaler = torch.amp.GradScaler(self.device.type) if half else None
@@ -153,6 +160,7 @@ class _Run:
             scaler=scaler,
             call=call,
             processes=self.processes,
+            memory=memory,
             notice=self.reporter.notice,
         )
         self.paging = PagingMeter(optimizer)
@@ -164,6 +172,22 @@ class _Run:
             if not self.processes.first:  # the state that was stored is the first one's
                 torch.manual_seed(config.data_seed + self.processes.rank + self.processes.count * self.step)
             self.checkpoint = None  # its tensors are a second copy of the adapters and their moments
+
+    def _memory(self, qlora: QLoRAConfig) -> StepMemory | None:
+        """The memory budget against the plan of the model's step, which is made before the model is quantized."""
+        config = self.config
+        if config.memory_budget is None:
+            return None
+        self.reporter.notice("estimating the memory of a step")
+        return StepMemory(
+            self.model,
+            qlora,
+            config.memory_budget,
+            seq_len=config.seq_len,
+            optimizer=config.optimizer,
+            optimizer_budget=config.optimizer_budget,
+            device=self.device.type,
+        )
 
     def train(self) -> None:
         """The loop. Raises InterruptedRunError after a signal, with a checkpoint of the last whole step."""

@@ -35,6 +35,11 @@ class FinetuneConfig:
     pages: on the device at most `optimizer_budget` (bytes or "2GiB"; None: all), the rest in RAM or, with
     `optimizer_folder`, in a nameless file there.
 
+    `step_in_backward` has a paged optimizer update each parameter in the backward pass, as soon as its gradient is ready:
+    not with accumulation, clipping (`max_grad_norm`), float16 or several processes, which need all gradients first.
+    `memory_budget` (bytes or "16GiB") bounds the device memory of a step, as `estimate` foresees it: where a batch does not
+    fit, the optimizer's pages leave, then it is split into micro-batches with the same summed gradient.
+
     `seed` (None: that of `qlora`) orders the data and draws dropout. `save_every` steps a checkpoint is written (0:
     only when interrupted), of which the newest `keep_last` stay. `resume` is True (the newest checkpoint in `out`) or
     a checkpoint folder. `eval_every` (0: only before and after) and `eval_batches` (None: all) bound evaluation.
@@ -71,6 +76,8 @@ class FinetuneConfig:
     optimizer: str = "adamw"
     optimizer_budget: int | str | None = None
     optimizer_folder: Path | None = None
+    step_in_backward: bool = False
+    memory_budget: int | str | None = None
     seed: int | None = None
     save_every: int = 100
     keep_last: int = 2
@@ -104,6 +111,7 @@ class FinetuneConfig:
             object.__setattr__(self, "dtype", parse_dtype(self.dtype))
         self._check_counts()
         self._check_rates()
+        self._check_memory()
 
     def _check_counts(self) -> None:
         for name, least in (("batch", 1), ("grad_accum", 1), ("seq_len", 2), ("keep_last", 1)):
@@ -132,17 +140,41 @@ class FinetuneConfig:
         ok = _is_number(self.warmup) and self.warmup >= 0 and (self.warmup < 1 or float(self.warmup).is_integer())
         _require(ok, "warmup", self.warmup, "a number of steps, or a fraction of all steps below 1")
         _require(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, f"one of {', '.join(OPTIMIZERS)}")
-        if self.optimizer_budget is not None:
-            parse_bytes(self.optimizer_budget)
-        if self.optimizer == "adamw" and (self.optimizer_budget is not None or self.optimizer_folder is not None):
-            raise ConfigError("optimizer_budget and optimizer_folder are for the paged optimizers: choose paged_adamw.")
-        if self.optimizer_folder is not None:
-            object.__setattr__(self, "optimizer_folder", Path(self.optimizer_folder).expanduser())
         ok = self.dense_bits is None or (_is_number(self.dense_bits) and 0 < self.dense_bits <= 16)
         _require(ok, "dense_bits", self.dense_bits, "bits a weight, at most 16")
         for name in ("max_grad_norm", "weight_decay"):
             value = getattr(self, name)
             _require(_is_number(value) and value >= 0, name, value, "a number of at least 0")
+
+    def _check_memory(self) -> None:
+        if self.optimizer == "adamw" and (self.optimizer_budget is not None or self.optimizer_folder is not None):
+            raise ConfigError("optimizer_budget and optimizer_folder are for the paged optimizers: choose paged_adamw.")
+        if self.optimizer_folder is not None:
+            object.__setattr__(self, "optimizer_folder", Path(self.optimizer_folder).expanduser())
+        for budget in (self.optimizer_budget, self.memory_budget):
+            if budget is not None:
+                parse_bytes(budget)
+        if self.fsdp and self.memory_budget is not None:
+            raise ConfigError("memory_budget is for one process: with fsdp choose batch by hand.")
+        if self.step_in_backward:
+            self._check_step_in_backward()
+
+    def _check_step_in_backward(self) -> None:
+        """Raises ConfigError naming what needs all gradients before the first update."""
+        if self.optimizer == "adamw":
+            raise ConfigError("step_in_backward is for the paged optimizers: choose paged_adamw.")
+        half = torch.float16 in (self.qlora.compute_dtype, self.base_dtype)
+        for asked, what, remedy in (
+            (self.grad_accum > 1, f"accumulation over {self.grad_accum} micro-batches", "set grad_accum to 1"),
+            (self.max_grad_norm > 0, "clipping by the global norm", "set max_grad_norm to 0"),
+            (half, "float16, whose loss scale is found from all gradients", "use bfloat16"),
+            (self.fsdp, "fsdp, which averages gradients over processes", "leave one of the two out"),
+        ):
+            if asked:
+                raise ConfigError(
+                    "step_in_backward updates each parameter as soon as its gradient is ready, which does not go with "
+                    f"{what}: {remedy}."
+                )
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> FinetuneConfig:

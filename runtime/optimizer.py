@@ -44,11 +44,13 @@ def make_optimizer(
     eps: float = 1e-8,
     device_budget: int | str | None = None,
     page_folder: str | Path | None = None,
+    step_in_backward: bool = False,
 ) -> torch.optim.Optimizer:
     """The optimizer of that name (one of OPTIMIZERS) over `parameters` (None: all that train).
 
-    "adamw" is torch's, in one fused sweep where the device has one. `betas` None: the optimizer's own. `device_budget`
-    and `page_folder` are for the paged ones. Raises NoAdapterError where no adapter is among the parameters.
+    "adamw" is torch's, in one fused sweep where the device has one. `betas` None: the optimizer's own. `device_budget`,
+    `page_folder` and `step_in_backward` are for the paged ones. Raises NoAdapterError where no adapter is among the
+    parameters.
     """
     chosen = list(trainable_parameters(model).values() if parameters is None else parameters)
     check_adapters(model, chosen)
@@ -59,7 +61,7 @@ def make_optimizer(
         return torch.optim.AdamW(chosen, eps=eps, fused=fused, **common)
     from .paged_optimizer import PagedAdamW, PagedLion
 
-    common |= {"device_budget": device_budget, "page_folder": page_folder}
+    common |= {"device_budget": device_budget, "page_folder": page_folder, "step_in_backward": step_in_backward}
     if name == "paged_lion":
         return PagedLion(chosen, **common)
     return PagedAdamW(chosen, eps=eps, state_bits=8 if name == "paged_adamw8bit" else 32, **common)

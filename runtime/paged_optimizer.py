@@ -67,6 +67,7 @@ class PagedOptimizer(torch.optim.Optimizer):
         self.pool = PagePool(first.device, device_budget, folder=page_folder, host_budget=host_budget)
         self._states: dict[int, ParamState] = {}  # by id: a lookup by tensor costs more than its update
         self._plans: dict[tuple[int, ...], Plan] = {}  # by the parameters' numbers; () for all that have a gradient
+        self.skipped: list[Tensor] = []  # by the last step, for gradients that were not finite
         self.step_in_backward = step_in_backward
         if step_in_backward:
             check_one_process(type(self).__name__)
@@ -118,11 +119,12 @@ class PagedOptimizer(torch.optim.Optimizer):
         if hasattr(self, "found_inf"):
             raise ModelStateError(NO_SCALER)
         self._generation += 1
-        skipped = self.pager.finish()
-        if skipped:
+        self.skipped = self.pager.finish()
+        if self.skipped:
+            shape = tuple(self.skipped[0].shape)
             raise NonFiniteError(
-                f"The gradients of {len(skipped)} parameters were not finite, number {skipped[0]} among them: these were "
-                "not updated, the others were. Lower the learning rate, or catch this error to go on."
+                f"The gradients of {len(self.skipped)} parameters were not finite, one of shape {shape} among them: these "
+                "were not updated, the others were. Lower the learning rate, or catch this error to go on."
             )
 
     @property

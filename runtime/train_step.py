@@ -9,13 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..errors import ConfigError, NonFiniteError
+from ..errors import ConfigError, MemoryBudgetError, NonFiniteError
 from .data import Batch
 from .distributed import Processes
+from .memory import format_bytes
 from .micro_batches import MicroBatches, is_out_of_memory
 from .optimizer import trainable_parameters
 from .paged_optimizer import PagedOptimizer
 from .sharded import gathered
+from .step_memory import StepMemory
 from .training_state import restore_rng, rng_state
 
 MAX_BAD_STEPS = 5
@@ -43,6 +45,8 @@ class TrainStep:
     which later steps keep to. `notice` is told once. MemoryBudgetError where a single row does not fit. With several
     processes, which would wait for each other's gradients, the error passes.
 
+    With `memory` what does not fit its budget is done so from the start: the pages leave, then micro-batches get smaller.
+
     An optimizer with `step_in_backward` takes one batch a step, no clipping and no scaler: ConfigError otherwise.
 
     With several `processes`, each is called with its own micro-batches, `call` is what `processes.wrap` made of the
@@ -58,6 +62,7 @@ class TrainStep:
         scaler: torch.amp.GradScaler | None = None,
         call: nn.Module | None = None,
         processes: Processes | None = None,
+        memory: StepMemory | None = None,
         notice: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.in_backward = bool(getattr(optimizer, "step_in_backward", False))
@@ -73,7 +78,7 @@ class TrainStep:
         self.scaler = scaler
         self.parameters = trainable_parameters(model)
         self.bad_steps = 0
-        self.micro_batches = MicroBatches()
+        self.micro_batches = MicroBatches(memory)
         self._notice = notice
         self._told = False
 
@@ -88,23 +93,49 @@ class TrainStep:
         mean_loss = processes.total(loss, device) / processes.count
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = gathered(torch.nn.utils.get_total_norm(gradients))
-        result = StepResult(mean_loss, float(norm), loss_tokens, skipped=not bool(torch.isfinite(norm)))
-        if result.skipped:
-            self._count_bad_step(result)
+        if self.in_backward:
+            result = self._end_step(StepResult(mean_loss, math.nan, loss_tokens, skipped=False))
         else:
-            if self.max_grad_norm > 0:
-                torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.max_grad_norm, norm)
-            result = self._optimizer_step(result)
+            result = self._clipped_step(mean_loss, loss_tokens)
         if self.scaler is not None:
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return result
 
+    def _clipped_step(self, mean_loss: float, loss_tokens: int) -> StepResult:
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = gathered(torch.nn.utils.get_total_norm(gradients))
+        result = StepResult(mean_loss, float(norm), loss_tokens, skipped=not bool(torch.isfinite(norm)))
+        if result.skipped:
+            self._count_bad_step(result)
+            return result
+        if self.max_grad_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.max_grad_norm, norm)
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+        self.bad_steps = 0
+        return result
+
+    def _end_step(self, result: StepResult) -> StepResult:
+        """Of an optimizer that stepped in backward, which leaves a parameter as it was where its gradient is not finite."""
+        try:
+            self.optimizer.step()
+        except NonFiniteError:
+            assert isinstance(self.optimizer, PagedOptimizer)
+            skipped = {id(parameter) for parameter in self.optimizer.skipped}
+            name = next(name for name, parameter in self.parameters.items() if id(parameter) in skipped)
+            result = result._replace(skipped=True)
+            self._count_bad_step(result, name)
+            return result
+        self.bad_steps = 0
+        return result
+
     def _all_gradients(self, batches: Sequence[Batch], loss_tokens: int) -> float:
         """Accumulate over all micro-batches, smaller ones where they do not fit; -> this process's share of the loss."""
         alone = self.processes.count == 1
+        self._make_room(batches)
         state, remedy = rng_state(), ""
         while True:
             self.optimizer.zero_grad(set_to_none=True)
@@ -115,7 +146,8 @@ class TrainStep:
                     # gradients are averaged over the processes, where the mean over all tokens is their sum
                     with self.processes.reducing(self.call, at + 1 == len(parts)):
                         loss = loss + self._backward(batch, self.processes.count * batch.loss_tokens / loss_tokens)
-                self._tell(remedy)
+                ran_out = "memory ran out in a step, which was undone and done again"
+                self._tell(f"{ran_out}: {remedy}" if remedy else "")
                 return float(loss)
             except (RuntimeError, MemoryError) as error:
                 # in backward some parameters may have been updated already
@@ -129,10 +161,30 @@ class TrainStep:
                 remedy = f"steps are split into micro-batches of at most {self.micro_batches.most_tokens} tokens"
             restore_rng(state)  # dropout draws the same numbers again
 
-    def _tell(self, remedy: str) -> None:
-        if remedy and not self._told:
+    def _make_room(self, batches: Sequence[Batch]) -> None:
+        """What the memory budget asks for before a step. Raises MemoryBudgetError where that cannot be."""
+        memory = self.micro_batches.memory
+        if memory is None:
+            return
+        rooms = [(*batch.input_ids.shape, memory.room(*batch.input_ids.shape)) for batch in batches]
+        rows, seq_len, room = min(rooms, key=lambda entry: entry[2].rows / entry[0])
+        what = f"{rows} sequences of {seq_len} tokens do not fit the memory budget of {format_bytes(memory.budget)}"
+        if self.in_backward and room.rows < rows:
+            raise MemoryBudgetError(
+                f"{what}, and step_in_backward=True takes one micro-batch a step: set batch to {room.rows}."
+            )
+        remedy = ""
+        if self.micro_batches.without_pages(batches) and isinstance(self.optimizer, PagedOptimizer):
+            self.optimizer.evict()
+            remedy = "the optimizer's pages are on the host meanwhile"
+        if room.rows < rows:
+            remedy = f"they are split into micro-batches of at most {room.rows}" + (f", {remedy}" if remedy else "")
+        self._tell(f"{what}: {remedy}" if remedy else "")
+
+    def _tell(self, text: str) -> None:
+        if text and not self._told:
             self._told = True
-            self._notice(f"memory ran out in a step, which was undone and done again: {remedy}")
+            self._notice(text)
 
     def _backward(self, batch: Batch, share: float) -> torch.Tensor:
         """Adds this micro-batch's gradients; returns its part of the loss, on the device and without a graph."""
@@ -140,21 +192,7 @@ class TrainStep:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         return loss.detach()
 
-    def _optimizer_step(self, result: StepResult) -> StepResult:
-        try:
-            if self.scaler is None:
-                self.optimizer.step()
-            else:
-                self.scaler.step(self.optimizer)
-        except NonFiniteError:  # of an optimizer that steps in backward, which has left these parameters as they were
-            self.bad_steps += 1
-            if self.bad_steps >= MAX_BAD_STEPS:
-                raise
-            return result._replace(skipped=True)
-        self.bad_steps = 0
-        return result
-
-    def _count_bad_step(self, result: StepResult) -> None:
+    def _count_bad_step(self, result: StepResult, name: str = "") -> None:
         # A finite loss whose scaled gradients overflow fp16 is what the scale is there to find: it is halved, and the
         # next steps decide. At a scale of 1 there is nothing left to halve.
         overflow = self.scaler is not None and self.scaler.get_scale() > 1 and math.isfinite(result.loss)
@@ -162,7 +200,7 @@ class TrainStep:
         if self.bad_steps >= MAX_BAD_STEPS:
             raise NonFiniteError(
                 f"The gradients were not finite {self.bad_steps} steps in a row (loss {result.loss}), for example that "
-                f"of {self._first_bad()}: lower the learning rate, or train in bfloat16 instead of float16."
+                f"of {name or self._first_bad()}: lower the learning rate, or train in bfloat16 instead of float16."
             )
 
     def _first_bad(self) -> str:

@@ -11,14 +11,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora_compile.errors import CheckpointError
-from qlora_compile.runtime.finetune import FinetuneConfig, FinetuneResult, finetune
+from qlora_compile.errors import CheckpointError, ConfigError, MemoryBudgetError
+from qlora_compile.runtime.finetune import FinetuneConfig, FinetuneResult, _Run, finetune
 from qlora_compile.runtime.interrupts import InterruptedRunError
 from qlora_compile.runtime.metrics import read_metrics
 from qlora_compile.runtime.reporters import SilentReporter, StepRecord
@@ -281,3 +282,34 @@ def test_a_compiled_run_gives_the_same_losses_from_one_graph(make_config: Any, t
     # fp32 with sums in another order, over 8 steps.
     assert compiled.losses == pytest.approx(eager.losses, abs=1e-4)
     assert compiled.perplexity == pytest.approx(eager.perplexity, rel=1e-3)
+
+
+def test_a_step_in_backward_gives_the_run_of_the_usual_way(make_config: Any) -> None:
+    options = {"optimizer": "paged_adamw", "optimizer_budget": "16KiB", "max_grad_norm": 0.0, "grad_accum": 1}
+    usual = run(make_config("usual", **options))
+    within = run(make_config("within", step_in_backward=True, **options))
+    assert_same_run(usual, within)
+    lines = [line for line in read_metrics(within.out / "metrics.jsonl") if line["event"] == "step"]
+    assert all(line["grad_norm"] is None and not line["skipped"] for line in lines)
+    for name, value in (("step_in_backward", True), ("memory_budget", "1GiB")):
+        config = make_config("other", **options, **{name: value})
+        with pytest.raises(ConfigError, match=f"{name} is for one process, and this run has 2"):
+            _Run(config, SilentReporter(), SimpleNamespace(count=2))  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_a_memory_budget_splits_steps_that_do_not_fit_and_is_told_once(make_config: Any) -> None:
+    """A model of several times the size of its activations, in a budget between that of one row and that of all."""
+    reporter, options = (
+        Recorder(),
+        {"optimizer": "paged_adamw", "grad_accum": 1, "batch": 6, "qlora": {"lora_dropout": 0.0}},
+    )
+    whole = run(make_config("whole", **options))
+    with pytest.raises(MemoryBudgetError, match=r"One sequence of 11 tokens takes about ([\d.]+) KiB") as caught:
+        run(make_config("small", memory_budget="8KiB", **options))
+    least = float(re.search(r"about ([\d.]+) KiB", str(caught.value))[1]) * 1024  # type: ignore[index]
+    split = run(make_config("split", memory_budget=int(least * 1.1), **options), reporter)
+    told = [notice for notice in reporter.notices if "do not fit the memory budget" in notice]
+    assert len(told) == 1 and "6 sequences of 11 tokens do not fit the memory budget" in told[0]
+    assert "split into micro-batches of at most" in told[0]
+    assert split.losses == pytest.approx(whole.losses, rel=1e-4) and split.losses != whole.losses

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qlora_compile.config import QLoRAConfig
-from qlora_compile.errors import ConfigError, UnknownOptionError
+from qlora_compile.errors import ConfigError, MemoryBudgetError, UnknownOptionError
 from qlora_compile.runtime.finetune_config import FinetuneConfig
 
 PATHS: dict[str, Any] = {"model": "m", "data": "d.txt", "out": "o"}
@@ -78,6 +78,32 @@ def test_rank_zero_has_nothing_to_train() -> None:
     with pytest.raises(ConfigError, match="no adapters to train"):
         FinetuneConfig(**PATHS, qlora=QLoRAConfig(r=0))
     FinetuneConfig(**PATHS, qlora=QLoRAConfig(r=0, rank_pattern={"q_proj": 4}))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": "adamw"}, "for the paged optimizers: choose paged_adamw"),
+        ({"grad_accum": 3}, "does not go with accumulation over 3 micro-batches: set grad_accum to 1"),
+        ({"max_grad_norm": 0.3}, "does not go with clipping by the global norm: set max_grad_norm to 0"),
+        ({"dtype": "float16"}, "does not go with float16, .*: use bfloat16"),
+        ({"fsdp": True}, "does not go with fsdp"),
+    ],
+)
+def test_a_step_in_backward_is_refused_with_what_needs_all_gradients(options: dict[str, Any], message: str) -> None:
+    fine = {"step_in_backward": True, "optimizer": "paged_adamw", "max_grad_norm": 0.0}
+    FinetuneConfig(**PATHS, **fine)
+    with pytest.raises(ConfigError, match=message):
+        FinetuneConfig(**(PATHS | fine | options))
+
+
+@pytest.mark.parametrize("name", ["optimizer_budget", "memory_budget"])
+@pytest.mark.parametrize(("value", "message"), [(-5, "the least that works"), ("4x", "must be a number of bytes")])
+def test_budgets_are_checked(name: str, value: Any, message: str) -> None:
+    with pytest.raises(MemoryBudgetError, match=message):
+        FinetuneConfig(**PATHS, optimizer="paged_adamw", **{name: value})
+    with pytest.raises(ConfigError, match="memory_budget is for one process"):
+        FinetuneConfig(**PATHS, fsdp=True, memory_budget="8GiB")
 
 
 def test_an_unknown_option_names_the_nearest() -> None:

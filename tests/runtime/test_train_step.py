@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +12,12 @@ import torch
 from torch import nn
 
 import qlora_compile as qc
+from qlora_compile import estimate
 from qlora_compile.errors import ConfigError, MemoryBudgetError, NoAdapterError, NonFiniteError
+from qlora_compile.memory_plan import Buffer, Event, MemoryPlan, Size
 from qlora_compile.runtime.data import IGNORE, Batch, count_loss_tokens
 from qlora_compile.runtime.optimizer import make_optimizer, trainable_parameters
+from qlora_compile.runtime.step_memory import StepMemory
 from qlora_compile.runtime.train_step import TrainStep
 
 CONFIG = {"r": 3, "compute_dtype": "float32", "init_lora_weights": False}
@@ -239,6 +243,47 @@ def test_pages_leave_before_a_step_is_split_and_dropout_draws_the_same(tiny_llam
     assert losses[0] == losses[1]
 
 
+def test_what_the_budget_has_no_room_for_is_split_before_it_runs(
+    tiny_llama: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages leave first, then micro-batches get smaller; the gradient is that of the whole batch, up to summation order."""
+    dense = tiny_llama(num_hidden_layers=1)
+    events = [Event(phase, phase, "", "") for phase in ("forward", "backward")]
+    saved = Buffer("x", "", "saved", Size(1000, 1, 1), 0, 1)  # 1000 bytes a token
+    plan = MemoryPlan(events, [saved], {"adapters": 4000})  # the trace of a real one takes seconds
+    monkeypatch.setattr(estimate.Estimator, "plan", plan)
+    memory = StepMemory(dense, qc.QLoRAConfig(**CONFIG), "1GiB", seq_len=13, optimizer="paged_adamw")
+    beside, alone, small = (memory._bytes(rows, 13, pages=pages) for rows, pages in ((7, True), (7, False), (3, False)))
+    assert (beside, alone, small) == (103_000, 95_000, 43_000)  # 91 or 39 tokens, adapters, 8000 of state
+    model = qc.prepare(dense, CONFIG).train()
+    batch = make_batch(7, [11, 2, 4, 5, 12, 1, 3])
+    wanted = gradients_of(model, [batch])
+    for budget, seen, words in (
+        (beside, [91], ""),
+        (alone, [91], "the optimizer's pages are on the host meanwhile"),
+        (small, [39, 39, 13], "split into micro-batches of at most 3, the optimizer's pages are on the host"),
+    ):
+        memory.budget = budget
+        memory._known.clear()
+        tight, told = Tight(model, 91), list[str]()
+        optimizer = qc.PagedAdamW(trainable_parameters(model).values(), device_budget="1MiB")
+        step = TrainStep(tight, optimizer, max_grad_norm=0.0, memory=memory, notice=told.append)
+        found: dict[str, torch.Tensor] = {}
+        keep = lambda *_, found=found: found.update({n: p.grad.clone() for n, p in trainable_parameters(model).items()})
+        optimizer.register_step_pre_hook(keep)
+        step([batch], lr=0.0)
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(found[name], gradient, rtol=0, atol=2e-5 * float(gradient.abs().max()))
+        assert tight.seen == seen and len(told) == bool(words) and all(words in text for text in told)
+        step([batch], lr=0.0)
+        assert len(told) == bool(words) and (optimizer.statistics().moved_out_bytes > 0) == bool(words)
+    with pytest.raises(
+        MemoryBudgetError, match=r"One sequence of 13 tokens takes about .*, more than the memory budget"
+    ):
+        memory.budget = 8192
+        memory.room(2, 13)
+
+
 def test_other_errors_pass(model: nn.Module) -> None:
     class Broken(nn.Module):
         def forward(self, **_: Any) -> Any:
@@ -258,3 +303,8 @@ def test_what_steps_in_backward_takes_one_batch_and_no_clipping(model: nn.Module
     assert not result.skipped and all(not torch.equal(p, before[name]) for name, p in step.parameters.items())
     with pytest.raises(ConfigError, match="one batch a step: set grad_accum to 1"):
         step([make_batch(2, [3, 5])] * 2, lr=1e-2)
+    assert math.isnan(result.grad_norm)  # nobody has seen all gradients
+    step.call = Poisoned(model, [float("nan")] * 5)
+    assert [step([make_batch(2, [3, 5])], lr=1e-2).skipped for _ in range(4)] == [True] * 4
+    with pytest.raises(NonFiniteError, match=r"5 steps in a row .* of model\..*lora_[AB]"):
+        step([make_batch(2, [3, 5])], lr=1e-2)
