@@ -137,7 +137,10 @@ def run_passes(gm: fx.GraphModule, ctx: PassContext, pipeline: Sequence[Pass]) -
             summary = next(iter(str(error).splitlines()), "")
             raise PassError(f"Pass {name!r} failed: {type(error).__name__}: {summary}") from error
         ms = (time.perf_counter() - start) * 1e3
-        result.stages[name] = snapshot(gm.graph)
+        unchanged = rewrites == 0 and before == set(
+            gm.graph.nodes
+        )  # records of a large graph take longer than most passes
+        result.stages[name] = next(reversed(result.stages.values())) if unchanged else snapshot(gm.graph)
         result.passes.append(PassResult(name, rewrites, ms, tuple(ctx.declined), size_before, _size(gm)))
         _dump(ctx, number, name, gm)
     gm.recompile()  # once: no pass runs the graph's code
