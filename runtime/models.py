@@ -74,6 +74,7 @@ def load_weights(path: Path | str, dtype: torch.dtype = torch.bfloat16) -> Any:
         # Without it the weights stay packed in transformers' own GGUF layers, which no pass of ours knows.
         unpacked = transformers.GgufConfig(dequantize=True)
         options = {"dtype": torch.float32, "gguf_file": source.gguf_file, "quantization_config": unpacked}
+        options["config"] = _gguf_config(path, source)
     elif is_bitsandbytes_folder(source.folder):
         from .transformers_quantizer import QLoRAQuantizationConfig
 
@@ -101,15 +102,31 @@ def empty_model(path: Path | str, dtype: torch.dtype = torch.bfloat16) -> Any:
     path = Path(path)
     source = ModelSource(path.parent, None) if path.suffix == ".json" and path.is_file() else locate_model(path)
     transformers = _transformers(source)
-    options = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     named = path if path.suffix == ".json" else source.folder
     with _quiet(transformers), _reading(path, "configuration"):
-        config = transformers.AutoConfig.from_pretrained(str(named), local_files_only=True, **options)
+        if source.gguf_file:
+            config = _gguf_config(path, source)
+        else:
+            config = transformers.AutoConfig.from_pretrained(str(named), local_files_only=True)
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # a packed checkpoint's: what it stands for is dense
         config.use_cache = False
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def _gguf_config(path: Path | str, source: ModelSource) -> Any:
+    """The configuration in a GGUF file. transformers 5.23 passes the size of Qwen3's heads by, and takes 128."""
+    import gguf
+    from transformers import AutoConfig
+
+    assert source.gguf_file is not None
+    with _reading(path, "configuration"):
+        config = AutoConfig.from_pretrained(str(source.folder), local_files_only=True, gguf_file=source.gguf_file)
+        if config.model_type == "qwen3":
+            field = gguf.GGUFReader(source.folder / source.gguf_file).fields.get("qwen3.attention.key_length")
+            config.head_dim = config.head_dim if field is None else int(field.contents())
+    return config
 
 
 def is_bitsandbytes_folder(folder: Path) -> bool:

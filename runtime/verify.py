@@ -88,7 +88,7 @@ def verify_folder(
     ids = _random_ids(model, seed)
     if plan is not None and quantized is not None:
         _requantize(model, plan, quantized)
-    alone = _logits(model, ids)
+    alone = _logits(model, ids) if adapters else None
     layers = sum(1 for module in model.modules() if isinstance(module, nn.Linear))
     if plan is not None and plan.untie:  # what is added to one of the two must not change the other
         head: Any = model.get_output_embeddings()  # type: ignore[operator]

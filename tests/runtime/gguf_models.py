@@ -20,7 +20,7 @@ QWEN2_SPLIT = (
 
 
 def save_family(path: Path, family: str, dtype: torch.dtype = torch.bfloat16, **overrides: Any) -> Path:
-    """A random model of `family` with a tokenizer of its kind; head_dim 18 (Qwen3: 128, all that transformers reads)."""
+    """A random model of `family` with a tokenizer of its kind; the size of a head is not hidden_size / heads."""
     import transformers
 
     qwen = family.startswith("Qwen")
@@ -40,7 +40,7 @@ def save_family(path: Path, family: str, dtype: torch.dtype = torch.bfloat16, **
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    settings |= {"Qwen2": {}, "Qwen3": {"head_dim": 128}}.get(family, {"head_dim": 18})
+    settings |= {"Qwen2": {}, "Qwen3": {"head_dim": 40}}.get(family, {"head_dim": 18})
     torch.manual_seed(3)
     config = getattr(transformers, f"{family}Config")(**(settings | overrides))
     model = getattr(transformers, f"{family}ForCausalLM")(config)
