@@ -191,18 +191,27 @@ def implementation(group: LoRAGroup, op: str, x: Tensor, forced: str) -> Callabl
 def forward(
     group: LoRAGroup, x: Tensor, bias: Sequence[Tensor], product: Product | None = None
 ) -> tuple[list[Tensor], Tensor]:
-    """x [M, K] -> ([y_i [M, N_i]], h [M, sum R]), products by `product` (else the library) in the compute dtype."""
+    """x [M, K] -> ([y_i [M, N_i]], h [M, sum R]), products by `product` (else the library) in the compute dtype.
+
+    The library adds its product to the low-rank one within the fp32 sum. The other way round, what a young adapter adds
+    to a 16-bit y is often less than half a unit in its last place and would be lost.
+    """
     h = group.low_rank(x)
     parts = split_ranks(group, h)
     kernel = group.low_rank_kernel("lora_up", x)
     outs = []
     for i, mine in enumerate(group.adapters_of()):
-        y = (product or group.product)(i, x, bias[i].to(group.dtype) if bias else None)
+        low_rank_first = product is None and len(mine) > 0
+        b = bias[i].to(group.dtype) if bias else None
+        y = x.new_zeros((x.shape[0], group.out_features[i])) if low_rank_first else (product or group.product)(i, x, b)
         for j in mine:
             if kernel is not None:
                 kernel(parts[j], group.lora_b[j], group.factor(j), y)
             else:
                 add_low_rank(y, parts[j], group.lora_b[j].to(group.dtype), group.factor(j))
+        if low_rank_first:
+            y.addmm_(x, group.dense_weight(i, x.shape[1]).t())
+            y = y if b is None else y.add_(b)
         outs.append(y)
     return outs, h
 

@@ -53,7 +53,10 @@ def load_adapter(
     layers, parameters = files.layers(), files.full_parameters()
     own: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     own |= model.named_buffers(remove_duplicate=False)
+    embedding = next((module for module, layer in layers.items() if layer.embedding), None)
     special = only_foldable(layers)
+    if special is None and embedding is not None:
+        special = f"{embedding} is an embedding, whose adapter can be combined and exported, but not trained"
     if special:
         raise AdapterMismatchError(f"The adapter {path} cannot be used here: {special}.")
     problems = [p for module, layer in layers.items() if (p := _layer_problem(sites, module, layer))]
@@ -211,7 +214,7 @@ def _layer_problem(sites: Mapping[str, AdapterSite], module: str, layer: LoraLay
         return f"the model has no adaptable layer {module}"
     model_shape = *([site.experts] if site.experts else []), site.out_features, site.in_features
     shape = *layer.b.shape[:-1], layer.a.shape[-1]
-    if layer.embedding or model_shape != shape:
+    if model_shape != shape:
         return f"{module} is {list(model_shape)} in the model, {list(shape)} in the adapter"
     return None
 

@@ -182,7 +182,9 @@ def _read_tensors(path: Path, allow_pickle: bool) -> dict[str, torch.Tensor]:
         tensors = {key: checkpoint.tensor(key).clone() for key in checkpoint.specs}
     elif (path / PICKLE_FILE).is_file():
         if not allow_pickle:
-            raise CheckpointError(f"{PICKLE_FILE} is a pickle; save it as safetensors, or pass allow_pickle.")
+            raise CheckpointError(
+                f"{PICKLE_FILE} is a pickle; save it as safetensors, or pass allow_pickle (--allow-pickle)."
+            )
         tensors = _read_pickle(path / PICKLE_FILE)
     else:
         raise CheckpointError(f"{WEIGHTS_FILE} is missing.")
@@ -197,7 +199,11 @@ def _read_tensors(path: Path, allow_pickle: bool) -> dict[str, torch.Tensor]:
 def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except pickle.UnpicklingError as error:  # torch's own advice is to read it unsafely
+        raise CheckpointError(
+            f"{file.name} cannot be read safely: it holds more than tensors, or is damaged."
+        ) from error
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{file.name} cannot be read safely: {reason}") from error
     if not isinstance(tensors, dict) or not all(isinstance(v, torch.Tensor) for v in tensors.values()):

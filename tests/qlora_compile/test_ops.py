@@ -339,3 +339,17 @@ def test_every_op_is_checked_here():
     )
     names = {name for name in names if not name.startswith(elsewhere)}
     assert names == {"quantize_4bit", "dequantize_4bit", "densify", "lora_linear", "lora_linear_backward"}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_a_young_adapter_adds_to_16_bits_is_not_lost(bias: bool) -> None:
+    """About an eighth of a unit in y's last place, of which rounding noise may hide single values, but not the sum."""
+    given = lists_of(Case(shape=(160, 45), bias=bias, x_dtype=torch.bfloat16, dtype=torch.bfloat16))
+    given["lora_b"] = [b.detach() * 4e-4 for b in given["lora_b"]]
+    exact, _ = reference(given)
+    alone, _ = reference({**given, "lora_b": [torch.zeros_like(b) for b in given["lora_b"]]})
+    ys, _ = lora_group.forward(group_of(given), given["x"].detach(), given["bias"])
+    for y, wanted, base in zip(ys, exact, alone, strict=True):
+        added = (wanted - base).detach()
+        assert added.abs().median() < 0.2 * 2**-5  # y is about 7: its last place stands for 2^-5
+        assert 0.7 < float(((y.double() - base) * added).sum() / added.square().sum()) < 1.3

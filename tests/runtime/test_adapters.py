@@ -176,7 +176,7 @@ class TestLoad:
         # One fp32 graph against the eager model: only the order of summation differs.
         torch.testing.assert_close(logits(compiled), logits(source), rtol=1e-4, atol=1e-5)
 
-    @pytest.mark.parametrize("kind", ["rank", "shape", "module", "missing", "parameter", "quantized"])
+    @pytest.mark.parametrize("kind", ["rank", "shape", "module", "embedding", "missing", "parameter", "quantized"])
     def test_misfits_are_named_and_change_nothing(self, tmp_path: Path, tiny_llama: MakeModel, kind: str) -> None:
         model = prepared(tiny_llama(), r=3, modules_to_save=("model.norm",))
         qc.save_adapter(model, tmp_path / "good")
@@ -194,6 +194,12 @@ class TestLoad:
             tensors[f"{PREFIX}model.layers.3.x.lora_A.weight"] = torch.ones(3, 8)
             tensors[f"{PREFIX}model.layers.3.x.lora_B.weight"] = torch.ones(9, 3)
             message = r"no adaptable layer model.layers.3.x"
+        elif kind == "embedding":
+            tensors[f"{PREFIX}model.embed_tokens.lora_embedding_A"] = torch.ones(3, 211)
+            tensors[f"{PREFIX}model.embed_tokens.lora_embedding_B"] = torch.ones(48, 3)
+            message = (
+                r"cannot be used here: model.embed_tokens is an embedding, whose adapter can be combined and exported"
+            )
         elif kind == "missing":
             del tensors[f"{last}A.weight"], tensors[f"{last}B.weight"]
             message = r"nothing for model.layers.2.mlp.down_proj"
