@@ -307,6 +307,7 @@ class _Run:
 
     def _stop(self, signal_name: str) -> None:
         path = self._save()
+        self.processes.wait()  # no process is missed by the one that writes
         raise InterruptedRunError(
             f"Stopped by {signal_name} after step {self.step} of {self.total_steps}; the checkpoint is {path}: "
             f"to go on, run the same command with --resume (in Python: resume=True)."
