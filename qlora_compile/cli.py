@@ -83,7 +83,7 @@ def _usage_message(error: TyperException) -> str:
 
 
 def _fail(message: str, exit_code: int) -> int:
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")  # whole: other processes of a run write there too
     return exit_code
 
 

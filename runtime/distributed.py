@@ -178,15 +178,10 @@ class Processes:
                 note_end(f"process {self.rank}, which ended with: {first_sentence(error)}")
             raise
 
-    def wait(self) -> None:
-        """Until all have come here."""
-        if self.count > 1:
-            dist.barrier()
-
     def leave(self) -> None:
         """Once all are done."""
         if self.count > 1:
-            self.wait()
+            dist.barrier()
             dist.destroy_process_group()
 
 

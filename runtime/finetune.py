@@ -306,8 +306,8 @@ class _Run:
         self.reporter.notice(f"{name}: stopping after this step with a checkpoint (once more: stop at once)")
 
     def _stop(self, signal_name: str) -> None:
-        path = self._save()
-        self.processes.wait()  # no process is missed by the one that writes
+        own = self._save()
+        path = self.processes.from_first(lambda: own)  # which also has all wait until it is written
         raise InterruptedRunError(
             f"Stopped by {signal_name} after step {self.step} of {self.total_steps}; the checkpoint is {path}: "
             f"to go on, run the same command with --resume (in Python: resume=True)."

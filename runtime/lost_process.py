@@ -141,7 +141,8 @@ class TermWatch:
                 told = time.monotonic()
             waited = time.monotonic() - told
             if (signals > 1 and waited > 1) or (signals and waited > GRACE_S and who_ended(self.members)):
-                print("error:", self.sentence(), file=sys.stderr, flush=True)
+                sys.stderr.write(f"error: {self.sentence()}\n")
+                sys.stderr.flush()
                 os._exit(1)
         os.close(read)
 
