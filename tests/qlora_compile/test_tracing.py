@@ -147,21 +147,21 @@ def test_the_peak_is_the_allocators(name: str, keep_logits: bool, monkeypatch: p
     assert planned == pytest.approx(measured, rel=0.05), f"{planned / measured - 1:+.1%}"
 
 
-def test_pages_of_an_optimizer_that_is_only_planned(tiny_llama: Callable[..., nn.Module]) -> None:
-    model = tiny_llama(torch.bfloat16, num_hidden_layers=1).train()
-    trainable = 3 * (54 + 48) + 2 * 3 * (18 + 48) + 3 * (48 + 54) + 3 * 3 * (80 + 48)
+def test_pages_of_an_optimizer_that_is_only_planned() -> None:
+    model, x = nn.Sequential(Block(37, 29, 0), Block(37, 29, 1)), torch.randn(5, 37)
+    trainable = 2 * 2 * 3 * (37 + 29)
     planned = PlannedOptimizer("paged_adamw", 64 << 10, step_in_backward=True)
-    report = qc.trace(model, _tokens(), CONFIG, optimizer=planned)
+    report = qc.trace(model, (x,), CONFIG, optimizer=planned)
     (timeline,), plan = report.paging, report.plan
     assert sum(move.bytes for move in timeline.prefetches) == 8 * trainable
-    assert report.passes[-1].name == "page_optimizer" and report.passes[-1].rewrites == 14
+    assert report.passes[-1].name == "page_optimizer" and report.passes[-1].rewrites == 2 * 2 * 2
     assert all(move.issued_ms <= move.begun_ms and move.hidden_ms <= move.copy_ms for move in timeline.prefetches)
     # in the plan: a buffer for each parameter's state, from its prefetch to its eviction; no gradient lives to the end
     states = [buffer for buffer in plan.buffers if buffer.kind == "optimizer"]
     assert sum(plan.size(state.size) for state in states) == 8 * trainable
     ends = {plan.events[state.end].target for state in states}
     assert {plan.events[state.start].target for state in states} == {"qlora.prefetch_page"}
-    assert ends == {"qlora.evict_page"} and all(state.module.endswith("_proj") for state in states)
+    assert ends == {"qlora.evict_page"} and all(state.module.split(".")[-1] in ("up", "down") for state in states)
     assert not any(buffer.kind == "gradients" for buffer in plan.buffers)
     by_hand = max(
         sum(plan.size(s.size) for s in states if s.start <= event <= s.end) for event in range(len(plan.events))
@@ -172,10 +172,10 @@ def test_pages_of_an_optimizer_that_is_only_planned(tiny_llama: Callable[..., nn
     assert sum(mark[2] for mark in marks if mark[1] == "in") == 8 * trainable
     assert {mark[1] for mark in marks} == {"in", "out"}
     # step() after the backward pass: gradients in pages; without a budget all of it stays
-    report = qc.trace(model, _tokens(), CONFIG, optimizer=PlannedOptimizer(budget=256 << 10))
-    assert report.paging[0].gradients_in_pages == 14
+    report = qc.trace(model, (x,), CONFIG, optimizer=PlannedOptimizer(budget=256 << 10))
+    assert report.paging[0].gradients_in_pages == 2 * 2 * 2
     assert sum(b.size.coefficient for b in report.plan.buffers if b.kind == "gradients") == 4 * trainable
-    report = qc.trace(model, _tokens(), CONFIG, optimizer=PlannedOptimizer("paged_lion"))
+    report = qc.trace(model, (x,), CONFIG, optimizer=PlannedOptimizer("paged_lion"))
     assert report.paging == [] and report.plan.resident["optimizer"] == 4 * trainable
     with pytest.raises(UnknownOptionError, match="did you mean 'paged_adamw'"):
         PlannedOptimizer("paged_adam")
