@@ -203,10 +203,11 @@ def forward(
     for i, mine in enumerate(group.adapters_of()):
         low_rank_first = product is None and len(mine) > 0
         b = bias[i].to(group.dtype) if bias else None
-        y = x.new_zeros((x.shape[0], group.out_features[i])) if low_rank_first else (product or group.product)(i, x, b)
+        new = x.new_zeros if kernel is None else x.new_empty
+        y = new((x.shape[0], group.out_features[i])) if low_rank_first else (product or group.product)(i, x, b)
         for j in mine:
             if kernel is not None:
-                kernel(parts[j], group.lora_b[j], group.factor(j), y)
+                kernel(parts[j], group.lora_b[j], group.factor(j), y, not low_rank_first or j > mine.start)
             else:
                 add_low_rank(y, parts[j], group.lora_b[j].to(group.dtype), group.factor(j))
         if low_rank_first:

@@ -85,19 +85,19 @@ def make_lora_down() -> Callable[..., None] | None:
 
 def make_lora_up() -> Callable[..., None] | None:
     """Builds the library and returns `lora_up`; None on a machine without AVX-512 BF16. Raises KernelError."""
-    kernel = _bind("lora_up", _pointer, _int64, _pointer, _int, _float, _pointer, *[_int64] * 3, _int)
+    kernel = _bind("lora_up", _pointer, _int64, _pointer, _int, _float, _pointer, *[_int64] * 3, _int, _int)
     if kernel is None:
         return None
 
-    def lora_up(h: Tensor, lora_b: Tensor, scale: float, y: Tensor) -> None:
-        """y [M, N] += scale h [M, R] B^T, the old y within the fp32 sum. `y` is contiguous."""
+    def lora_up(h: Tensor, lora_b: Tensor, scale: float, y: Tensor, add: bool = True) -> None:
+        """y [M, N] += scale h [M, R] B^T, the old y within the fp32 sum; `add=False` overwrites it. `y` is contiguous."""
         (m, n), rank = y.shape, h.shape[1]
         h_stride = _row_stride("h", h, m, rank)
         dtype = _factor_dtype("lora_b", lora_b, n, rank)
         if _row_stride("y", y, m, n) != n and m > 1:
             raise KernelError("y must be contiguous.")
         threads = torch.get_num_threads()
-        kernel(h.data_ptr(), h_stride, lora_b.data_ptr(), dtype, scale, y.data_ptr(), m, n, rank, threads)
+        kernel(h.data_ptr(), h_stride, lora_b.data_ptr(), dtype, scale, y.data_ptr(), m, n, rank, add, threads)
 
     return lora_up
 

@@ -352,4 +352,4 @@ def test_what_a_young_adapter_adds_to_16_bits_is_not_lost(bias: bool) -> None:
     for y, wanted, base in zip(ys, exact, alone, strict=True):
         added = (wanted - base).detach()
         assert added.abs().median() < 0.2 * 2**-5  # y is about 7: its last place stands for 2^-5
-        assert 0.7 < float(((y.double() - base) * added).sum() / added.square().sum()) < 1.3
+        assert 0.7 < (((y.detach().double() - base) * added).sum() / added.square().sum()).item() < 1.3

@@ -22,7 +22,7 @@ extern "C" void qlora_lora_down(
     const uint16_t*, int64_t, int64_t, int64_t, const int64_t*, int64_t, uint16_t*, int
 ) __attribute__((weak));
 extern "C" void qlora_lora_up(
-    const uint16_t*, int64_t, const void*, int, float, uint16_t*, int64_t, int64_t, int64_t, int
+    const uint16_t*, int64_t, const void*, int, float, uint16_t*, int64_t, int64_t, int64_t, int, int
 ) __attribute__((weak));
 extern "C" void qlora_lora_backward(
     const uint16_t*, int64_t, const uint16_t*, int64_t, const uint16_t*, int64_t, const void*, int, float, uint16_t*,
@@ -160,7 +160,7 @@ bool check_low_rank(int64_t M, int64_t N, int64_t K, int64_t R, int dtype) {
         const int threads = 1 + 2 * run;
         std::memcpy(o[1].get(), old.get(), static_cast<size_t>(sizes[1]));
         qlora_lora_down(bf16(x), K, M, K, factors, 1, to(0), threads);
-        qlora_lora_up(bf16(h), R, b.get(), dtype, 0.5f, to(1), M, N, R, threads);
+        qlora_lora_up(bf16(h), R, b.get(), dtype, 0.5f, to(1), M, N, R, 1, threads);
         qlora_lora_backward(
             bf16(dy), N, bf16(x), K, bf16(h), R, b.get(), dtype, 0.5f, to(2), R, o[3].get(), dtype, o[4].get(), dtype,
             M, N, K, R, threads

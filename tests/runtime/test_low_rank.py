@@ -77,15 +77,15 @@ def test_down(m: int, n: int, k: int, ranks: list[int], dtype: torch.dtype, scal
 
 
 @settings(max_examples=60, deadline=None)
-@given(rank=st.integers(1, 70), **case)
-def test_up(m: int, n: int, k: int, rank: int, dtype: torch.dtype, scale: float, seed: int) -> None:
+@given(rank=st.integers(1, 70), add=st.booleans(), **case)
+def test_up(m: int, n: int, k: int, rank: int, add: bool, dtype: torch.dtype, scale: float, seed: int) -> None:
     gen = torch.Generator().manual_seed(seed)
     h, lora_b = column_slice(m, rank, gen), torch.randn(n, rank, generator=gen).to(dtype)
     y, after = guarded(m, n, dtype=torch.bfloat16)
     old = torch.randn(m, n, generator=gen).bfloat16()
     y.copy_(old)
-    kernel("lora_up")(h, lora_b, scale, y)
-    check(y, h, lora_b.bfloat16().t(), scale, old)
+    kernel("lora_up")(h, lora_b, scale, y, add)
+    check(y, h, lora_b.bfloat16().t(), scale, old if add else torch.zeros_like(old))
     assert (after == GUARD).all()
 
 
