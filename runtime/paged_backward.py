@@ -139,11 +139,11 @@ class BackwardPager:
         at = self._order.index(number) + 1 if number in self._order else len(self._order)
         self.prefetch([n for n in self._order[at : at + _AHEAD] if n not in self._stepped])
 
-    def finish(self) -> list[Tensor]:
-        """The end of a backward pass -> the parameters whose gradient was not finite."""
+    def finish(self) -> dict[int, Tensor]:
+        """The end of a backward pass -> the parameters whose gradient was not finite, by number."""
         self._order, self._stepped = list(self._stepped), {}
         skipped, self.skipped = self.skipped, []
-        return [self._parameter(number) for number in skipped]
+        return {number: self._parameter(number) for number in skipped}
 
     def _pages(self, numbers: Iterable[int]) -> list[Page]:
         states = self.optimizer._states

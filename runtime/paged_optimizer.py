@@ -67,7 +67,7 @@ class PagedOptimizer(torch.optim.Optimizer):
         self.pool = PagePool(first.device, device_budget, folder=page_folder, host_budget=host_budget)
         self._states: dict[int, ParamState] = {}  # by id: a lookup by tensor costs more than its update
         self._plans: dict[tuple[int, ...], Plan] = {}  # by the parameters' numbers; () for all that have a gradient
-        self.skipped: list[Tensor] = []  # by the last step, for gradients that were not finite
+        self.skipped: dict[int, Tensor] = {}  # in the last step, by number: gradients not finite
         self.step_in_backward = step_in_backward
         if step_in_backward:
             check_one_process(type(self).__name__)
@@ -121,10 +121,9 @@ class PagedOptimizer(torch.optim.Optimizer):
         self._generation += 1
         self.skipped = self.pager.finish()
         if self.skipped:
-            shape = tuple(self.skipped[0].shape)
             raise NonFiniteError(
-                f"The gradients of {len(self.skipped)} parameters were not finite, one of shape {shape} among them: these "
-                "were not updated, the others were. Lower the learning rate, or catch this error to go on."
+                f"The gradients of {len(self.skipped)} parameters were not finite, number {min(self.skipped)} among them: "
+                "these were not updated, the others were. Lower the learning rate, or catch this error to go on."
             )
 
     @property
@@ -164,6 +163,11 @@ class PagedOptimizer(torch.optim.Optimizer):
             state = self._states.get(id(parameter))
             if state is None:
                 state = self._new_state(parameter, (self._generation, id(group)))
+            if parameter.dtype is not state.dtype:
+                raise ModelStateError(
+                    f"A parameter of shape {tuple(parameter.shape)} is {parameter.dtype} now and was {state.dtype} when its "
+                    "state was made: convert the model before making the optimizer."
+                )
             key = (id(group), state.step + 1)
             if key not in known:
                 known[key] = Numbers.of(group, state.step + 1, lion=self.lion)
@@ -203,7 +207,7 @@ class PagedOptimizer(torch.optim.Optimizer):
         allocation = self.pool.allocate(parameter, items, layout.item_bytes, share)
         key, states = id(parameter), self._states
         owner = weakref.ref(parameter, lambda _: states.pop(key, None))
-        state = states[key] = ParamState(layout, mine.numel(), allocation, owner)
+        state = states[key] = ParamState(layout, mine.numel(), allocation, owner, mine.dtype)
         if layout.master:
             zeros = {name: torch.zeros_like(value) for name, value in state.read(self.pool).items()}
             state.write(self.pool, zeros | {"master": mine.detach().float().cpu().contiguous().view(-1)})

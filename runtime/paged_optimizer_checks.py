@@ -26,11 +26,16 @@ def trainable(params: list[Any]) -> Iterator[Tensor]:
 def check_numbers(defaults: dict[str, Any]) -> None:
     """Raises ConfigError naming the hyperparameter that is out of range."""
     for name, value in defaults.items():
-        numbers = value if name == "betas" else (value,)
-        least_ok = all(isinstance(float(number), float) and float(number) >= 0 for number in numbers)
+        numbers = value if name == "betas" and isinstance(value, (tuple, list)) else (value,)
+        least_ok = all(_is_number(number) and float(number) >= 0 for number in numbers)
         if not least_ok or (name == "betas" and not (len(numbers) == 2 and all(number < 1 for number in numbers))):
             wanted = "two numbers of at least 0 and below 1" if name == "betas" else "a number of at least 0"
             raise ConfigError(f"{name} must be {wanted}, got {value!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    """A real number, or the 0-dim tensor that torch's optimizers take as a learning rate."""
+    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
 def check_one_process(name: str) -> None:

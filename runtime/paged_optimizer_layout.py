@@ -89,6 +89,7 @@ class ParamState:
     numel: int
     allocation: Allocation
     owner: weakref.ref
+    dtype: torch.dtype  # of the parameter
     step: int = 0
 
     @property

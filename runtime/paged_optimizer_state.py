@@ -78,8 +78,8 @@ def _to_shards(state: ParamState, values: Views, parameter: Tensor) -> dict[str,
 def from_dict(optimizer: PagedOptimizer, state_dict: Mapping[str, Any]) -> dict[nn.Parameter, tuple[int, Views]]:
     """-> (step, flat tensors by field in the optimizer's own layout) by parameter. Raises CheckpointError."""
     try:
-        saved, groups = state_dict["state"], state_dict["param_groups"]
-    except (KeyError, TypeError):
+        saved, groups = dict(state_dict["state"]), state_dict["param_groups"]
+    except (KeyError, TypeError, ValueError):
         raise CheckpointError("The optimizer's state dictionary lacks 'state' or 'param_groups'.") from None
     here = [len(group["params"]) for group in optimizer.param_groups]
     there = [len(group["params"]) for group in groups]
@@ -96,6 +96,10 @@ def from_dict(optimizer: PagedOptimizer, state_dict: Mapping[str, Any]) -> dict[
     loaded = {}
     for index, parameter in zip(indices, parameters, strict=True):
         if saved.get(index):
+            if not isinstance(saved[index], Mapping):
+                raise CheckpointError(
+                    f"The optimizer's state of parameter {index} is no dictionary: it is another optimizer's."
+                )
             flat = {**saved[index], **saved[index].get(_WRAPPED, {})}
             layout = layout_for(local_part(parameter), lion=optimizer.lion, state_bits=optimizer.state_bits)
             loaded[parameter] = (int(flat.get("step", 0)), _values(flat, parameter, layout, f"parameter {index}"))

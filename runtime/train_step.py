@@ -124,7 +124,7 @@ class TrainStep:
             self.optimizer.step()
         except NonFiniteError:
             assert isinstance(self.optimizer, PagedOptimizer)
-            skipped = {id(parameter) for parameter in self.optimizer.skipped}
+            skipped = {id(parameter) for parameter in self.optimizer.skipped.values()}
             name = next(name for name, parameter in self.parameters.items() if id(parameter) in skipped)
             result = result._replace(skipped=True)
             self._count_bad_step(result, name)

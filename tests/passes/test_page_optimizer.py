@@ -18,11 +18,20 @@ Maker = Callable[..., nn.Module]
 
 
 def train(
-    make: Maker, steps: int = 3, *, compiled: bool = True, layers: int = 2, outlined: bool = False, **options: Any
+    make: Maker,
+    steps: int = 3,
+    *,
+    compiled: bool = True,
+    layers: int = 2,
+    outlined: bool = False,
+    checkpointing: bool = False,
+    **options: Any,
 ) -> tuple[Any, ...]:
     """-> (losses, trained parameters, optimizer, model)."""
     model = qc.prepare(make(num_hidden_layers=layers), CONFIG | {"outline_layers": outlined}).train()
     optimizer = qc.PagedAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, **options)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     if compiled:
         model.compile(backend="qlora")
     losses = []
@@ -64,6 +73,17 @@ def test_every_way_to_step_gives_the_same_bits(tiny_llama: Maker) -> None:
     eager, parameters, *_ = train(tiny_llama, compiled=False, device_budget="64KiB", step_in_backward=True)
     without, others, *_ = train(tiny_llama, compiled=False)
     assert eager == without and same(parameters, others)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_gradient_checkpointing_of_transformers_changes_no_bit(tiny_llama: Maker, compiled: bool) -> None:
+    """Eager hooks and the compiled graph see each gradient once, though its layer runs twice."""
+    losses, wanted, *_ = train(tiny_llama, compiled=compiled, layers=1)
+    for step_in_backward in (False, True):
+        paged = {"device_budget": "64KiB", "step_in_backward": step_in_backward}
+        found, parameters, optimizer, _ = train(tiny_llama, compiled=compiled, layers=1, checkpointing=True, **paged)
+        assert found == losses and same(wanted, parameters), step_in_backward
+        assert optimizer.statistics().peak_device_bytes <= 64 * 1024
 
 
 def test_calls_of_an_outlined_layer_take_the_time_of_what_is_in_it(tiny_llama: Maker) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import resource
 from collections.abc import Callable
 from typing import Any
 
@@ -320,6 +321,8 @@ def test_half_masters_travel() -> None:
     ("spoil", "message"),
     [
         (lambda s: s.pop("state"), "lacks 'state'"),
+        (lambda s: s.update(state=3), "lacks 'state'"),
+        (lambda s: s["state"].update({0: 5}), "parameter 0 is no dictionary"),
         (lambda s: s["param_groups"][0]["params"].pop(), r"groups of \[4\] parameters, this optimizer has \[5\]"),
         (
             lambda s: s["state"][0].update(exp_avg=torch.zeros(3)),
@@ -394,6 +397,8 @@ def test_a_list_without_anything_to_train_is_refused(make: Any) -> None:
     [
         ({"state_bits": 16}, ConfigError, "state_bits must be 32 or 8"),
         ({"lr": -1.0}, ConfigError, "lr must be a number of at least 0"),
+        ({"lr": "x"}, ConfigError, "lr must be a number of at least 0"),
+        ({"betas": 0.9}, ConfigError, "betas must be two numbers"),
         ({"betas": (0.9, 1.0)}, ConfigError, "betas must be two numbers"),
         ({"device_budget": -5}, MemoryBudgetError, "too small"),
         ({"device_budget": "a lot"}, MemoryBudgetError, "must be a number of bytes"),
@@ -414,6 +419,32 @@ def test_other_devices_types_and_sparse_gradients_are_refused() -> None:
     p.grad = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.ones(1, 3), (5, 3))
     with pytest.raises(ModelStateError, match="no sparse gradients"):
         optimizer.step()
+
+
+def test_a_parameter_of_another_type_than_its_state_is_refused() -> None:
+    params, optimizer = train(OURS["32"], 1)
+    params[0].data = params[0].data.bfloat16()
+    params[0].grad = torch.ones_like(params[0])
+    with pytest.raises(ModelStateError, match=r"is torch\.bfloat16 now and was torch\.float32 when its state was made"):
+        optimizer.step()
+
+
+def test_a_file_that_cannot_grow_refuses_and_changes_nothing(tmp_path: Any) -> None:
+    """The system's own limit on a file's size stands for a full disk."""
+    params = make_params()
+    optimizer = qc.PagedAdamW(params, device_budget="32KiB", page_folder=tmp_path)
+    before = [p.detach().clone() for p in params]
+    give_gradients(params, 0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, limits[1]))
+    try:
+        with pytest.raises(MemoryBudgetError, match=r"no room for another page of 4 KiB in .*: free some space there"):
+            optimizer.step()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert same(before, params)  # type: ignore[arg-type]
+    optimizer.step()
+    assert not same(before, params)  # type: ignore[arg-type]
 
 
 def test_a_step_that_finds_no_room_changes_nothing() -> None:
