@@ -18,6 +18,13 @@ OPTIONAL = {
     "gguf": ("gguf", "Reading a GGUF file"),
 }
 KERNEL_OPS = ("quantize_4bit", "dequantize_4bit")
+# What a 2048 x 2048 layer of a bf16 model asks the dispatch table: (op, rows, n, k).
+TYPICAL = {
+    "decoding, a linear of 1 row": ("lora_linear", 1, 2048, 2048),
+    "training, a linear of 512 rows": ("lora_linear", 512, 2048, 2048),
+    "its backward": ("lora_linear_backward", 512, 2048, 2048),
+    "attention of 512 tokens, heads of 64": ("attention", 512, 512, 64),
+}
 
 
 def doctor(
@@ -51,7 +58,9 @@ def examine() -> dict[str, Any]:
     }
     found |= _devices()
     found["compiler"] = _compiler()
-    found["kernels"] = _kernels(["cpu", "cuda"] if len(found["devices"]) > 1 else ["cpu"])
+    kinds = ["cpu", "cuda"] if len(found["devices"]) > 1 else ["cpu"]
+    found["kernels"] = _kernels(kinds)
+    found["chosen"] = {kind: _chosen(kind) for kind in kinds}
     found["advice"] = _advice(found)
     works = all(not state.startswith("failed") for ops in found["kernels"].values() for state in ops.values())
     found["ok"] = found["backend_registered"] and found["compiler"] is not None and works
@@ -101,6 +110,23 @@ def _kernels(devices: list[str]) -> dict[str, dict[str, str]]:
     return {kind: {op: state(op, kind) for op in KERNEL_OPS} for kind in devices}
 
 
+def _chosen(kind: str) -> dict[str, str]:
+    """For a typical layer, the kernel that `lower_kernels` would choose here, and why."""
+    import torch
+
+    from .runtime import kernels
+
+    def choice(op: str, rows: int, n: int, k: int) -> str:
+        linear: dict[str, Any] = {"rank": 16, "quant_type": "nf4", "block_size": 64} if op != "attention" else {}
+        try:
+            found = kernels.choose_kernel(op, rows=rows, n=(n,), k=k, dtype=torch.bfloat16, device=kind, **linear)
+        except KernelError as error:
+            return f"failed: {error}"
+        return f"{found.name} ({found.why})"
+
+    return {name: choice(*problem) for name, problem in TYPICAL.items()}
+
+
 def _advice(found: dict[str, Any]) -> list[str]:
     lines = []
     if not found["backend_registered"]:
@@ -124,4 +150,5 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, object]]:
     rows.append(("backend 'qlora'", "registered" if found["backend_registered"] else "not registered"))
     for kind, ops in found["kernels"].items():
         rows += [(f"{op} on {kind}", how) for op, how in ops.items()]
+        rows += [(f"{name} on {kind}", how) for name, how in found["chosen"][kind].items()]
     return rows
