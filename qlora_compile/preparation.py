@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .attention import is_attention_weight
-from .config import QLoRAConfig
+from .config import QLoRAConfig, names_module
 from .errors import ModelStateError, NoTargetError
 from .modules import prepared_config, prepared_state
 from .param_info import ParamInfo, is_linear_module
@@ -119,8 +119,11 @@ def _read_directly(model: nn.Module) -> dict[str, str]:
 
 
 def require_targets(targets: Iterable[ParamInfo], found: Iterable[ParamInfo], edits: ModelEdits) -> None:
-    """Raises NoTargetError, listing what there was, if no linear is a target."""
-    if list(targets) or edits.is_foreign:
+    """Raises NoTargetError, listing what there was, if no linear is a target; and for an embedding named as one."""
+    if edits.is_foreign:
+        return
+    _refuse_embeddings(edits)
+    if list(targets):
         return
     names = [f"{_linear_name(entry)} ({edits.decline_reason(entry)})" for entry in found]
     what = f"it has: {'; '.join(names[:8])}{f'; and {len(names) - 8} more' if len(names) > 8 else ''}"
@@ -133,6 +136,16 @@ def require_targets(targets: Iterable[ParamInfo], found: Iterable[ParamInfo], ed
         )
         + "."
     )
+
+
+def _refuse_embeddings(edits: ModelEdits) -> None:
+    named = edits.config.target_modules
+    for name, module in [] if isinstance(named, str) else edits.root.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and names_module(named, name):
+            raise NoTargetError(
+                f"target_modules names {name!r}, an embedding, whose adapters cannot be trained here: leave it out, or "
+                "train it in full by naming it in modules_to_save."
+            )
 
 
 def _linear_name(entry: ParamInfo) -> str:

@@ -417,3 +417,11 @@ def test_a_device_map_of_one_device_works_and_one_of_several_is_refused(tiny_che
     several = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, device_map=where, offload_folder=tmp_path)
     with pytest.raises(ModelStateError, match=r"several devices \(.* on cpu, .* on meta\).*FSDP2"):
         prepare(several, {"r": 4})
+
+
+def test_an_embedding_named_as_a_target_is_refused() -> None:
+    model = Language()
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(NoTargetError, match="target_modules names 'embed', an embedding"):
+        prepare(model, FP32 | {"target_modules": ["embed", "q_proj"]})
+    assert {name: type(module) for name, module in model.named_modules()} == before
