@@ -34,40 +34,40 @@ def seconds(call: Callable[[], object], device: str, *, rounds: int = 20, budget
     """Median of at most `rounds` calls after two that warm up.
 
     On CUDA the call is captured as a graph and the graph is timed by events: what the device needs, without Python and
-    the launches, which would hide every kernel shorter than they are (`launched_seconds` is with them).
+    the launches, which would hide every kernel shorter than they are.
     """
     for _ in range(2):
         call()
     synchronize(device)
     if device != "cuda":
-        return _median(call, rounds, budget_s)
+        return _median(functools.partial(_timed, call), rounds, budget_s)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return launched_seconds(graph.replay, rounds, budget_s)
+    return _median(functools.partial(_timed_on_cuda, graph.replay), rounds, budget_s)
 
 
-def launched_seconds(call: Callable[[], object], rounds: int = 20, budget_s: float = 0.3) -> float:
-    """Median of calls on CUDA, from the first launch to the end of the last kernel."""
+def _timed(call: Callable[[], object]) -> float:
+    before = time.perf_counter()
+    call()
+    return time.perf_counter() - before
+
+
+def _timed_on_cuda(call: Callable[[], object]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+def _median(once: Callable[[], float], rounds: int, budget_s: float) -> float:
+    """Of what `once` says, at most `rounds` times and until the budget is used up."""
     times: list[float] = []
     begin = time.perf_counter()
     while len(times) < rounds and (not times or time.perf_counter() - begin < budget_s):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times)
-
-
-def _median(call: Callable[[], object], rounds: int, budget_s: float) -> float:
-    times: list[float] = []
-    begin = time.perf_counter()
-    while len(times) < rounds and (not times or time.perf_counter() - begin < budget_s):
-        before = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - before)
+        times.append(once())
     return statistics.median(times)
 
 

@@ -26,9 +26,7 @@ from .repeats import Run, best_run, cuts, inputs_of, sequence, tokenize
 
 _OP = torch.ops.qlora.lora_linear.default
 _MIN_SAVED = 60  # nodes, about one layer of a decoder: the report leaves out what would save less
-_WORTH_IT = (
-    300  # nodes, some layers: "auto" leaves what would save less, so that small graphs read as they were written
-)
+_WORTH_IT = 300  # nodes, some layers: "auto" leaves less, so that small graphs read as they were written
 _TRIES = 8  # places to cut that are tried
 
 

@@ -22,7 +22,7 @@ class Speeds:
 # cuda: NVIDIA's H100 SXM data sheet, and pinned copies over PCIe 5; cpu: two to eight cores with AVX-512.
 SPEEDS = {"cuda": Speeds(990e12, 3.35e12, 25e9), "cpu": Speeds(200e9, 20e9, 4e9)}
 FILE_COPY = 1e9  # bytes/s where the host tier is a file
-LEAST_BUDGET = 4096  # one page of the smallest size
+MIN_PAGE_BYTES = 4096  # a memory map is cut at multiples of the system's page
 PAGED = ("paged_adamw", "paged_adamw8bit", "paged_lion")
 
 
@@ -61,9 +61,9 @@ class PlannedOptimizer:
     def __post_init__(self) -> None:
         if self.name not in PAGED:
             raise UnknownOptionError(self.name, PAGED, what="paged optimizer")
-        if self.budget is not None and self.budget < LEAST_BUDGET:
+        if self.budget is not None and self.budget < MIN_PAGE_BYTES:
             raise MemoryBudgetError(
-                f"A budget of {self.budget} bytes is too small: the least that works is one page of {LEAST_BUDGET} bytes."
+                f"A budget of {self.budget} bytes is too small: the least that works is one page of {MIN_PAGE_BYTES} bytes."
             )
 
 

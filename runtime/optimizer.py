@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import NoAdapterError
 from ..modules import adapter_parameters
+from ..page_plan import PAGED
 
 NO_ADAPTERS = (
     "The optimizer was given no adapter parameters: call qlora_compile.prepare(model, config) before making "
@@ -30,7 +31,7 @@ def check_adapters(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None
         raise NoAdapterError(NO_ADAPTERS)
 
 
-OPTIMIZERS = ("adamw", "paged_adamw", "paged_adamw8bit", "paged_lion")
+OPTIMIZERS = ("adamw", *PAGED)
 
 
 def make_optimizer(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from ...errors import MemoryBudgetError
+from ...page_plan import MIN_PAGE_BYTES
 
-MIN_PAGE_BYTES = 4096  # a memory map is cut at multiples of the system's page
 MAX_PAGE_BYTES = 4 << 20  # large enough that a copy's start-up cost does not show, small enough to overlap
 # Pages that a sweep wants at once: those it works on, those that come in and those that leave.
 _PAGES_PER_BUDGET = 8

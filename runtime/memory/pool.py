@@ -25,7 +25,8 @@ from typing import Any
 import torch
 
 from ...errors import MemoryBudgetError
-from .budget import MIN_PAGE_BYTES, format_bytes, page_bytes_for, parse_bytes
+from ...page_plan import MIN_PAGE_BYTES
+from .budget import format_bytes, page_bytes_for, parse_bytes
 from .mover import Mover
 from .page import Allocation, Page, Span, Where
 from .statistics import PoolEvent, PoolStatistics
