@@ -68,14 +68,10 @@ def export(
     memory, the one that is made and the one that is written, and `out` appears at the end, whole, or not at all.
     Raises ConfigError, CheckpointError, AdapterMismatchError, OutputError.
     """
-    _check_choices(format, base_precision)
-    if correction_rank is not None and (format != "nf4" or correction_rank < 1):
-        raise ConfigError(f"correction_rank is a rank of at least 1, for format='nf4', got {correction_rank}.")
     in_memory = base is None and isinstance(model_or_dir, nn.Module)
-    if resume and in_memory:
-        raise ConfigError("resume needs a base in a folder: name it with base=...")
-    if verify and format == "nf4" and in_memory:
-        raise ConfigError("With format='nf4', verify needs a base in a folder: name it with base=...")
+    _check_choices(format, base_precision, correction_rank)
+    if in_memory:
+        _check_needs_no_folder(format, resume=resume, verify=verify)
     out = Path(out)
     kind = gguf_type(dtype) if format == "gguf" else None
     out_dtype = None if dtype is None or kind is not None else parse_dtype(dtype)
@@ -172,8 +168,18 @@ def _verifier(model: nn.Module | None, folder: Path | None, adapters: list[Weigh
     )
 
 
-def _check_choices(format: str, base_precision: str) -> None:
+def _check_choices(format: str, base_precision: str, correction_rank: int | None) -> None:
     if format not in FORMATS:
         raise ConfigError(f"format must be one of {', '.join(FORMATS)}, got {format!r}.")
     if base_precision not in BASE_PRECISIONS:
         raise ConfigError(f"base_precision must be one of {', '.join(BASE_PRECISIONS)}, got {base_precision!r}.")
+    if correction_rank is not None and (format != "nf4" or correction_rank < 1):
+        raise ConfigError(f"correction_rank is a rank of at least 1, for format='nf4', got {correction_rank}.")
+
+
+def _check_needs_no_folder(format: str, *, resume: bool, verify: bool) -> None:
+    """Raise ConfigError where a base that is in memory only cannot give what is asked."""
+    if resume:
+        raise ConfigError("resume needs a base in a folder: name it with base=...")
+    if verify and format == "nf4":
+        raise ConfigError("With format='nf4', verify needs a base in a folder: name it with base=...")
