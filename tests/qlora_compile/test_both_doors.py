@@ -10,47 +10,14 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from toy_models import BLOCKS, FP32, TOKENS, Block, Language, fill, same_state, seeded
 
 from qlora_compile import QLoRAConfig, prepare
 from qlora_compile.errors import ModelStateError
 from qlora_compile.modules import adapter_parameters, adapter_sites, prepared_config
-from qlora_compile.tensor import QuantizedTensor
 
-FP32 = {"compute_dtype": "float32", "block_size": 32, "r": 3, "lora_alpha": 5}
 EAGER = FP32 | {"lowering": "eager"}
 AOT_EAGER = {"lowering": "aot_eager"}
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj = nn.Linear(13, 22)
-        self.out_proj = nn.Linear(22, 13, bias=False)
-        self.norm = nn.LayerNorm(13)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x + self.out_proj(torch.tanh(self.q_proj(x))))
-
-
-class Language(nn.Module):
-    """An embedding, two blocks and an output head that `tied` shares with the embedding."""
-
-    def __init__(self, tied: bool = False) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(37, 13)
-        self.layers = nn.ModuleList([Block(), Block()])
-        self.lm_head = nn.Linear(13, 37, bias=False)
-        if tied:
-            self.lm_head.weight = self.embed.weight
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens)
-        for layer in self.layers:
-            x = layer(x)
-        return self.lm_head(x)
 
 
 class Spellings(nn.Module):
@@ -72,45 +39,12 @@ class Spellings(nn.Module):
         return self.proj(torch.addmm(self.bias, x, self.fourth))
 
 
-BLOCKS = [f"layers.{i}.{name}" for i in (0, 1) for name in ("q_proj", "out_proj")]
-TOKENS = torch.arange(10).view(2, 5)
-
-
-def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """Every tensor by its name, the parts of quantized ones separately."""
-    out: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        parts = tensor.data_4bit._asdict() if isinstance(tensor, QuantizedTensor) else {"": tensor}
-        out |= {f"{name}/{key}": part for key, part in parts.items() if part is not None}
-    return out
-
-
-def same_state(a: nn.Module, b: nn.Module) -> bool:
-    ours, theirs = state_of(a), state_of(b)
-    frozen = [{name: p.requires_grad for name, p in model.named_parameters()} for model in (a, b)]
-    kinds = [[(name, type(m).__name__) for name, m in model.named_modules()] for model in (a, b)]
-    equal = ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-    return equal and frozen[0] == frozen[1] and kinds[0] == kinds[1]
-
-
-def fill(model: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(3)
-    for site in adapter_sites(model).values():
-        with torch.no_grad():
-            site.b().normal_(std=0.3, generator=generator)
-
-
-def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
-    torch.manual_seed(5)
-    return make()
-
-
 def spelled() -> tuple[nn.Module, Tensor]:
-    return _seeded(Spellings), torch.randn(4, 13, generator=torch.Generator().manual_seed(1))
+    return seeded(Spellings), torch.randn(4, 13, generator=torch.Generator().manual_seed(1))
 
 
 def language() -> tuple[nn.Module, Tensor]:
-    return _seeded(Language), TOKENS
+    return seeded(Language), TOKENS
 
 
 def tiny_gpt2() -> tuple[nn.Module, Tensor]:
@@ -119,7 +53,7 @@ def tiny_gpt2() -> tuple[nn.Module, Tensor]:
         n_embd=24, n_layer=2, n_head=3, vocab_size=41, n_positions=32, use_cache=False, resid_pdrop=0, attn_pdrop=0,
         embd_pdrop=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    model = _seeded(lambda: transformers.GPT2LMHeadModel(config))
+    model = seeded(lambda: transformers.GPT2LMHeadModel(config))
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():  # transformers starts biases at zero
         for name, parameter in model.named_parameters():
@@ -194,7 +128,7 @@ class Straight(Language):
 
 
 def broken(kind: type[Language]) -> nn.Module:
-    model = _seeded(kind)
+    model = seeded(kind)
     for layer in model.layers:
         layer.__class__ = Breaks
     return model
@@ -226,7 +160,7 @@ def test_graph_breaks_inside_submodules_change_nothing(kind: type[Language], cal
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("door", ["prepare", "example_inputs", "backend"])
 def test_a_model_that_was_first_used_without_gradients_trains(door: str, mode: Callable[[], Any]):
-    model = _seeded(Language)
+    model = seeded(Language)
     compiled = torch.compile(model, backend="qlora", options=None if door != "backend" else FP32 | AOT_EAGER)
     with mode():
         if door == "backend":
@@ -256,7 +190,7 @@ class Checkpointed(Language):
 
 @pytest.mark.parametrize("prepared", [True, False])
 def test_activation_checkpointing(prepared: bool):
-    model, options = _seeded(Checkpointed), FP32 | AOT_EAGER
+    model, options = seeded(Checkpointed), FP32 | AOT_EAGER
     if prepared:
         prepare(model, options)
     compiled = torch.compile(model, backend="qlora", options=None if prepared else options, fullgraph=True)

@@ -10,15 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
+from toy_models import AOT_FP32, TIGHT, fill, graphs_compiled, take_grads
 
 import qlora_compile as qc
 from qlora_compile import regions
-from qlora_compile.modules import adapter_parameters, adapter_sites
-
-FP32: dict[str, Any] = {"lowering": "aot_eager", "compute_dtype": "float32", "block_size": 32, "r": 3, "lora_alpha": 5}
-# fp32 sums of at most 80 terms of size 1, added in another order
-TIGHT: dict[str, float] = {"atol": 5e-5, "rtol": 5e-5}
+from qlora_compile.modules import adapter_parameters
 
 Llama = Callable[..., nn.Module]
 
@@ -48,25 +44,7 @@ class Stack(nn.Module):
 
 
 def _compile(model: nn.Module, **options: Any) -> Any:
-    return torch.compile(model, backend="qlora", fullgraph=True, options=FP32 | {"outline_layers": True} | options)
-
-
-def _fill(model: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for site in adapter_sites(model).values():
-            for name in site.adapters:
-                site.b(name).normal_(std=0.3, generator=generator)
-
-
-def _grads(model: nn.Module) -> list[Tensor]:
-    """The adapters' gradients, taken away from them."""
-    grads = []
-    for param in adapter_parameters(model):
-        assert param.grad is not None
-        grads.append(param.grad)
-        param.grad = None
-    return grads
+    return torch.compile(model, backend="qlora", fullgraph=True, options=AOT_FP32 | {"outline_layers": True} | options)
 
 
 def _calls(model: nn.Module) -> int:
@@ -74,21 +52,15 @@ def _calls(model: nn.Module) -> int:
     return sum(record.target == "call_region" for record in qc.explain(model).stages["outline_layers"])
 
 
-def _graphs(call: Callable[[], Any]) -> int:
-    before = counters["stats"]["unique_graphs"]
-    call()
-    return counters["stats"]["unique_graphs"] - before
-
-
 def _step(model: nn.Module, compiled: Any, *args: Any, **kwargs: Any) -> list[Tensor]:
     """A second step (the first makes the adapters): loss, then the adapters' gradients."""
     compiled(*args, **kwargs)
-    _fill(model)
+    fill(model)
     torch.manual_seed(5)
     out = compiled(*args, **kwargs)
     loss = out.loss if hasattr(out, "loss") else out.square().mean()
     loss.backward()
-    return [loss.detach(), *_grads(model)]
+    return [loss.detach(), *take_grads(model)]
 
 
 def _flat_and_outlined(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[list[Tensor], list[Tensor], nn.Module]:
@@ -134,7 +106,7 @@ def test_layers_drop_different_elements() -> None:
     compiled = _compile(model, lora_dropout=0.5)
     compiled(x)
     assert _calls(model) == 2
-    _fill(model)
+    fill(model)
     first, second = model.blocks
     with torch.no_grad():
         for mine, theirs in zip(first.parameters(), second.parameters(), strict=True):
@@ -155,7 +127,7 @@ def test_an_input_that_needs_no_gradient_is_not_mistaken_for_one_that_does() -> 
     model, x = Stack(4, lambda i, h: h.detach() if i == 1 else h), torch.randn(4, 37)
     compiled = _compile(model)
     compiled(x)
-    _fill(model)
+    fill(model)
     compiled(x).square().mean().backward()
     expected = [param.grad for param in adapter_parameters(model)]
     for param in adapter_parameters(model):
@@ -196,7 +168,7 @@ def test_inputs_of_other_strides_are_not_mistaken_for_each_other() -> None:
     x = torch.randn(4, 6, 37, requires_grad=True)
     compiled = _compile(model)
     compiled(x)
-    _fill(model)
+    fill(model)
     out, expected = compiled(x), model(x)
     torch.testing.assert_close(out, expected, **TIGHT)
     for mine, theirs in zip(*(torch.autograd.grad(y.square().mean(), x) for y in (out, expected)), strict=True):
@@ -205,13 +177,13 @@ def test_inputs_of_other_strides_are_not_mistaken_for_each_other() -> None:
 
 def test_a_prepared_model_is_outlined_too(tiny_llama: Llama) -> None:
     model, tokens = tiny_llama(num_hidden_layers=3), torch.randint(3, 211, (2, 7))
-    qc.prepare(model, FP32)
+    qc.prepare(model, AOT_FP32)
     compiled = torch.compile(model, backend="qlora", fullgraph=True, options={"outline_layers": True})
     mine = _step(model, compiled, input_ids=tokens, labels=tokens)
     assert _calls(model) == 3
     loss = model(input_ids=tokens, labels=tokens).loss
     loss.backward()
-    for new, old in zip(mine, [loss.detach(), *_grads(model)], strict=True):
+    for new, old in zip(mine, [loss.detach(), *take_grads(model)], strict=True):
         torch.testing.assert_close(new, old, **TIGHT)
 
 
@@ -227,13 +199,13 @@ def test_training_evaluation_and_no_grad_each_compile_once() -> None:
             out: Tensor = compiled(x)
         return out
 
-    assert _graphs(lambda: compiled(x)) == 1
+    assert graphs_compiled(lambda: compiled(x)) == 1
     model.eval()
-    assert _graphs(lambda: (compiled(x), no_grad())) == 2
+    assert graphs_compiled(lambda: (compiled(x), no_grad())) == 2
     model.train()
-    assert _graphs(lambda: compiled(x)) == 0
+    assert graphs_compiled(lambda: compiled(x)) == 0
     model.eval()
-    _fill(model)
+    fill(model)
     torch.testing.assert_close(no_grad(), model(x), **TIGHT)
     torch.testing.assert_close(compiled(x), model(x), **TIGHT)
 
@@ -292,5 +264,5 @@ def test_inductor_compiles_one_layer_for_all(tiny_llama: Llama) -> None:
     assert _calls(model) == 3
     loss = model(input_ids=tokens, labels=tokens).loss
     loss.backward()
-    for new, old in zip(mine, [loss.detach(), *_grads(model)], strict=True):
+    for new, old in zip(mine, [loss.detach(), *take_grads(model)], strict=True):
         torch.testing.assert_close(new, old, **TIGHT)

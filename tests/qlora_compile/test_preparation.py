@@ -3,86 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from toy_models import BLOCKS, FP32, TOKENS, Block, Language, fill, same_state, seeded
 
 from qlora_compile import QLoRAConfig, prepare
 from qlora_compile.errors import ConfigError, InvalidWeightError, ModelStateError, NoTargetError, UnknownOptionError
 from qlora_compile.modules import QLoRALinear, adapter_parameters, adapter_sites, prepared_config
 from qlora_compile.tensor import QuantizedTensor, quantize_4bit
 
-FP32 = {"compute_dtype": "float32", "block_size": 32, "r": 3, "lora_alpha": 5}
 EAGER = FP32 | {"lowering": "eager"}
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj = nn.Linear(13, 22)
-        self.out_proj = nn.Linear(22, 13, bias=False)
-        self.norm = nn.LayerNorm(13)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x + self.out_proj(torch.tanh(self.q_proj(x))))
-
-
-class Language(nn.Module):
-    """An embedding, two blocks and an output head that `tied` shares with the embedding."""
-
-    def __init__(self, tied: bool = False) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(37, 13)
-        self.layers = nn.ModuleList([Block(), Block()])
-        self.lm_head = nn.Linear(13, 37, bias=False)
-        if tied:
-            self.lm_head.weight = self.embed.weight
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens)
-        for layer in self.layers:
-            x = layer(x)
-        return self.lm_head(x)
-
-
-BLOCKS = [f"layers.{i}.{name}" for i in (0, 1) for name in ("q_proj", "out_proj")]
-TOKENS = torch.arange(10).view(2, 5)
-
-
-def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """Every tensor by its name, the parts of quantized ones separately."""
-    out: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        parts = tensor.data_4bit._asdict() if isinstance(tensor, QuantizedTensor) else {"": tensor}
-        out |= {f"{name}/{key}": part for key, part in parts.items() if part is not None}
-    return out
-
-
-def same_state(a: nn.Module, b: nn.Module) -> bool:
-    ours, theirs = state_of(a), state_of(b)
-    frozen = [{name: p.requires_grad for name, p in model.named_parameters()} for model in (a, b)]
-    kinds = [[(name, type(m).__name__) for name, m in model.named_modules()] for model in (a, b)]
-    equal = ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-    return equal and frozen[0] == frozen[1] and kinds[0] == kinds[1]
-
-
-def fill(model: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(3)
-    for site in adapter_sites(model).values():
-        with torch.no_grad():
-            site.b().normal_(std=0.3, generator=generator)
-
-
-def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
-    torch.manual_seed(5)
-    return make()
 
 
 # --- what changes and what does not ---
@@ -116,7 +50,7 @@ def test_the_output_of_a_fresh_adapter_is_the_quantized_base():
 
 def test_a_config_a_mapping_and_nothing_are_the_same_door():
     assert prepared_config(prepare(Language(), None)) == QLoRAConfig()
-    assert same_state(prepare(_seeded(Language), QLoRAConfig(**FP32)), prepare(_seeded(Language), FP32))
+    assert same_state(prepare(seeded(Language), QLoRAConfig(**FP32)), prepare(seeded(Language), FP32))
 
 
 def test_a_weight_of_two_modules_is_quantized_once_and_has_one_adapter():
@@ -230,11 +164,11 @@ def test_quantize_false_adds_adapters_to_dense_weights(door: str):
 
 
 def test_preparing_twice_with_the_same_config_changes_nothing():
-    model = prepare(_seeded(Language), FP32)
+    model = prepare(seeded(Language), FP32)
     before = dict(model.named_parameters())
     prepare(model, FP32)
     assert all(p is before[name] for name, p in model.named_parameters())
-    assert same_state(model, prepare(_seeded(Language), FP32))
+    assert same_state(model, prepare(seeded(Language), FP32))
 
 
 @pytest.mark.parametrize("option", [{"r": 4}, {"block_size": 64}, {"seed": 1}, {"target_modules": ["q_proj"]}])
@@ -307,7 +241,7 @@ def test_a_nan_weight_names_the_parameter(door: str):
 
 
 def test_a_repaired_model_can_be_prepared_after_the_refusal():
-    model = _seeded(Language)
+    model = seeded(Language)
     weight = model.layers[1].out_proj.weight
     value = weight.detach()[3, 5].clone()
     with torch.no_grad():
@@ -316,7 +250,7 @@ def test_a_repaired_model_can_be_prepared_after_the_refusal():
         prepare(model, FP32)
     with torch.no_grad():
         weight[3, 5] = value
-    assert same_state(prepare(model, FP32), prepare(_seeded(Language), FP32))
+    assert same_state(prepare(model, FP32), prepare(seeded(Language), FP32))
 
 
 def test_several_devices_are_named():
