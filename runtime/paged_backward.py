@@ -9,6 +9,7 @@ A parameter belongs to the optimizer that was made last with it; an earlier one 
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ class BackwardPager:
         self._parameters: list[tuple[int, weakref.ref[nn.Parameter]]] = []  # (group, parameter), by number
         self._handles: list[Any] = []
         self._stepped: dict[int, None] = {}  # in this backward pass, in order
+        self._waiting: Counter[Page] = Counter()  # by page: parameters that were not stepped yet
         self._order: list[int] = []  # of the pass before
         self.skipped: list[int] = []  # gradients that were not finite
 
@@ -103,7 +105,10 @@ class BackwardPager:
                 "step_in_backward=True there is one backward pass to a step, in which each gradient is whole. Use "
                 "step_in_backward=False to accumulate, or for a model with graph breaks between uses of a parameter."
             )
+        if not self._stepped:
+            self._waiting = Counter(page for number in range(len(self._parameters)) for page in self._pages([number]))
         self._stepped |= dict.fromkeys(numbers)
+        self._waiting.subtract(page for number in numbers for page in self._pages([number]))
         finite = [bool(torch.isfinite(gradient.sum(dtype=torch.float32))) for gradient in gradients]
         self.skipped += [number for number, good in zip(numbers, finite) if not good]
         groups = [optimizer.param_groups[self._parameters[number][0]] for number in numbers]
@@ -113,8 +118,7 @@ class BackwardPager:
 
     def evict(self, numbers: Sequence[int]) -> None:
         """Send out the pages of these parameters in which nothing waits for its update."""
-        waiting = {page for n in range(len(self._parameters)) if n not in self._stepped for page in self._pages([n])}
-        self.optimizer.pool.evict([p for p in self._pages(numbers) if p not in waiting], keep_spare=True)
+        self.optimizer.pool.evict([p for p in self._pages(numbers) if self._waiting[p] <= 0], keep_spare=True)
 
     # --- eager --------------------------------------------------------------------------------------------------------
 

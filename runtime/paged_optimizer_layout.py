@@ -136,7 +136,7 @@ def quantize_blocks(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
     padded = torch.nn.functional.pad(values, (0, blocks * BLOCK - values.numel())).view(blocks, BLOCK)
     scales = padded.abs().amax(1)
     scaled = padded * scales.clamp(min=1e-38).reciprocal()[:, None]
-    codes = torch.bucketize(scaled, _bounds(signed).to(values.device)).to(torch.uint8)
+    codes = torch.bucketize(scaled, _bounds(signed, values.device)).to(torch.uint8)
     return codes.view(-1)[: values.numel()], scales
 
 
@@ -151,6 +151,12 @@ def signed_map(field: str) -> bool:
 
 
 @functools.cache
-def _bounds(signed: bool) -> Tensor:
+def map_on(signed: bool, device: torch.device) -> Tensor:
+    """The dynamic map, once for each device: a copy from the host would wait for all that the device has to do."""
+    return dynamic_map(signed).to(device)
+
+
+@functools.cache
+def _bounds(signed: bool, device: torch.device) -> Tensor:
     values = dynamic_map(signed)
-    return (values[:-1] + values[1:]) / 2
+    return ((values[:-1] + values[1:]) / 2).to(device)

@@ -6,6 +6,8 @@ compiler, torch's own operators do it on views of the pages.
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -13,11 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..nf4 import dynamic_map
 from . import kernels
 from .memory import Page, PagePool, Span
 from .memory.page import Where
-from .paged_optimizer_layout import ParamState, Views, dequantize_blocks, quantize_blocks, signed_map
+from .paged_optimizer_layout import ParamState, Views, dequantize_blocks, map_on, quantize_blocks, signed_map
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of common.cpp.jinja
 _WINDOWS = 4  # pages at work, pages coming, and pages that the last window has not left yet
@@ -94,10 +95,10 @@ def sweep(pool: PagePool, tasks: Sequence[Task], plan: Plan) -> None:
     coefficients = torch.tensor([(*key, 0.0) for key in numbers], dtype=torch.float32, device="cpu")
     # What is there is used before it has to make room for what is not.
     order = sorted(plan.pieces, key=lambda page: (page.where is not Where.DEVICE, page.number))
-    windows = list(_windows(pool, order))
-    for index, window in enumerate(windows):
+    away = deque(page for page in order if page.where is Where.HOST)
+    for window in _windows(pool, order):
         with pool.on_device(window):
-            pool.prefetch(_missing(windows[index + 1 :], len(window)))
+            _fetch(pool, away, len(window))
             pieces = [at for page in window for at in plan.pieces[page]]
             if kernel is None:
                 for at in pieces:
@@ -108,6 +109,16 @@ def sweep(pool: PagePool, tasks: Sequence[Task], plan: Plan) -> None:
                 if chosen.size:
                     table = torch.from_numpy(_table(plan, chosen, sources))
                     kernel(table, coefficients, tasks[0].state.layout.lion, narrow)
+        if away:
+            pool.evict(window, keep_spare=True)  # before what has not had its turn
+
+
+def _fetch(pool: PagePool, away: deque[Page], most: int) -> None:
+    """Into the room that is there: what waits for its turn must not have to leave for what comes after it."""
+    while away and away[0].where is not Where.HOST:
+        away.popleft()
+    for _ in range(pool.prefetch(itertools.islice(away, most), displace=False)):
+        away.popleft()
 
 
 def _table(plan: Plan, chosen: np.ndarray, sources: np.ndarray) -> np.ndarray:
@@ -136,16 +147,6 @@ def _windows(pool: PagePool, pages: Sequence[Page]) -> Iterator[Sequence[Page]]:
         yield pages[start : start + size]
 
 
-def _missing(windows: Sequence[Sequence[Page]], most: int) -> list[Page]:
-    """The first `most` pages of these windows that are not on the device."""
-    found: list[Page] = []
-    for window in windows:
-        found += [page for page in window if page.where is not Where.DEVICE]
-        if len(found) >= most:
-            break
-    return found[:most]
-
-
 def update_reference(task: Task, span: Span) -> None:
     """The meaning of the kernel, in torch operators on views of the page."""
     layout, numel = task.state.layout, task.state.numel
@@ -170,7 +171,9 @@ def update_reference(task: Task, span: Span) -> None:
 
 def _decoded(views: Views) -> Views:
     fields = [field for field in views if f"{field} scales" in views]
-    return {f: dequantize_blocks(views[f], views[f"{f} scales"], dynamic_map(signed_map(f))) for f in fields}
+    return {
+        f: dequantize_blocks(views[f], views[f"{f} scales"], map_on(signed_map(f), views[f].device)) for f in fields
+    }
 
 
 def _adamw(values: Tensor, gradient: Tensor, first: Tensor, second: Tensor, n: Numbers) -> None:

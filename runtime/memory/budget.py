@@ -52,3 +52,19 @@ def page_bytes_for(budget: int | None) -> int:
         return MAX_PAGE_BYTES
     share = max(MIN_PAGE_BYTES, min(MAX_PAGE_BYTES, budget // _PAGES_PER_BUDGET))
     return 1 << (share.bit_length() - 1)
+
+
+def check_page_bytes(value: int) -> int:
+    """Raises MemoryBudgetError for what cannot be the size of a page."""
+    if value < MIN_PAGE_BYTES or value & (value - 1):
+        raise MemoryBudgetError(f"page_bytes must be a power of two of at least {MIN_PAGE_BYTES}, got {value!r}.")
+    return value
+
+
+def check_budget(budget: int | None, page_bytes: int) -> None:
+    """Raises MemoryBudgetError for a budget that no page fits."""
+    if budget is not None and budget < page_bytes:
+        raise MemoryBudgetError(
+            f"A device budget of {format_bytes(budget)} is smaller than one page: the least that works with pages "
+            f"of this size is {format_bytes(page_bytes)}."
+        )

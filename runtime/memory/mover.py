@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import MemoryBudgetError
+from ...errors import MemoryBudgetError, ModelStateError
 from .budget import format_bytes, parse_bytes
-from .copier import make_copier
 from .page import Page
 from .statistics import PoolStatistics
+from .stream_copier import make_copier
 from .tiers import FileTier, HostTier, RamTier
 
 
@@ -36,7 +36,8 @@ class Mover:
         self.copier = make_copier(device)
         self.background = False  # nothing moves without a budget: then there is no thread
         self._lock, self._counts, self._trace = lock, counts, trace
-        self._spare: list[Tensor] = []  # buffers that no page is in
+        self._spare: list[tuple[Tensor, Any]] = []  # buffers that no page is in; `Page.used` of the last one that was
+        self._lost: BaseException | None = None  # why a page could not leave
         self._tiers: list[HostTier] = []
         if host_budget is None and folder is not None:
             host_budget = 0
@@ -120,9 +121,15 @@ class Mover:
     # --- from here on, on the copier's thread -------------------------------------------------------------------------
 
     def _page_in(self, page: Page, fresh: bool) -> None:
+        if self._lost is not None:
+            raise ModelStateError(
+                f"A page of optimizer state was lost on its way to the host ({self._lost}): go on from a checkpoint."
+            ) from self._lost
         with self._lock:
-            buffer = self._spare.pop() if self._spare else None
-        if buffer is None:
+            buffer, used = self._spare.pop() if self._spare else (None, None)
+        if buffer is not None:
+            self.copier.wait_for(used)
+        else:
             buffer = self.copier.empty(page.size)
             with self._lock:
                 self._counts.device_bytes += page.size
@@ -144,10 +151,13 @@ class Mover:
         if dirty:
             assert page.slot is not None
             tier, slot = page.slot
-            self.copier.write(page, self._tiers[tier].view(slot))
+            try:
+                self.copier.write(page, self._tiers[tier].view(slot))
+            except (RuntimeError, MemoryError) as error:
+                self._lost = error  # told to whoever waits for a page next: nobody waits for this one
+                return
         with self._lock:
-            self._spare.append(page.buffer)
-            page.buffer = None
+            self._set_aside(page)
             self._counts.moved_out_bytes += page.size if dirty else 0
             self._trace("page_out", page)
 
@@ -159,7 +169,13 @@ class Mover:
             if _seen_elsewhere(buffer):  # a view of it lives on: that memory is its holder's now
                 self._counts.device_bytes -= page.size
             else:
-                self._spare.append(buffer)
+                page.buffer = buffer
+                self._set_aside(page)
+
+    def _set_aside(self, page: Page) -> None:
+        assert page.buffer is not None
+        self._spare.append((page.buffer, page.used))
+        page.buffer = page.used = None
 
     def _discard(self, page: Page) -> None:
         with self._lock:

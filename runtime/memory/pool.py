@@ -11,11 +11,10 @@ never above the budget.
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 import weakref
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,13 +24,13 @@ from typing import Any
 import torch
 
 from ...errors import MemoryBudgetError
-from ...page_plan import MIN_PAGE_BYTES
-from .budget import format_bytes, page_bytes_for, parse_bytes
+from .budget import check_budget, check_page_bytes, format_bytes, page_bytes_for, parse_bytes
 from .mover import Mover
-from .page import Allocation, Page, Span, Where
-from .statistics import PoolEvent, PoolStatistics
+from .page import Allocation, Page, Where
+from .residency import Residency
+from .statistics import PoolEvent, PoolStatistics, Trace
+from .table import PageTable
 
-TRACED_EVENTS = 20_000
 GRADIENTS = "gradients"  # (GRADIENTS, ...) as `share`: pages that `gradient_bytes` counts
 
 
@@ -53,86 +52,42 @@ class PagePool:
         host_budget: int | str | None = None,
     ) -> None:
         self.device = torch.device(device)
-        self._budget = None if budget is None else parse_bytes(budget)
-        self.page_bytes = page_bytes_for(self._budget) if page_bytes is None else _check_page_bytes(page_bytes)
-        self._check_budget(self._budget)
+        wanted = None if budget is None else parse_bytes(budget)
+        self.page_bytes = page_bytes_for(wanted) if page_bytes is None else check_page_bytes(page_bytes)
+        check_budget(wanted, self.page_bytes)
         self._lock = threading.RLock()
         self._counts = PoolStatistics(page_bytes=self.page_bytes)
-        self.events: deque[PoolEvent] = deque(maxlen=TRACED_EVENTS)
-        self._started = time.perf_counter()
+        self._trace = Trace()
+        self.events: deque[PoolEvent] = self._trace.events
         self._mover = Mover(self.device, self.page_bytes, folder, host_budget, self._lock, self._counts, self._trace)
-        self._mover.background = self._budget is not None
-        self._numbers = itertools.count()
-        self._pages: dict[int, Page] = {}
-        self._open: dict[object, list[Page]] = {}  # by `share`: pages that may have a hole
-        self._resident: OrderedDict[Page, None] = OrderedDict()  # the one used longest ago first
-        self._planned_bytes = 0  # of pages on the device once the queued copies are done
+        self._mover.background = wanted is not None
+        self._table = PageTable(self.page_bytes, self._trace)
+        self._resident = Residency(wanted)
         self._doomed: deque[Allocation] = deque()  # their owners are gone; freed at the next call
 
     # --- allocation ---------------------------------------------------------------------------------------------------
 
     def allocate(self, owner: object, items: int, item_bytes: int, share: object = None) -> Allocation:
         """Room for `items` whole items, freed when `owner` is; only allocations with an equal `share` share a page."""
-        if item_bytes > self.page_bytes:
-            raise MemoryBudgetError(
-                f"Pages of {format_bytes(self.page_bytes)} are smaller than one item of {item_bytes} bytes: "
-                f"give a budget of at least {format_bytes(8 * item_bytes)}."
-            )
         with self._lock:
             self._reap()
-            allocation = Allocation(items, item_bytes, list(self._spans(items, item_bytes, share)))
+            allocation = self._table.allocate(items, item_bytes, share)
         weakref.finalize(owner, self._doomed.append, allocation).atexit = False
         return allocation
-
-    def _spans(self, items: int, item_bytes: int, share: object) -> Iterator[Span]:
-        """Fill a hole that takes all that is left, else whole new pages."""
-        first = 0
-        while first < items:
-            left = items - first
-            size = left * item_bytes
-            usable = self._open.setdefault(share, [])
-            page = next((page for page in usable if page.largest_hole() >= size), None)
-            if page is None:
-                page = Page(next(self._numbers), self.page_bytes, share)
-                self._pages[page.number] = page
-                usable.append(page)
-                self._trace("create", page)
-            count = min(left, self.page_bytes // item_bytes)
-            offset = page.take(count * item_bytes)
-            assert offset is not None  # the hole was looked for, or the page is new
-            if not page.holes:
-                usable.remove(page)
-            yield Span(page, offset, first, count)
-            first += count
 
     def free(self, allocation: Allocation) -> None:
         """Give an allocation back before its owner is gone. Twice is the same as once."""
         with self._lock:
-            for span in allocation.spans:
-                page = span.page
-                if not page.holes:
-                    self._open.setdefault(page.share, []).append(page)
-                page.give_back(span.offset, span.count * allocation.item_bytes)
-                if page.spans == 0:
-                    self._free_page(page)
-            allocation.spans = []
+            for page in self._table.free(allocation):
+                if page in self._resident:
+                    self._resident.remove(page, Where.FREED)
+                page.where = Where.FREED
+                self._mover.discard(page)
+                self._trace("free", page)
 
     def _reap(self) -> None:
         while self._doomed:
             self.free(self._doomed.popleft())
-
-    def _free_page(self, page: Page) -> None:
-        del self._pages[page.number]
-        usable = self._open[page.share]
-        usable.remove(page)
-        if not usable:
-            del self._open[page.share]
-        if page.where is Where.DEVICE:
-            self._planned_bytes -= page.size
-            del self._resident[page]
-        page.where = Where.FREED
-        self._mover.discard(page)
-        self._trace("free", page)
 
     # --- residency ----------------------------------------------------------------------------------------------------
 
@@ -169,11 +124,11 @@ class PagePool:
         missing = [page for page in pages if page.where is not Where.DEVICE]
         self._counts.hits += len(pages) - len(missing)
         self._counts.misses += sum(page.where is not Where.NEW for page in missing)
-        self._make_room(sum(page.size for page in missing))
+        self._send_out(self._resident.victims_for(sum(page.size for page in missing)))
         for page in missing:
             self._bring(page)
         for page in pages:
-            self._resident.move_to_end(page)
+            self._resident.touch(page)
 
     def _wait(self, pages: Sequence[Page]) -> None:
         for page in pages:
@@ -196,15 +151,13 @@ class PagePool:
         except (RuntimeError, MemoryError) as error:
             with self._lock:
                 if page.where is Where.DEVICE and page.coming is coming:
-                    page.where = Where.NEW if page.slot is None else Where.HOST
+                    self._resident.remove(page, Where.NEW if page.slot is None else Where.HOST)
                     page.coming = None
-                    self._planned_bytes -= page.size
-                    del self._resident[page]
                 for held in pages:
                     held.pins -= 1
             raise MemoryBudgetError(
                 f"There is no memory on {self.device} for a page of {format_bytes(page.size)} beside "
-                f"{format_bytes(self._planned_bytes)} of others: give a device budget that leaves room."
+                f"{format_bytes(self._resident.bytes)} of others: give a device budget that leaves room."
             ) from error
         page.coming = None
 
@@ -214,9 +167,9 @@ class PagePool:
             for page in pages:
                 page.pins -= 1
                 page.dirty |= wrote
-                self._mover.copier.used(page)
-            if self._budget is not None and self._planned_bytes > self._budget:
-                self._shrink(self._budget)
+            self._mover.copier.used(pages)
+            if self._resident.excess() > 0:
+                self._shrink()
 
     def prefetch(self, pages: Iterable[Page], *, displace: bool = True) -> int:
         """Begin to bring pages in, in this order, as far as there is room for them. Returns how many are on their way.
@@ -228,19 +181,16 @@ class PagePool:
             self._reap()
             for page in pages:
                 if page.where is Where.HOST:
-                    if not displace and self._budget is not None and self._planned_bytes + page.size > self._budget:
+                    if not displace and self._resident.excess(page.size) > 0:
                         break
-                    page.pins += 1  # not its own victim
                     try:
-                        self._make_room(page.size)
+                        self._send_out(self._resident.victims_for(page.size))
                     except MemoryBudgetError:
                         break  # asked for too early: it comes when it is needed, and that says what is wrong
-                    finally:
-                        page.pins -= 1
                     self._bring(page)
                     begun += 1
                 if page.where is Where.DEVICE:
-                    self._resident.move_to_end(page)
+                    self._resident.touch(page)
         return begun
 
     def evict(self, pages: Iterable[Page] | None = None, *, keep_spare: bool = False) -> int:
@@ -250,7 +200,7 @@ class PagePool:
         """
         with self._lock:
             self._reap()
-            chosen = list(self._pages.values() if pages is None else pages)
+            chosen = list(self._table.pages.values() if pages is None else pages)
             leaving = [p for p in chosen if p.where is Where.DEVICE and p.pins == 0]
             self._send_out(leaving)
             if not keep_spare:
@@ -262,17 +212,13 @@ class PagePool:
         with self._lock:
             for page in pages:
                 if page.where is Where.DEVICE and page.pins == 0:
-                    page.where = Where.NEW
-                    self._planned_bytes -= page.size
-                    del self._resident[page]
+                    self._resident.remove(page, Where.NEW)
                     self._mover.forget(page)
 
     def unheld_bytes(self) -> int | None:
         """What of the budget is not taken by pages that somebody holds; None without a budget."""
         with self._lock:
-            if self._budget is None:
-                return None
-            return self._budget - sum(page.size for page in self._resident if page.pins)
+            return self._resident.unheld_bytes()
 
     def reserve(self, pages: Sequence[Page]) -> None:
         """Find room in the host tiers now for all of these that may have to leave the device while others are used.
@@ -281,78 +227,46 @@ class PagePool:
         """
         with self._lock:
             self._reap()
-            if self._budget is not None and len(self._pages) * self.page_bytes > self._budget:
+            if self.budget is not None and len(self._table.pages) * self.page_bytes > self.budget:
                 self._mover.reserve_slots([*pages, *(page for page in self._resident if page.slot is None)])
-
-    def _make_room(self, size: int) -> None:
-        """Send out the pages used longest ago until `size` more bytes fit. Raises MemoryBudgetError, nothing sent."""
-        if self._budget is None or size == 0:
-            return
-        victims, short = self._victims(self._planned_bytes + size - self._budget)
-        if short > 0:
-            raise MemoryBudgetError(
-                f"{format_bytes(size)} of pages do not fit the device budget of {format_bytes(self._budget)} beside "
-                f"{format_bytes(self._planned_bytes)} in use: give at least {format_bytes(self._budget + short)}."
-            )
-        self._send_out(victims)
-
-    def _victims(self, excess: int) -> tuple[list[Page], int]:
-        """The pages used longest ago that nobody holds, `excess` bytes of them; and how much is missing to that."""
-        victims = []
-        for page in self._resident:
-            if excess <= 0:
-                break
-            if page.pins == 0:
-                victims.append(page)
-                excess -= page.size
-        return victims, max(0, excess)
 
     def _send_out(self, pages: Sequence[Page]) -> None:
         """Raises MemoryBudgetError, with nothing sent, where the host tiers have no room for all of them."""
         self._mover.reserve_slots(pages)
         for page in pages:
-            page.where = Where.HOST
-            self._planned_bytes -= page.size
-            del self._resident[page]
+            self._resident.remove(page, Where.HOST)
             self._mover.send_out(page)
 
     def _bring(self, page: Page) -> None:
-        fresh = page.where is Where.NEW
-        page.where = Where.DEVICE
-        self._planned_bytes += page.size
-        self._resident[page] = None
-        self._mover.bring(page, fresh)
+        self._mover.bring(page, fresh=page.where is Where.NEW)
+        self._resident.add(page)
 
     # --- budget, statistics, end --------------------------------------------------------------------------------------
 
     @property
     def budget(self) -> int | None:
         """Bytes of the device tier; assign a number, a size or None while running. Raises MemoryBudgetError."""
-        return self._budget
+        return self._resident.budget
 
     @budget.setter
     def budget(self, value: int | str | None) -> None:
         wanted = None if value is None else parse_bytes(value)
-        self._check_budget(wanted)
+        check_budget(wanted, self.page_bytes)
         with self._lock:
             self._reap()
-            if wanted is not None:
-                self._shrink(wanted)
-            self._budget = wanted
+            before, self._resident.budget = self._resident.budget, wanted
+            try:
+                self._shrink()
+            except MemoryBudgetError:
+                self._resident.budget = before
+                raise
             self._mover.background |= wanted is not None
-            self._trace("budget", None)
+            self._trace("budget", None, wanted or 0)
 
-    def _shrink(self, budget: int) -> None:
+    def _shrink(self) -> None:
         """Send out what is above the budget and nobody holds; what is held leaves when it is released."""
-        self._send_out(self._victims(self._planned_bytes - budget)[0])
+        self._send_out(self._resident.victims(self._resident.excess())[0])
         self._mover.drop_spare()
-
-    def _check_budget(self, budget: int | None) -> None:
-        if budget is not None and budget < self.page_bytes:
-            raise MemoryBudgetError(
-                f"A device budget of {format_bytes(budget)} is smaller than one page: the least that works with pages "
-                f"of this size is {format_bytes(self.page_bytes)}."
-            )
 
     @property
     def has_file(self) -> bool:
@@ -367,34 +281,21 @@ class PagePool:
         """A copy of the counts as of now."""
         with self._lock:
             self._reap()
-            resident = sum(page.where is Where.DEVICE for page in self._pages.values())
             gradients = sum(p.size for p in self._resident if isinstance(p.share, tuple) and p.share[0] == GRADIENTS)
             return replace(
                 self._counts,
-                budget_bytes=self._budget,
-                pages=len(self._pages),
-                resident_pages=resident,
+                budget_bytes=self.budget,
+                pages=len(self._table.pages),
+                resident_pages=len(self._resident),
                 gradient_bytes=gradients,
-                paged_pages=sum(page.where is Where.HOST for page in self._pages.values()),
+                paged_pages=sum(page.where is Where.HOST for page in self._table.pages.values()),
                 host_bytes=self._mover.used_bytes("ram"),
                 file_bytes=self._mover.used_bytes("file"),
             )
-
-    def _trace(self, kind: str, page: Page | None) -> None:
-        ms = (time.perf_counter() - self._started) * 1e3
-        number, size = (-1, self._budget or 0) if page is None else (page.number, page.size)
-        self.events.append(PoolEvent(ms, kind, number, size))
 
     def close(self) -> None:
         """Wait for the copies, and give the host tiers back; the pool cannot be used after."""
         self._mover.close()
         with self._lock:
-            self._pages.clear()
+            self._table.clear()
             self._resident.clear()
-            self._open.clear()
-
-
-def _check_page_bytes(value: int) -> int:
-    if value < MIN_PAGE_BYTES or value & (value - 1):
-        raise MemoryBudgetError(f"page_bytes must be a power of two of at least {MIN_PAGE_BYTES}, got {value!r}.")
-    return value

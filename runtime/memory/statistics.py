@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
+
+from .page import Page
+
+
+TRACED_EVENTS = 20_000
 
 
 class PoolEvent(NamedTuple):
@@ -13,6 +20,19 @@ class PoolEvent(NamedTuple):
     kind: str
     page: int
     bytes: int
+
+
+class Trace:
+    """The last events, timed from its start."""
+
+    def __init__(self) -> None:
+        self.events: deque[PoolEvent] = deque(maxlen=TRACED_EVENTS)
+        self._started = time.perf_counter()
+
+    def __call__(self, kind: str, page: Page | None, size: int = 0) -> None:
+        """`size` where there is no page."""
+        ms = (time.perf_counter() - self._started) * 1e3
+        self.events.append(PoolEvent(ms, kind, *((-1, size) if page is None else (page.number, page.size))))
 
 
 @dataclass

@@ -1,0 +1,180 @@
+"""Copies beside the computation, on streams that run as late, or as early, as events allow: every wait is needed."""
+
+from __future__ import annotations
+
+import functools
+import random
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qlora_compile.runtime.memory import Page, PagePool, mover
+from qlora_compile.runtime.memory.stream_copier import StreamCopier
+
+KIB = 1024
+
+
+class Event:
+    """Done once its stream has run all that was queued before."""
+
+    def __init__(self, device: Device, stream: deque[Any]) -> None:
+        self.device, self.stream, self.done = device, stream, False
+
+    def synchronize(self) -> None:
+        with self.device.lock:
+            self.device.run_until(self)
+
+
+class Device:
+    """Two streams of queued work, by the interface of `CudaStreams`. `order` is asked which of them may go on."""
+
+    def __init__(self, order: Callable[[], str], pinned: bool) -> None:
+        self.order, self.host_is_pinned = order, pinned
+        self.lock = threading.RLock()
+        self.streams: dict[str, deque[Any]] = {"copies": deque(), "computation": deque()}
+
+    # --- what the copier calls
+
+    def empty(self, size: int) -> Tensor:
+        return torch.full((size,), 77, dtype=torch.uint8)
+
+    pinned = empty
+
+    def is_pinned(self, host: Tensor) -> bool:
+        return self.host_is_pinned
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        self.queue("copies", lambda: target.copy_(source))
+
+    def zero(self, target: Tensor) -> None:
+        self.queue("copies", target.zero_)
+
+    def copied(self) -> Event:
+        return self.event("copies")
+
+    def computed(self) -> Event:
+        return self.event("computation")
+
+    def copies_wait(self, event: Event) -> None:
+        self.queue("copies", event)
+
+    def computation_waits(self, event: Event, buffer: Tensor) -> None:
+        self.queue("computation", event)
+
+    # --- how it runs
+
+    def event(self, stream: str) -> Event:
+        event = Event(self, self.streams[stream])
+        self.queue(stream, lambda: setattr(event, "done", True))
+        return event
+
+    def queue(self, stream: str, work: Any) -> None:
+        with self.lock:
+            self.streams[stream].append(work)
+            chosen = self.streams.get(self.order())
+            while chosen and self._go(chosen):
+                pass
+
+    def _go(self, stream: deque[Any]) -> bool:
+        if isinstance(stream[0], Event):
+            if not stream[0].done:
+                return False
+            stream.popleft()
+        else:
+            stream.popleft()()
+        return True
+
+    def run_until(self, event: Event) -> None:
+        while not event.done:
+            if not self._go(event.stream):
+                self.run_until(event.stream[0])
+
+
+ORDERS: dict[str, Callable[[], Callable[[], str]]] = {
+    "copies first": lambda: lambda: "copies",
+    "computation first": lambda: lambda: "computation",
+    "nothing until it must": lambda: lambda: "",
+    "any": lambda: functools.partial(random.Random(5).choice, ["copies", "computation", ""]),
+}
+
+
+@pytest.fixture(params=ORDERS)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, host: dict[str, Any]) -> Device:
+    made = Device(ORDERS[request.param](), pinned=not host)
+
+    class Copier(StreamCopier):
+        pinned = False  # torch needs a GPU to pin memory
+
+    monkeypatch.setattr(mover, "make_copier", lambda _: Copier(made))  # type: ignore[arg-type]
+    return made
+
+
+@pytest.fixture(params=["pinned", "file"])
+def host(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
+    return {} if request.param == "pinned" else {"folder": tmp_path}
+
+
+class Owner:
+    """Anything that can be referred to weakly."""
+
+
+def launch(device: Device, page: Page, work: Callable[[Tensor], Any]) -> None:
+    """As a kernel: the memory is what the page has when it is called."""
+    buffer = page.buffer
+    assert buffer is not None
+    device.queue("computation", lambda: work(buffer))
+
+
+@pytest.fixture
+def pool(device: Device, host: dict[str, Any]) -> Iterator[PagePool]:
+    made = PagePool(budget=12 * KIB, page_bytes=4 * KIB, **host)
+    yield made
+    made.close()
+
+
+def test_copies_and_the_computation_wait_for_each_other(device: Device, pool: PagePool) -> None:
+    order, owners = random.Random(3), [Owner() for _ in range(7)]
+    pages = [pool.allocate(owner, 4 * KIB, 1).pages[0] for owner in owners]
+    scratch = pool.allocate(owners[0], 4 * KIB, 1).pages[0]  # as gradients: written, read, void
+    expected = [0] * len(pages)
+    seen: list[Tensor] = []
+    for _ in range(60):
+        at = order.randrange(len(pages))
+        pool.prefetch([pages[order.randrange(len(pages))]])
+        with pool.on_device([pages[at], scratch]):
+            launch(device, scratch, lambda buffer: buffer.add_(1))
+            launch(device, scratch, lambda buffer: seen.append(buffer.clone()))
+            launch(device, pages[at], lambda buffer: buffer.add_(1))
+        expected[at] += 1
+        with pool.on_device([pages[at]], writes=False):  # only read: leaves without a copy
+            launch(device, pages[at], lambda buffer, n=expected[at]: seen.append(buffer - (n - 1)))
+        pool.forget([scratch])
+        if order.random() < 0.3:
+            pool.evict(keep_spare=order.random() < 0.5)
+    pool.wait()
+    device.computed().synchronize()
+    assert len(seen) == 120 and all(bool((one == 1).all()) for one in seen)
+    assert pool.statistics().moved_in_bytes > 0
+
+
+def test_a_copy_that_fails_is_told(device: Device, pool: PagePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qlora_compile.errors import ModelStateError
+
+    owner = Owner()
+    [page] = pool.allocate(owner, 100, 1).pages
+    with pool.on_device([page]):
+        pass
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("device lost")
+
+    monkeypatch.setattr(device, "copy", fail)
+    pool.evict()
+    with pytest.raises(ModelStateError, match=r"lost on its way to the host \(device lost\)"):
+        pool.acquire([page])
