@@ -28,7 +28,7 @@ from .budget import check_budget, check_page_bytes, format_bytes, page_bytes_for
 from .mover import Mover
 from .page import Allocation, Page, Where
 from .residency import Residency
-from .statistics import PoolEvent, PoolStatistics, Trace
+from .statistics import PoolStatistics, Trace
 from .table import PageTable
 
 GRADIENTS = "gradients"  # (GRADIENTS, ...) as `share`: pages that `gradient_bytes` counts
@@ -58,7 +58,7 @@ class PagePool:
         self._lock = threading.RLock()
         self._counts = PoolStatistics(page_bytes=self.page_bytes)
         self._trace = Trace()
-        self.events: deque[PoolEvent] = self._trace.events
+        self.events = self._trace.events
         self._mover = Mover(self.device, self.page_bytes, folder, host_budget, self._lock, self._counts, self._trace)
         self._mover.background = wanted is not None
         self._table = PageTable(self.page_bytes, self._trace)
@@ -200,8 +200,8 @@ class PagePool:
         """
         with self._lock:
             self._reap()
-            chosen = list(self._table.pages.values() if pages is None else pages)
-            leaving = [p for p in chosen if p.where is Where.DEVICE and p.pins == 0]
+            chosen = self._resident if pages is None else pages
+            leaving = [page for page in chosen if page in self._resident and page.pins == 0]
             self._send_out(leaving)
             if not keep_spare:
                 self._mover.drop_spare()
@@ -210,10 +210,9 @@ class PagePool:
     def forget(self, pages: Iterable[Page]) -> None:
         """The contents of these pages are void: those that nobody holds leave the device without a copy."""
         with self._lock:
-            for page in pages:
-                if page.where is Where.DEVICE and page.pins == 0:
-                    self._resident.remove(page, Where.NEW)
-                    self._mover.forget(page)
+            for page in [page for page in pages if page in self._resident and page.pins == 0]:
+                self._resident.remove(page, Where.NEW)
+                self._mover.forget(page)
 
     def unheld_bytes(self) -> int | None:
         """What of the budget is not taken by pages that somebody holds; None without a budget."""

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from .page import Page
 
-
 TRACED_EVENTS = 20_000
 
 
