@@ -19,6 +19,7 @@ from .open_attention import open_attention
 from .outline_layers import outline_layers
 from .page_optimizer import page_optimizer
 from .quantize_weights import quantize_weights
+from .simplify_masks import simplify_masks
 from .widen_matmuls import widen_matmuls
 
 PIPELINE = (
@@ -39,6 +40,7 @@ PIPELINE = (
     chunk_cross_entropy,
     # how it runs: what stays dense in the faster precision, the kernels of the rest
     widen_matmuls,
+    simplify_masks,
     lower_attention,
     lower_kernels,
     # equal layers -> one subgraph, compiled once

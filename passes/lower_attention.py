@@ -4,6 +4,7 @@
 
 Key heads that were repeated for groups of query heads (`k[:, :, None].expand(...).reshape(...)`, `repeat_interleave`, or
 `enable_gqa`) are read as they were before: no copy in memory, and their gradients come out summed over the group.
+A mask that is causal and hides keys besides (padding) is split into the flag and one row of keys.
 `kernels={"attention": "library"}` switches the rewrite off.
 """
 
@@ -20,27 +21,28 @@ from torch import Tensor, fx
 from .. import attention_ops  # noqa: F401  defines the op
 from ..fx_utils import dtype_of, emit, hint, is_call, replace, value
 from ..pass_manager import PassContext
+from .mask_terms import MaskReader, same_size
+from .simplify_masks import SDPA_NAMES, causal_terms
 
-_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _WHOLE = slice(None)
 
 
 def lower_attention(gm: fx.GraphModule, ctx: PassContext) -> int:
     """Returns the number of attentions rewritten."""
-    count = 0
+    reader, count = MaskReader(gm.graph), 0
     for node in list(gm.graph.nodes):
         if is_call(node, F.scaled_dot_product_attention) and isinstance(value(node), Tensor):
-            count += _lower(node, ctx)
+            count += _lower(node, ctx, reader)
     return count
 
 
-def _lower(node: fx.Node, ctx: PassContext) -> int:
-    given = dict(zip(_NAMES, node.args)) | node.kwargs
+def _lower(node: fx.Node, ctx: PassContext, reader: MaskReader) -> int:
+    given = dict(zip(SDPA_NAMES, node.args)) | node.kwargs
     reason = _decline(given)
     if reason is not None:
         ctx.decline(node.name, f"attention stays as it is: {reason}")
         return 0
-    q, k, v = (given[name] for name in _NAMES[:3])
+    q, k, v = (given[name] for name in SDPA_NAMES[:3])
     queries, size = (hint(s) for s in value(q).shape[2:])
     keys, kind = hint(value(k).shape[2]), value(node)
     choice = ctx.choose("attention", rows=queries, n=(keys,), k=size, dtype=kind.dtype, device=kind.device.type)
@@ -53,14 +55,35 @@ def _lower(node: fx.Node, ctx: PassContext) -> int:
     if value(shared_k).shape[:2] == value(shared_v).shape[:2]:
         k, v = shared_k, shared_v
     scale = given.get("scale")
-    numbers = bool(given.get("is_causal", False)), 1 / math.sqrt(size) if scale is None else scale, choice.name
-    new = emit(node, torch.ops.qlora.attention.default, (q, k, v, given.get("attn_mask"), *numbers), node)
+    mask, causal = _split(node, given, reader)
+    numbers = causal, 1 / math.sqrt(size) if scale is None else scale, choice.name
+    new = emit(node, torch.ops.qlora.attention.default, (q, k, v, mask, *numbers), node)
     replace(node, emit(node, operator.getitem, (new, 0), node))
     return 1
 
 
+def _split(node: fx.Node, given: dict[str, Any], reader: MaskReader) -> tuple[Any, bool]:
+    """(mask, causal): a mask that says "causal, and these keys" as the flag and a mask of one row for all queries."""
+    mask, causal = given.get("attn_mask"), bool(given.get("is_causal", False))
+    terms = None if causal else causal_terms(reader, given["query"], given["key"], mask)
+    if terms is None or not terms.causal or not terms.rest or not all(_is_of_keys(term) for term in terms.rest):
+        return mask, causal
+    first, *others = terms.rest
+    for other in others:
+        both = emit(node, operator.and_, (first, other), node)
+        both.meta["example_value"] = value(first) & value(other)
+        first = both
+    return first, True
+
+
+def _is_of_keys(term: fx.Node) -> bool:
+    """Whether the term is the same for all queries."""
+    shape = value(term).shape
+    return 2 <= len(shape) <= 4 and same_size(shape[-2], 1)
+
+
 def _decline(given: dict[str, Any]) -> str | None:
-    tensors = [value(given.get(name)) for name in _NAMES[:3]]
+    tensors = [value(given.get(name)) for name in SDPA_NAMES[:3]]
     mask = value(given.get("attn_mask"))
     if any(not isinstance(t, Tensor) or t.dim() != 4 for t in tensors):
         return "it has not four dimensions"
@@ -71,7 +94,7 @@ def _decline(given: dict[str, Any]) -> str | None:
         return "queries, keys and values have different batches or heads"
     if heads != k_heads and not (given.get("enable_gqa") and heads % k_heads == 0):
         return "queries and keys have different numbers of heads"
-    if any(dtype_of(given[name]) != dtype_of(given["query"]) for name in _NAMES[1:3]):
+    if any(dtype_of(given[name]) != dtype_of(given["query"]) for name in SDPA_NAMES[1:3]):
         return "queries, keys and values have different dtypes"
     if not isinstance(given.get("scale"), (int, float, type(None))):
         return "its scale is computed"

@@ -156,7 +156,8 @@ def written(node: fx.Node) -> fx.Node | None:
     if isinstance(node.kwargs.get("out"), fx.Node):
         return node.kwargs["out"]  # type: ignore[return-value]
     name = str(getattr(node.target, "__name__", node.target))
-    in_place = (name.endswith("_") and not name.endswith("__")) or name in _WRITING_OPERATORS
+    of_operators = getattr(node.target, "__module__", None) == operator.and_.__module__  # whose `and_` writes nothing
+    in_place = (name.endswith("_") and not name.endswith("__") and not of_operators) or name in _WRITING_OPERATORS
     if getattr(node.target, "__module__", None) == "torch.nn.functional" and inspect.isfunction(node.target):
         in_place |= bool(inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments.get("inplace"))
     return node.all_input_nodes[0] if in_place and node.all_input_nodes else None

@@ -68,6 +68,7 @@ def test_the_pipeline_s_order() -> None:
         "group_linears",
         "chunk_cross_entropy",
         "widen_matmuls",
+        "simplify_masks",
         "lower_attention",
         "lower_kernels",
         "outline_layers",

@@ -57,6 +57,7 @@ def test_passes_with_counts_and_reasons() -> None:
         ("group_linears", 1),
         ("chunk_cross_entropy", 0),
         ("widen_matmuls", 0),
+        ("simplify_masks", 0),
         ("lower_attention", 0),
         ("lower_kernels", 2),
         ("outline_layers", 0),
