@@ -82,16 +82,21 @@ def cut(model_dir: str, layers: int | None) -> str:
     return str(folder)
 
 
-def llama_shape() -> str:
-    """A Llama of hidden size 2048, MLP 5632, 2 layers, vocabulary 8192, random bf16 weights; written once to build/."""
+def llama_shape(hidden: int = 2048, mlp: int = 5632, layers: int = 2, heads: int = 32, vocabulary: int = 8192) -> str:
+    """A Llama of random bf16 weights; written once to build/."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder = Path(__file__).parents[1] / "build" / "llama_2048_2_layers"
+    name = f"llama_{hidden}_{layers}_layers" + ("" if vocabulary == 8192 else f"_{vocabulary}_tokens")
+    folder = Path(__file__).parents[1] / "build" / name
     if not (folder / "config.json").exists():
         torch.manual_seed(0)
         config = LlamaConfig(
-            hidden_size=2048, intermediate_size=5632, num_hidden_layers=2, num_attention_heads=32, vocab_size=8192
+            hidden_size=hidden,
+            intermediate_size=mlp,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            vocab_size=vocabulary,
         )
         LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     return str(folder)

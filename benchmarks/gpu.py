@@ -4,8 +4,8 @@
 
 Needs torch >= 2.11 with CUDA (or ROCm), triton and transformers; peft and bitsandbytes are measured beside us where they
 are installed. In this order, until the time is up: every kernel against fp64; dequantize beside a copy; every linear
-kernel beside cuBLAS (dense bf16) for the shapes of Llama-3-8B; training steps and decoding of a Llama of that shape
-with as many layers as fit. DIR/gpu.json is written after each part, so that what was measured is never lost, and
+kernel beside cuBLAS (dense bf16) for the shapes of Llama-3-8B; a paged optimizer; training steps and decoding of a Llama
+of that shape with as many layers as fit. DIR/gpu.json is written after each part, so that nothing measured is lost, and
 DIR/table-<kind>.json is the dispatch table to ship as qlora_compile/runtime/kernels/tables/<kind>.json.
 
 `--small` takes tiny sizes, and `--device cpu` runs the same script without a GPU: that it works is tested so.
@@ -23,6 +23,7 @@ from typing import Any
 
 import gpu_kernels
 import gpu_models
+import gpu_paging
 import torch
 from common import machine
 
@@ -101,6 +102,18 @@ def model_parts(run: Run, arguments: argparse.Namespace) -> None:
     run.keep("model", found)
 
 
+def paging_part(run: Run, small: bool) -> None:
+    """AdamW's states resident and paged, where there is time for both compilations."""
+    if run.left() < 90 and not small:
+        print("not measured: paging: no time left")
+        return
+    shape, layers = (gpu_models.SMALL, 2) if small else (gpu_paging.NARROW, gpu_paging.LAYERS)
+    batches, steps = (2, 2) if small else (gpu_paging.MICRO_BATCHES, 6)
+    found = {name: gpu_paging.run(name, shape, layers, batches, run.device, steps) for name in gpu_paging.CONTENDERS}
+    run.keep("paging", found)
+    print("\n".join(gpu_paging.lines(found)), flush=True)
+
+
 def layers_that_fit(device: str) -> int:
     """Llama-3-8B has 32; a dense bf16 layer takes 0.44 GB, embedding, head and activations about 12."""
     if device != "cuda":
@@ -124,6 +137,7 @@ def main() -> int:
         return 2
     run = Run(arguments.out, arguments.device, arguments.seconds)
     wrong = kernel_parts(run, arguments.small)
+    paging_part(run, arguments.small)
     model_parts(run, arguments)
     for line in wrong:
         print("WRONG", line, file=sys.stderr)

@@ -107,9 +107,9 @@ def problem_of(op: str, group: LoRAGroup, m: int, k: int, device: str) -> Proble
 def check(device: str, report: Callable[[str], None]) -> list[str]:
     """Every candidate at odd sizes against fp64. Returns what is wrong."""
     wrong = []
-    for op in ("dequantize_4bit", "quantize_4bit"):
+    for op in ("dequantize_4bit", "quantize_4bit", "paged_step"):
         if kernels.find(op, device) is None:
-            wrong.append(f"{op}: no kernel that gives the reference's bits")
+            wrong.append(f"{op}: no kernel that gives the reference's numbers")
     for m, sizes, k, dropout in ((1, (70, 33), 96, 0.0), (5, (33,), 160, 0.0), (67, (48, 21, 9), 224, 0.25)):
         group, dense = group_of(sizes, k, device, dropout)
         x = torch.randn(m, k, device=device, dtype=torch.bfloat16)

@@ -39,20 +39,40 @@ class PeakSampler:
         self.thread.join()
 
 
-def kept_bytes(run: Callable[[], Any]) -> int:
-    """What `run` has from torch's CPU allocator when it is done, its result still alive, beyond what was there before."""
+def allocated(run: Callable[[], Any]) -> tuple[int, int]:
+    """What `run` takes of torch's CPU allocator beyond what was there before: at its peak, and when it is done with its
+    result still alive. In bytes; other threads, such as the page pool's, are not seen."""
     import torch
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = run()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     del result
-    return sum(event.nbytes() for event in events)
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak, now
+
+
+def model_bytes(model: Any) -> int:
+    """Storages of parameters and buffers, each once; of a quantized weight its codes and scales."""
+    found = {}
+    waiting = [*model.parameters(), *model.buffers()]
+    while waiting:
+        tensor = waiting.pop()
+        inner = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
+        waiting += [getattr(tensor, name) for name in inner]
+        if not inner:
+            storage = tensor.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
 
 
 def train(arguments: argparse.Namespace, optimizer_of: Callable[[Any], Any], **options: Any) -> dict[str, Any]:
-    """Some steps on one batch -> median seconds, losses, peak bytes above those of the imports; and the bytes of
-    activations at their peak: what the forward pass keeps for the backward pass."""
+    """Some steps on one batch -> median seconds, losses, and bytes: `peak_bytes` of the device tier (model, gradients,
+    activations, and optimizer states there), `anonymous_bytes` of the process above its imports, `activation_bytes`
+    that the forward pass keeps for the backward pass."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -86,12 +106,14 @@ def train(arguments: argparse.Namespace, optimizer_of: Callable[[Any], Any], **o
     with PeakSampler() as sampler:
         for _ in range(arguments.steps):
             step()
-    found = {"seconds": statistics.median(seconds[2:]), "losses": losses, "peak_bytes": sampler.peak - before}
-    found["state_bytes"] = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    found = {"seconds": statistics.median(seconds[2:]), "losses": [*losses]}
+    found["anonymous_bytes"] = sampler.peak - before
+    found["state_bytes"] = states = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     if isinstance(optimizer, qc.PagedAdamW):
         found["paging"] = optimizer.statistics().to_dict()
-    else:
-        found["activation_bytes"] = kept_bytes(forward)
+        states = found["paging"]["peak_device_bytes"]
+    found["peak_bytes"] = model_bytes(model) + states + allocated(step)[0]
+    found["activation_bytes"] = allocated(forward)[1]
     return found
 
 

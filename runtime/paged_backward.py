@@ -9,7 +9,7 @@ A parameter belongs to the optimizer that was made last with it; an earlier one 
 from __future__ import annotations
 
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from ..page_ops import PAGER, pager_of, register_pager
 from .gradient_pages import GradientPages
 from .memory import Page
 from .paged_optimizer_checks import check_one_process
+from .paged_optimizer_sweep import fetch
 
 if TYPE_CHECKING:
     from .paged_optimizer import PagedOptimizer
@@ -41,6 +42,7 @@ class BackwardPager:
         self._handles: list[Any] = []
         self._stepped: dict[int, None] = {}  # in this backward pass, in order
         self._waiting: Counter[Page] = Counter()  # by page: parameters that were not stepped yet
+        self._away: deque[Page] = deque()  # asked for when there was no room
         self._order: list[int] = []  # of the pass before
         self.skipped: list[int] = []  # gradients that were not finite
 
@@ -84,10 +86,13 @@ class BackwardPager:
     # --- what the ops call --------------------------------------------------------------------------------------------
 
     def prefetch(self, numbers: Sequence[int]) -> None:
-        """Begin to bring state in, as far as there is room."""
-        if not self.optimizer.step_in_backward:
+        """Begin to bring state in as far as there is room; with step_in_backward the rest follows where `evict` makes it."""
+        if self.optimizer.step_in_backward:
+            self._away.extend(self._pages(numbers))
+            fetch(self.optimizer.pool, self._away)
+        else:
             self.planned = True
-        self.optimizer.pool.prefetch(self._pages(numbers), displace=False)
+            self.optimizer.pool.prefetch(self._pages(numbers), displace=False)
 
     def accumulate(self, gradients: Sequence[Tensor], numbers: Sequence[int]) -> list[Tensor]:
         """The same values, in pages where that can be."""
@@ -119,6 +124,7 @@ class BackwardPager:
     def evict(self, numbers: Sequence[int]) -> None:
         """Send out the pages of these parameters in which nothing waits for its update."""
         self.optimizer.pool.evict([p for p in self._pages(numbers) if self._waiting[p] <= 0], keep_spare=True)
+        fetch(self.optimizer.pool, self._away)
 
     # --- eager --------------------------------------------------------------------------------------------------------
 
@@ -146,6 +152,7 @@ class BackwardPager:
     def finish(self) -> dict[int, Tensor]:
         """The end of a backward pass -> the parameters whose gradient was not finite, by number."""
         self._order, self._stepped = list(self._stepped), {}
+        self._away.clear()
         skipped, self.skipped = self.skipped, []
         return {number: self._parameter(number) for number in skipped}
 

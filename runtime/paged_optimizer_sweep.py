@@ -1,7 +1,7 @@
 """One optimizer step over pages: those on the device first, the next ones on their way meanwhile.
 
-On the CPU a generated C++ kernel updates all pieces of the pages at hand in one call; elsewhere, and where there is no
-compiler, torch's own operators do it on views of the pages.
+A generated kernel (C++ on the CPU, Triton on a GPU) updates all pieces of the pages at hand in one call; where there is
+none, torch's own operators do it on views of the pages.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .kernels.triton_common import sent_to
 from .memory import Page, PagePool, Span
 from .memory.page import Where
 from .paged_optimizer_layout import ParamState, Views, dequantize_blocks, map_on, quantize_blocks, signed_map
@@ -93,12 +94,13 @@ def sweep(pool: PagePool, tasks: Sequence[Task], plan: Plan) -> None:
     rows = {key: row for row, key in enumerate(numbers)}
     sources = np.array([(t.values.data_ptr(), t.gradient.data_ptr(), rows[t.numbers]) for t in tasks], dtype=np.int64)
     coefficients = torch.tensor([(*key, 0.0) for key in numbers], dtype=torch.float32, device="cpu")
+    coefficients = sent_to(pool.device, coefficients)
     # What is there is used before it has to make room for what is not.
     order = sorted(plan.pieces, key=lambda page: (page.where is not Where.DEVICE, page.number))
     away = deque(page for page in order if page.where is Where.HOST)
     for window in _windows(pool, order):
         with pool.on_device(window):
-            _fetch(pool, away, len(window))
+            fetch(pool, away, len(window))
             pieces = [at for page in window for at in plan.pieces[page]]
             if kernel is None:
                 for at in pieces:
@@ -113,8 +115,9 @@ def sweep(pool: PagePool, tasks: Sequence[Task], plan: Plan) -> None:
             pool.evict(window, keep_spare=True)  # before what has not had its turn
 
 
-def _fetch(pool: PagePool, away: deque[Page], most: int) -> None:
-    """Into the room that is there: what waits for its turn must not have to leave for what comes after it."""
+def fetch(pool: PagePool, away: deque[Page], most: int | None = None) -> None:
+    """Prefetch the first pages of `away`, at most so many, and take them off; into free room only, for what waits for
+    its turn on the device must not have to leave for what comes after it."""
     while away and away[0].where is not Where.HOST:
         away.popleft()
     for _ in range(pool.prefetch(itertools.islice(away, most), displace=False)):

@@ -15,7 +15,7 @@ import torch
 
 from ...nf4 import dequantize_reference, quantize_reference
 
-OPS = ("dequantize_4bit", "quantize_4bit", "dropout_mask")
+OPS = ("dequantize_4bit", "quantize_4bit", "dropout_mask", "paged_step")
 _SHAPE = (37, 97)  # odd, and the last block is ragged
 
 
@@ -34,20 +34,27 @@ def make(op: str, device: torch.device) -> Callable[..., Any] | None:
             stacklevel=4,
         )
         return None
-    from . import triton_codec, triton_low_rank
+    from . import triton_codec, triton_low_rank, triton_paged_step
+    from .paged_step_proof import proves_paged_step
 
     kernels: dict[str, Callable[..., Any]] = {
         "dequantize_4bit": triton_codec.dequantize_4bit,
         "quantize_4bit": triton_codec.quantize_4bit,
         "dropout_mask": triton_low_rank.dropout_mask,
+        "paged_step": triton_paged_step.paged_step,
     }
     kernel = kernels[op]
-    proof = {"dequantize_4bit": proves_dequantize, "quantize_4bit": proves_quantize}.get(op)
+    proofs: dict[str, Callable[..., bool]] = {
+        "dequantize_4bit": proves_dequantize,
+        "quantize_4bit": proves_quantize,
+        "paged_step": proves_paged_step,
+    }
+    proof = proofs.get(op)
     with torch.inference_mode(False), torch.no_grad():
         proved = proof is None or proof(kernel, device)
     if not proved:
         warnings.warn(
-            f"The Triton kernel {op} does not give the reference's bits on {torch.cuda.get_device_name(device)}: plain "
+            f"The Triton kernel {op} does not give the reference's numbers on {torch.cuda.get_device_name(device)}: plain "
             "torch runs instead, many times slower. Please report this with what `qlora-compile doctor` prints.",
             RuntimeWarning,
             stacklevel=4,

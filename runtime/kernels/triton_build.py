@@ -25,6 +25,10 @@ PURPOSES = {
     "lora_down": ("h = dropout(x) A^T for all adapters of a group in one read of x", "x @ A.t() in qlora::lora_linear"),
     "lora_up": ("y (+)= bias + sum_j scale_j (h_j B_j^T), one pass over y", "y.addmm_(h, B.t()) in qlora::lora_linear"),
     "lora_over_tokens": ("scale left^T right, summed over the tokens: dA and dB", "g.t() @ x, dy.t() @ h"),
+    "paged_step": (
+        "AdamW or Lion over pages of 32-bit or 8-bit optimizer state",
+        "torch operators on views of the pages",
+    ),
     "dropout_mask": ("the mask of a seed, as a tensor", "LoRAGroup.mask"),
     "lora_linear_small": (
         "y_i = x W_i^T + b_i + sum_j scale_j h_j B_j^T for a few rows of x, straight from the codes",

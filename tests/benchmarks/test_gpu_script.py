@@ -19,6 +19,8 @@ def test_small_on_the_cpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
     assert found["wrong"] == [] and found["model"]["skipped"] == {}
+    resident, paged = (found["paging"][name] for name in ("resident", "paged"))
+    assert paged["moved_in_bytes"] > 0 and abs(paged["loss"] - resident["loss"]) < 1e-3
     for part in ("training", "decoding"):
         assert set(found["model"][part]) == {"ours", "dense_lora", "bitsandbytes"}
     tables = list(tmp_path.glob("table-*.json"))

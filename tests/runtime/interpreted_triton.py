@@ -10,8 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import qlora_compile as qc
 from qlora_compile import nf4
-from qlora_compile.runtime.kernels import triton_codec, triton_linear, triton_low_rank
+from qlora_compile.runtime import paged_optimizer_sweep
+from qlora_compile.runtime.kernels import triton_codec, triton_linear, triton_low_rank, triton_paged_step
+from qlora_compile.runtime.kernels.paged_step_proof import proves_paged_step
 from qlora_compile.runtime.kernels.triton_linear import Adapter, Weight
 
 GENERATOR = torch.Generator().manual_seed(23)
@@ -163,3 +166,32 @@ def test_nothing_to_do() -> None:
     out = torch.full((3, 5), torch.nan)
     triton_low_rank.lora_over_tokens([_randn(0, 3)], _randn(0, 5), [out])
     assert torch.equal(out, torch.zeros(3, 5))
+
+
+def test_paged_step() -> None:
+    cpu = torch.device("cpu")
+    assert proves_paged_step(triton_paged_step.paged_step, cpu)
+    assert not proves_paged_step(lambda *_: None, cpu)
+
+    def without_decay(pieces: Tensor, numbers: Tensor, lion: bool, narrow: bool) -> None:
+        triton_paged_step.paged_step(pieces, numbers.clone().index_fill_(1, torch.tensor([0]), 1.0), lion, narrow)
+
+    assert not proves_paged_step(without_decay, cpu)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_sweep_over_several_pages(monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
+    start = [_randn(61, 97), _randn(5), _randn(3, 33).bfloat16()]
+    gradients = [torch.randn_like(value) for value in start]
+    trained = []
+    for kernel in (None, triton_paged_step.paged_step):
+        monkeypatch.setattr(paged_optimizer_sweep.kernels, "find", lambda op, device, kernel=kernel: kernel)
+        parameters = [torch.nn.Parameter(value.clone()) for value in start]
+        optimizer = qc.PagedAdamW(parameters, lr=0.01, state_bits=bits, device_budget="32KiB")
+        for _ in range(2):
+            for parameter, gradient in zip(parameters, gradients):
+                parameter.grad = gradient.clone()
+            optimizer.step()
+        trained.append(parameters)
+    for reference, ours in zip(*trained):
+        torch.testing.assert_close(ours, reference, rtol=1e-2 if ours.dtype == torch.bfloat16 else 1e-5, atol=1e-5)

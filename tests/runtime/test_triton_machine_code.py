@@ -22,7 +22,13 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from qlora_compile import nf4  # noqa: E402
-from qlora_compile.runtime.kernels import triton_codec, triton_common, triton_linear, triton_low_rank  # noqa: E402
+from qlora_compile.runtime.kernels import (  # noqa: E402
+    triton_codec,
+    triton_common,
+    triton_linear,
+    triton_low_rank,
+    triton_paged_step,
+)
 from qlora_compile.runtime.kernels.triton_linear import Adapter, Weight  # noqa: E402
 
 TARGETS = {
@@ -94,6 +100,13 @@ def _dx(m: int) -> None:
     triton_linear.lora_linear_dx(_bf16(m, K), [_bf16(m, N)] * 2, [_weight(N, K), _weight(N, K)], adapters)
 
 
+def _paged_step(dtype: torch.dtype, narrow: bool) -> None:
+    """A window of 24 pieces."""
+    pieces = torch.zeros(24, 6, dtype=torch.int64)
+    pieces[:, 3], pieces[:, 5] = 64 * K, [torch.float32, torch.bfloat16].index(dtype)
+    triton_paged_step.paged_step(pieces, torch.zeros(1, 8), lion=False, narrow=narrow)
+
+
 def _dropout(count: int) -> triton_low_rank.Dropout:
     return triton_low_rank.Dropout([torch.zeros((), dtype=torch.int64)] * count, 0.9)
 
@@ -118,6 +131,9 @@ CASES: dict[str, Callable[[], None]] = {
     "gemm_64": lambda: _gemm(64),
     "gemm_training": lambda: _gemm(M_TRAIN),
     "mask": lambda: void(triton_low_rank.dropout_mask(torch.zeros((), dtype=torch.int64), _bf16(M_TRAIN, K), 0.9)),
+    "paged_step": lambda: _paged_step(torch.float32, narrow=False),
+    "paged_step_bf16": lambda: _paged_step(torch.bfloat16, narrow=False),
+    "paged_step_8_bit": lambda: _paged_step(torch.float32, narrow=True),
     "dx_64": lambda: _dx(64),
     "dx_training": lambda: _dx(M_TRAIN),
 }
@@ -206,6 +222,7 @@ QUICK = [
     ("gemm_64", "sm_80"),
     ("dx_training", "sm_100"),
     ("down_dropout", "sm_90"),
+    ("paged_step_8_bit", "sm_80"),
 ]
 
 

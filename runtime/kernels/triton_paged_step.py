@@ -1,0 +1,42 @@
+"""The Triton sweep over pages of optimizer state as a Python function: one launch for all pieces of one type."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ...nf4 import dynamic_map
+from . import triton_build
+from .triton_common import on_device, sent_to
+from .triton_low_rank import TYPES
+
+_BLOCKS = 4  # of 256 elements: a program of 128 threads has 8 each
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)  # enum Dtype of common.cpp.jinja
+
+
+@functools.cache
+def _maps(device: torch.device) -> tuple[Tensor, ...]:
+    """Values and the bounds between them, of the map with a sign and of the one without."""
+    found = []
+    for signed in (True, False):
+        values = dynamic_map(signed)
+        found += [values.to(device), ((values[:-1] + values[1:]) / 2).to(device)]
+    return tuple(found)
+
+
+def paged_step(pieces: Tensor, numbers: Tensor, lion: bool, narrow: bool) -> None:
+    """Update the parameters and states that `pieces` (int64 [P, 6], on the CPU) points at, with rows of `numbers` (fp32
+    [G, 8], on the device). Gradients have their parameter's type."""
+    device = numbers.device
+    module = triton_build.load("paged_step", uses_codes=False, lion=lion, narrow=narrow)
+    maps = _maps(device) if narrow else ()
+    for number, dtype in enumerate(_TYPES):
+        chosen = pieces[pieces[:, 5] == number]
+        if len(chosen):
+            grid = (len(chosen), -(-int(chosen[:, 3].max()) // (256 * _BLOCKS)))
+            with on_device(numbers):
+                module.paged_step[grid](
+                    sent_to(device, chosen), numbers, *maps, TYPE=TYPES[dtype], BLOCKS=_BLOCKS, num_warps=4
+                )
