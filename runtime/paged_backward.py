@@ -21,7 +21,7 @@ from ..page_ops import PAGER, pager_of, register_pager
 from .gradient_pages import GradientPages
 from .memory import Page
 from .paged_optimizer_checks import check_one_process
-from .paged_optimizer_sweep import fetch
+from .paged_optimizer_sweep import defers, fetch
 
 if TYPE_CHECKING:
     from .paged_optimizer import PagedOptimizer
@@ -45,6 +45,7 @@ class BackwardPager:
         self._away: deque[Page] = deque()  # asked for when there was no room
         self._order: list[int] = []  # of the pass before
         self.skipped: list[int] = []  # gradients that were not finite
+        self._totals: dict[int, Tensor] = {}  # sums of gradients that nobody has looked at yet
 
     @property
     def optimizer(self) -> PagedOptimizer:
@@ -114,12 +115,17 @@ class BackwardPager:
             self._waiting = Counter(page for number in range(len(self._parameters)) for page in self._pages([number]))
         self._stepped |= dict.fromkeys(numbers)
         self._waiting.subtract(page for number in numbers for page in self._pages([number]))
-        finite = [bool(torch.isfinite(gradient.sum(dtype=torch.float32))) for gradient in gradients]
+        totals = [gradient.sum(dtype=torch.float32) for gradient in gradients]
+        if defers(optimizer.pool):
+            self._totals |= dict(zip(numbers, totals))
+            finite = [True] * len(totals)
+        else:
+            finite, totals = [bool(torch.isfinite(total)) for total in totals], []
         self.skipped += [number for number, good in zip(numbers, finite) if not good]
         groups = [optimizer.param_groups[self._parameters[number][0]] for number in numbers]
         given = zip(groups, numbers, gradients, finite)
         chosen = [(group, self._parameter(n), g) for group, n, g, good in given if good]
-        optimizer.update_some(chosen, tuple(n for n, good in zip(numbers, finite) if good))
+        optimizer.update_some(chosen, tuple(n for n, good in zip(numbers, finite) if good), totals)
 
     def evict(self, numbers: Sequence[int]) -> None:
         """Send out the pages of these parameters in which nothing waits for its update."""
@@ -151,6 +157,13 @@ class BackwardPager:
 
     def finish(self) -> dict[int, Tensor]:
         """The end of a backward pass -> the parameters whose gradient was not finite, by number."""
+        if self._totals:
+            good = torch.isfinite(torch.stack([*self._totals.values()])).tolist()
+            late = [number for number, fine in zip(self._totals, good) if not fine]
+            for number in late:  # the kernel left it as it was
+                self.optimizer._states[id(self._parameter(number))].step -= 1
+            self.skipped += late
+            self._totals = {}
         self._order, self._stepped = list(self._stepped), {}
         self._away.clear()
         skipped, self.skipped = self.skipped, []

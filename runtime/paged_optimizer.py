@@ -6,6 +6,7 @@ holds, and is freed with its parameter. Results do not depend on the budget.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -18,13 +19,12 @@ from ..errors import ConfigError, ModelStateError, NoAdapterError, NonFiniteErro
 from .memory import PagePool, PoolStatistics
 from .optimizer import NO_ADAPTERS
 from .paged_backward import BackwardPager
-from .paged_optimizer_checks import NO_SCALER, check_numbers, check_one_process, trainable
+from .paged_optimizer_checks import NO_SCALER, check_numbers, check_one_process, check_place, trainable
 from .paged_optimizer_layout import ParamState, layout_for
 from .paged_optimizer_state import StateView, from_dict
 from .paged_optimizer_sweep import Numbers, Plan, Task, sweep
 from .sharded import local_part
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Closure = Callable[[], Any]
 
 
@@ -80,20 +80,9 @@ class PagedOptimizer(torch.optim.Optimizer):
         """As torch's; every parameter must be on the pool's device and of a floating-point type that is known here."""
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
-            self._check_place(parameter)
-            if parameter.dtype not in DTYPES:
-                raise ModelStateError(
-                    f"Optimizer states are for fp32, bf16 and fp16 parameters, not {parameter.dtype}."
-                )
+            check_place(parameter, self.pool.device)
         if hasattr(self, "state"):  # after the constructor: a group of its own
             self.pager.claim()
-
-    def _check_place(self, parameter: Tensor) -> None:
-        if parameter.device != self.pool.device:
-            raise ModelStateError(
-                f"A parameter of shape {tuple(parameter.shape)} is on {parameter.device}, but this optimizer's pages are "
-                f"for {self.pool.device}: move the model before making the optimizer, and give it one device's parameters."
-            )
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
@@ -149,17 +138,21 @@ class PagedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def update_some(
-        self, pairs: Sequence[tuple[dict[str, Any], nn.Parameter, Tensor]], numbers: tuple[int, ...] = ()
+        self,
+        pairs: Sequence[tuple[dict[str, Any], nn.Parameter, Tensor]],
+        numbers: tuple[int, ...] = (),
+        totals: Sequence[Tensor] = (),
     ) -> None:
-        """One step of these (group, parameter, gradient). `numbers`, theirs, names the plan to use again."""
+        """One step of these (group, parameter, gradient). `numbers`, theirs, names the plan to use again; `totals` are the
+        gradients' sums, for a kernel that looks at them itself."""
         tasks: list[Task] = []
         copies: list[tuple[Tensor, Tensor]] = []
         written: list[Tensor] = []
         known: dict[tuple[int, int], Numbers] = {}
         device = self.pool.device
-        for group, parameter, gradient in pairs:
+        for (group, parameter, gradient), total in zip(pairs, totals or itertools.repeat(None)):
             if parameter.device != device:
-                self._check_place(parameter)
+                check_place(parameter, device)
             state = self._states.get(id(parameter))
             if state is None:
                 state = self._new_state(parameter, (self._generation, id(group)))
@@ -176,7 +169,7 @@ class PagedOptimizer(torch.optim.Optimizer):
             if not mine.is_contiguous():
                 values = mine.detach().contiguous()
                 copies.append((mine, values))
-            tasks.append(Task(values, self._plain(local_part(gradient)), state, known[key]))
+            tasks.append(Task(values, self._plain(local_part(gradient)), state, known[key], total))
         if not tasks:
             return
         sweep(self.pool, tasks, self._plan_for(tasks, numbers))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, ModelStateError
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NO_SCALER = "step_in_backward=True updates before a GradScaler could unscale: train in bfloat16, or without it."
 
 
@@ -36,6 +37,17 @@ def check_numbers(defaults: dict[str, Any]) -> None:
 def _is_number(value: Any) -> bool:
     """A real number, or the 0-dim tensor that torch's optimizers take as a learning rate."""
     return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
+def check_place(parameter: Tensor, device: torch.device) -> None:
+    """Raises ModelStateError for a parameter that is not on the device of the pages, or of a type without a layout."""
+    if parameter.device != device:
+        raise ModelStateError(
+            f"A parameter of shape {tuple(parameter.shape)} is on {parameter.device}, but this optimizer's pages are "
+            f"for {device}: move the model before making the optimizer, and give it one device's parameters."
+        )
+    if parameter.dtype not in DTYPES:
+        raise ModelStateError(f"Optimizer states are for fp32, bf16 and fp16 parameters, not {parameter.dtype}.")
 
 
 def check_one_process(name: str) -> None:

@@ -48,12 +48,19 @@ class Numbers(NamedTuple):
 
 
 class Task(NamedTuple):
-    """One parameter's update: its contiguous values and gradient, its state, its numbers."""
+    """One parameter's update: its contiguous values and gradient, its state, its numbers; where `defers`, the gradient's
+    fp32 sum, so that nothing is updated where that is not finite."""
 
     values: Tensor
     gradient: Tensor
     state: ParamState
     numbers: Numbers
+    total: Tensor | None = None
+
+
+def defers(pool: PagePool) -> bool:
+    """Whether the kernel itself looks at gradients' sums: asking a GPU for one waits for all that it has to do."""
+    return pool.device.type == "cuda" and kernels.find("paged_step", pool.device.type) is not None
 
 
 class Plan:
@@ -95,6 +102,9 @@ def sweep(pool: PagePool, tasks: Sequence[Task], plan: Plan) -> None:
     sources = np.array([(t.values.data_ptr(), t.gradient.data_ptr(), rows[t.numbers]) for t in tasks], dtype=np.int64)
     coefficients = torch.tensor([(*key, 0.0) for key in numbers], dtype=torch.float32, device="cpu")
     coefficients = sent_to(pool.device, coefficients)
+    totals = None
+    if defers(pool):
+        totals = torch.tensor([0 if t.total is None else t.total.data_ptr() for t in tasks], device="cpu")
     # What is there is used before it has to make room for what is not.
     order = sorted(plan.pieces, key=lambda page: (page.where is not Where.DEVICE, page.number))
     away = deque(page for page in order if page.where is Where.HOST)
@@ -110,7 +120,8 @@ def sweep(pool: PagePool, tasks: Sequence[Task], plan: Plan) -> None:
                 chosen = np.array([at for at in pieces if plan.narrow[at] == narrow], dtype=np.int64)
                 if chosen.size:
                     table = torch.from_numpy(_table(plan, chosen, sources))
-                    kernel(table, coefficients, tasks[0].state.layout.lion, narrow)
+                    own = () if totals is None else (totals[torch.from_numpy(plan.task[chosen])],)
+                    kernel(table, coefficients, tasks[0].state.layout.lion, narrow, *own)
         if away:
             pool.evict(window, keep_spare=True)  # before what has not had its turn
 

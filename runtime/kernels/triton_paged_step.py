@@ -26,15 +26,18 @@ def _maps(device: torch.device) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-def paged_step(pieces: Tensor, numbers: Tensor, lion: bool, narrow: bool) -> None:
+def paged_step(pieces: Tensor, numbers: Tensor, lion: bool, narrow: bool, totals: Tensor | None = None) -> None:
     """Update the parameters and states that `pieces` (int64 [P, 6], on the CPU) points at, with rows of `numbers` (fp32
-    [G, 8], on the device). Gradients have their parameter's type."""
+    [G, 8], on the device). Gradients have their parameter's type. `totals` (int64 [P], on the CPU): addresses of their
+    fp32 sums, or 0; where one is not finite nothing is changed, and nobody has to wait to know it."""
     device = numbers.device
     module = triton_build.load("paged_step", uses_codes=False, lion=lion, narrow=narrow)
     maps = _maps(device) if narrow else ()
     for number, dtype in enumerate(_TYPES):
-        chosen = pieces[pieces[:, 5] == number]
+        own = pieces[:, 5] == number
+        chosen = pieces[own]
         if len(chosen):
+            chosen[:, 5] = 0 if totals is None else totals[own]
             grid = (len(chosen), -(-int(chosen[:, 3].max()) // (256 * _BLOCKS)))
             with on_device(numbers):
                 module.paged_step[grid](

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import qlora_compile as qc
 from qlora_compile import nf4
-from qlora_compile.runtime import paged_optimizer_sweep
+from qlora_compile.errors import NonFiniteError
+from qlora_compile.runtime import paged_backward, paged_optimizer_sweep
 from qlora_compile.runtime.kernels import triton_codec, triton_linear, triton_low_rank, triton_paged_step
 from qlora_compile.runtime.kernels.paged_step_proof import proves_paged_step
 from qlora_compile.runtime.kernels.triton_linear import Adapter, Weight
@@ -195,3 +196,25 @@ def test_a_sweep_over_several_pages(monkeypatch: pytest.MonkeyPatch, bits: int) 
         trained.append(parameters)
     for reference, ours in zip(*trained):
         torch.testing.assert_close(ours, reference, rtol=1e-2 if ours.dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_gradient_that_is_not_finite_changes_nothing(monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
+    start, gradients = [_randn(61, 97), _randn(67, 70)], [_randn(61, 97), _randn(67, 70)]
+    trained = []
+    for kernel in (None, triton_paged_step.paged_step):
+        monkeypatch.setattr(paged_optimizer_sweep.kernels, "find", lambda op, device, kernel=kernel: kernel)
+        for module in (paged_optimizer_sweep, paged_backward):
+            monkeypatch.setattr(module, "defers", lambda pool, kernel=kernel: kernel is not None)
+        parameters = [torch.nn.Parameter(value.clone()) for value in start]
+        optimizer = qc.PagedAdamW(parameters, lr=0.01, state_bits=bits, step_in_backward=True)
+        (parameters[0] * gradients[0] * torch.inf).sum().backward()
+        (parameters[1] * gradients[1]).sum().backward()
+        with pytest.raises(NonFiniteError, match="number 0 among them"):
+            optimizer.step()
+        assert torch.equal(parameters[0], start[0]) and not torch.equal(parameters[1], start[1])
+        sum((p * g).sum() for p, g in zip(parameters, gradients)).backward()  # type: ignore[union-attr]
+        optimizer.step()
+        trained.append(parameters)
+    for reference, ours in zip(*trained):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
