@@ -30,6 +30,11 @@ def kernel_for(op: str, device: torch.device) -> Callable[..., Any] | None:
     return _kernels().find(op, device.type)
 
 
+def kernel_version() -> int:
+    """Changes when a choice of `implementation` may change: after a measurement, or when a kernel was registered."""
+    return _kernels().dispatch.version  # type: ignore[no-any-return]
+
+
 def dequantize_into(
     out: Tensor,
     codes: Tensor,
@@ -68,7 +73,11 @@ def release_scratch() -> None:
 
 
 class LoRAGroup:
-    """One group's arguments with the arithmetic on them that forward and backward share. No tensor is copied here."""
+    """One group's arguments with the arithmetic on them that forward and backward share. No tensor is copied here.
+
+    `kept`: what a kernel made for these weights and adapters, for the next call with the same group. It may depend on
+    their shapes, dtypes and strides, not on their values or on where they lie.
+    """
 
     def __init__(
         self,
@@ -93,6 +102,7 @@ class LoRAGroup:
         self.lora_a, self.lora_b, self.scaling, self.alpha = lora_a, lora_b, scaling, alpha
         self.adapters, self.seed, self.dropout = adapters, seed, dropout
         self.out_features, self.dtype = out_features, dtype
+        self.kept: dict[Any, Any] = {}
 
     def dense_weight(self, index: int, k: int, out: Tensor | None = None) -> Tensor:
         """Linear `index`'s weight [N, K] in the compute dtype, dequantized into `out` or a reused buffer."""

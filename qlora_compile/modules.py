@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import eager
 from .config import QLoRAConfig
 from .errors import ModelStateError
 from .sharding import stored_form
@@ -60,6 +61,14 @@ class QLoRALinear(nn.Module):
     lora_fan_in_fan_out: bool
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            y = eager.forward(self, x)
+            if y is not None:
+                return y
+        return self.plain_forward(x)
+
+    def plain_forward(self, x: Tensor) -> Tensor:
+        """The same in plain torch, op by op: what compilers trace."""
         # Dynamo traces this once a layer: no cast that changes nothing, no call of ParameterDict's own Python
         dtype = self.lora_dtype
         inputs = x if x.dtype == dtype else x.to(dtype)
@@ -75,6 +84,7 @@ class QLoRALinear(nn.Module):
         return y if y.dtype == x.dtype else y.to(x.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.__dict__.pop(eager.NAME, None)  # it would keep the tensors where they were
         return moved(super()._apply(fn, recurse))
 
 

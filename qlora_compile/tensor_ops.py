@@ -64,6 +64,7 @@ def _linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> A
     """x [..., K] Wᵀ + bias for a W [N, K] stored row-major: the op of compiled code, without adapters."""
     q = weight
     usable = q.dim() == 2 and not q.transposed and x.dtype == q.dtype and not isinstance(x, QuantizedTensor)
+    usable = usable and x.dim() > 0 and x.shape[-1] == q.shape[1]  # else the dense op says what does not fit
     if not usable or (bias is not None and bias.dim() != 1):
         return NotImplemented
     double = q.double_quant

@@ -89,6 +89,7 @@ class Choice:
 
 
 _candidates: list[Candidate] = []
+version = 0  # counts how often choices were forgotten, for those who keep one
 
 
 def register(candidate: Candidate) -> Candidate:
@@ -154,6 +155,8 @@ def choose(problem: Problem, forced: str = "") -> Choice:
 
 def forget_choices() -> None:
     """After a measurement or a registration: choices are made anew."""
+    global version
+    version += 1
     choose.cache_clear()
 
 

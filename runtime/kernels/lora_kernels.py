@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ... import wide_ops  # noqa: F401  defines its ops
 from ...lora_group import LoRAGroup, backward, forward
-from . import cpp_build, cpu, devices, dispatch, fp32_linear
+from . import cpp_build, cpu_linear, devices, dispatch, fp32_linear
+from .cpu_linear import Adapter, SmallLinear
 from .dispatch import Candidate, Problem
 
 SMALL_M = 64  # above it dequantizing once is cheaper
@@ -21,26 +22,51 @@ def _declines_codes(problem: Problem) -> str | None:
         return f"for at most {SMALL_M} rows"
     if problem.quant_type == "none":
         return "the weight is dense"
+    if problem.dropout:
+        return "of what adapters drop"
     if problem.k % problem.block_size:
         return f"K is no multiple of the block of {problem.block_size}"
     if cpp_build.find_compiler() is None:
         return "there is no C++ compiler"
-    return cpu.declines_small(problem.dtype)
+    return cpu_linear.declines_small(problem.dtype)
 
 
 def _from_codes(group: LoRAGroup, x: Tensor, bias: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    kernel = cpu.KERNELS["linear_4bit_small"]()
-    assert kernel is not None
+    calls, ranks = group.kept.get("codes") or _small_linears(group, x.shape[1], bias)
+    m, first = x.shape[0], 0
+    h = x.new_empty((m, sum(ranks)))
+    outs = []
+    for call, n, rank in zip(calls, group.out_features, ranks, strict=True):
+        out = x.new_empty((m, n))
+        call(x, out, h[:, first:] if rank and first else h)
+        outs.append(out)
+        first += rank
+    return outs, h
 
-    def product(index: int, x: Tensor, bias: Tensor | None) -> Tensor:
-        n, k = group.out_features[index], x.shape[1]
-        out = x.new_empty((x.shape[0], n))
-        double = bool(group.absmax_scale)
-        scales = (group.absmax_scale[index], group.absmax_offset[index]) if double else (None, None)
-        kernel(x, group.weight[index], group.absmax[index], *scales, n, k, group.quant_type, group.block_size, out)
-        return out if bias is None else out.add_(bias)
 
-    return forward(group, x, bias, product)
+def _small_linears(group: LoRAGroup, k: int, bias: Sequence[Tensor]) -> tuple[list[SmallLinear], list[int]]:
+    """The C call of each linear, and how many columns of h it writes."""
+    double, calls, ranks = bool(group.absmax_scale), list[SmallLinear](), list[int]()
+    for i, mine in enumerate(group.adapters_of()):
+        scales = (group.absmax_scale[i], group.absmax_offset[i]) if double else (None, None)
+        adapters = []
+        for j in mine:
+            scaling = group.scaling[j].float() if group.scaling else None
+            adapters.append(Adapter(_readable(group.lora_a[j]), _readable(group.lora_b[j]), group.alpha[j], scaling))
+        data, shape = (group.weight[i], group.absmax[i], *scales), (group.out_features[i], k)
+        b = _readable(bias[i]) if bias else None
+        calls.append(SmallLinear(data, shape, group.quant_type, group.block_size, b, adapters, group.dtype))
+        ranks.append(sum(group.lora_a[j].shape[0] for j in mine))
+    read = (*group.lora_a, *group.lora_b, *bias)
+    if all(_readable(t) is t for t in read) and all(t.dtype == torch.float32 for t in group.scaling):
+        group.kept["codes"] = calls, ranks  # a copy would not follow what is written into the parameter
+    return calls, ranks
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """As the C function takes it: mostly the tensor itself."""
+    tensor = tensor if tensor.dtype in (torch.float32, torch.bfloat16) else tensor.to(torch.float32)
+    return tensor.contiguous()
 
 
 def prefers_fp32(problem: Problem) -> bool:

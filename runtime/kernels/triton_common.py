@@ -13,6 +13,7 @@ from torch import Tensor
 from ...errors import KernelError
 from ...nf4 import SCALE_BLOCK_SIZE, dynamic_map
 
+_NOTHING = contextlib.nullcontext()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -65,7 +66,9 @@ def sent_to(device: torch.device, table: Tensor) -> Tensor:
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device: make it the tensor's. (The interpreter runs on CPU tensors.)"""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(tensor.device)
 
 
 @functools.cache

@@ -7,7 +7,7 @@ Low-rank products, bias and scales are added to the fp32 sum before its one roun
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,46 +123,52 @@ def lora_linear_vector(
 
     M <= MOST_VECTOR_ROWS; h [M, sum R] holds the h_j side by side, in the adapters' order.
     """
+    for weight, out in zip(weights, outs, strict=True):
+        _check_activation("out", out, weight.rows, out.dtype, x.device)
+    launch = vector_launch(x, weights, adapters, bias)
+    if x.shape[0]:
+        launch(x, h, outs)
+
+
+def vector_launch(
+    x: Tensor, weights: Sequence[Weight], adapters: Sequence[Sequence[Adapter]], bias: Sequence[Tensor]
+) -> Callable[[Tensor, Tensor, Sequence[Tensor]], None]:
+    """The launch of `lora_linear_vector` for every x of this shape, dtype and device: called with x, h and the outs (rows
+    of stride 1), it checks nothing."""
     m, k = x.shape
     first = weights[0]
     flat = [adapter for mine in adapters for adapter in mine]
     if m > MOST_VECTOR_ROWS:
         raise KernelError(f"lora_linear_vector takes at most {MOST_VECTOR_ROWS} rows of x, got {m}.")
     _check_activation("x", x, first.columns, x.dtype, x.device)
-    for weight, out, mine in zip(weights, outs, adapters, strict=True):
+    for weight, mine in zip(weights, adapters, strict=True):
         weight.check(x.device)
-        _check_activation("out", out, weight.rows, out.dtype, x.device)
         _check_adapters(mine, weight.rows, 0, x)
-    if not m:
-        return
-    rows = triton.next_power_of_2(m)
-    spec = _spec(first, flat, rows=rows, bias=bool(bias), adapters=tuple(len(mine) for mine in adapters), dropout=False)
-    module = triton_build.load("lora_linear_small", **spec)
+    rows, counts = triton.next_power_of_2(max(m, 1)), tuple(len(mine) for mine in adapters)
+    spec = _spec(first, flat, rows=rows, bias=bool(bias), adapters=counts, dropout=False)
     chunk = chunk_of(k, first.block_size, 256)
     chunks = max(1, min(triton.next_power_of_2(triton.cdiv(k, chunk)), 4096 // chunk))
     block_n = 2
-    arguments: list[Any] = [x, x.stride(0), *([h, h.stride(0)] if flat else []), m, k, k // 2]
-    numbers: dict[str, int] = {}
-    j = 0
-    for i, (weight, out, mine) in enumerate(zip(weights, outs, adapters)):
-        arguments += [*weight.arguments(), *bias[i : i + 1], out, out.stride(0), weight.rows]
+    fixed: list[tuple[list[Any], list[Any]]] = []  # what stands before and after each out
+    for i, (weight, mine) in enumerate(zip(weights, adapters)):
+        after: list[Any] = [weight.rows]
         for adapter in mine:
             rank = adapter.factor.shape[1]
-            numbers |= {f"R{j}": rank, f"P{j}": triton.next_power_of_2(rank)}
-            arguments += [*_rank_arguments(adapter, True), rank, triton.next_power_of_2(rank)]
-            j += 1
+            after += [*_rank_arguments(adapter, True), rank, triton.next_power_of_2(rank)]
+        fixed.append(([*weight.arguments(), *bias[i : i + 1]], after))
     grid = (sum(triton.cdiv(weight.rows, block_n) for weight in weights),)
-    with on_device(x):
-        module.lora_linear_small[grid](
-            *arguments,
-            BLOCK_SIZE=first.block_size,
-            BLOCK_N=block_n,
-            CHUNK=chunk,
-            CHUNKS=chunks,
-            TYPE=TYPES[x.dtype],
-            num_warps=4,
-            **_LAUNCH,
-        )
+    kernel = triton_build.load("lora_linear_small", **spec).lora_linear_small[grid]
+    blocks = {"BLOCK_SIZE": first.block_size, "BLOCK_N": block_n, "CHUNK": chunk, "CHUNKS": chunks}
+    options = blocks | {"TYPE": TYPES[x.dtype], "num_warps": 4} | _LAUNCH
+
+    def launch(x: Tensor, h: Tensor, outs: Sequence[Tensor]) -> None:
+        arguments: list[Any] = [x, x.stride(0), *([h, h.stride(0)] if flat else []), m, k, k // 2]
+        for out, (before, after) in zip(outs, fixed, strict=True):
+            arguments += [*before, out, out.stride(0), *after]
+        with on_device(x):
+            kernel(*arguments, **options)
+
+    return launch
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ weight runs. M rows of x, N output and K input features, R ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,13 +86,36 @@ def _adapters(group: LoRAGroup, h: Tensor) -> list[list[Adapter]]:
     return [[adapter(j) for j in mine] for mine in group.adapters_of()]
 
 
+_Launches = tuple[list[tuple[slice, Callable[..., None]]], Callable[..., None]]
+
+
 def forward_vector(group: LoRAGroup, x: Tensor, bias: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    m, k = x.shape
-    h = low_rank(group, x)
+    m = x.shape[0]
+    h = x.new_empty((m, sum(a.shape[0] for a in group.lora_a)))
     outs = [x.new_empty((m, n)) for n in group.out_features]
-    weights = [_weight(group, i, k) for i in range(len(outs))]
-    triton_linear.lora_linear_vector(x, weights, outs, h, _adapters(group, h), bias)
+    if not m:
+        return outs, h
+    key = "vector", m, x.dtype
+    downs, product = group.kept.get(key) or _vector_launches(group, x, h, bias, key)
+    for columns, launch in downs:
+        launch(x, h if len(downs) == 1 else h[:, columns])
+    product(x, h, outs)
     return outs, h
+
+
+def _vector_launches(group: LoRAGroup, x: Tensor, h: Tensor, bias: Sequence[Tensor], key: Any) -> _Launches:
+    """Every launch of a group for x's rows: the adapters' A with the columns of h that it writes, and the product."""
+    ranks = group.ranks()
+    downs = []
+    for part in _launches(ranks):
+        first = sum(ranks[: part.start])
+        launch = triton_low_rank.down_launch(x, group.lora_a[part])
+        downs.append((slice(first, first + sum(ranks[part])), launch))
+    weights = [_weight(group, i, x.shape[1]) for i in range(len(group.out_features))]
+    launches = downs, triton_linear.vector_launch(x, weights, _adapters(group, h), bias)
+    if all(b.is_contiguous() for b in group.lora_b):  # a copy would not follow what is written into the parameter
+        group.kept[key] = launches
+    return launches
 
 
 def forward_gemm(group: LoRAGroup, x: Tensor, bias: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -105,16 +129,22 @@ def forward_gemm(group: LoRAGroup, x: Tensor, bias: Sequence[Tensor]) -> tuple[l
 
 
 def forward_low_rank(group: LoRAGroup, x: Tensor, bias: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """The low-rank product first: the library adds its own to it within the fp32 sum (see `lora_group.forward`)."""
     h = low_rank(group, x)
     parts, ranks = split_ranks(group, h), group.ranks()
     outs = []
     for i, own in enumerate(group.adapters_of()):
-        y = group.product(i, x, bias[i].to(group.dtype) if bias else None)
+        b = bias[i].to(group.dtype) if bias else None
+        if not own:
+            outs.append(group.product(i, x, b))
+            continue
+        y = x.new_empty((x.shape[0], group.out_features[i]))
         for part in _launches(ranks[own.start : own.stop]):
             mine = own[part]
-            factors = [group.lora_b[j] for j in mine]
-            triton_low_rank.lora_up(y, [parts[j] for j in mine], factors, _scale(group, mine))
-        outs.append(y)
+            factors, later = [group.lora_b[j] for j in mine], mine.start > own.start
+            triton_low_rank.lora_up(y, [parts[j] for j in mine], factors, _scale(group, mine), accumulate=later)
+        y.addmm_(x, group.dense_weight(i, x.shape[1]).t())
+        outs.append(y if b is None else y.add_(b))
     return outs, h
 
 

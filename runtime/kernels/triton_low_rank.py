@@ -8,7 +8,8 @@ on the device, so nothing here waits for the GPU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -105,37 +106,42 @@ def lora_down(
     dropout: Dropout = NO_DROPOUT,
 ) -> None:
     """out [M, sum R] = scale_j dropout_j(x [M, K]) F_j^T for every F_j [R_j, K], side by side."""
+    ranks = sum(f.shape[0] for f in factors)
+    _check_rows("x", x, *x.shape, x)
+    _check_rows("out", out, x.shape[0], ranks, x)
+    if out.numel():
+        down_launch(x, factors, scale, dropout)(x, out)
+
+
+def down_launch(
+    x: Tensor, factors: Sequence[Tensor], scale: Scale = NO_SCALE, dropout: Dropout = NO_DROPOUT
+) -> Callable[[Tensor, Tensor], None]:
+    """The launch of `lora_down` for every x of this shape, dtype and device: called with x and out, it checks nothing."""
     m, k = x.shape
     for factor in factors:
         if factor.shape[1] != k or factor.dtype not in DTYPES or factor.device != x.device:
             raise KernelError(f"A factor of shape {[*factor.shape]} on {factor.device} does not fit x [{m}, {k}].")
-    _check_rows("x", x, m, k, x)
     ranks = sum(f.shape[0] for f in factors)
-    _check_rows("out", out, m, ranks, x)
-    if not out.numel():
-        return
-    module = triton_build.load("lora_down", **_spec(factors, scale, dropout))
     block_m = 16 if m <= 16 else 32 if m <= 64 or ranks > 64 else 64
     block_k = 64 if x.dtype == torch.float32 or ranks > 64 else 128
     programs = triton.cdiv(m, block_m)
     splits = _splits(programs, triton.cdiv(k, block_k), m * ranks, x)
-    target = out if splits == 1 else torch.empty(splits, m, ranks, dtype=torch.float32, device=x.device)
-    arguments: list[Any] = [x, x.stride(0)]
+    kernel = triton_build.load("lora_down", **_spec(factors, scale, dropout)).lora_down[(programs, splits)]
+    fixed: list[Any] = []
     for j, factor in enumerate(factors):
-        arguments += [factor, *factor.stride(), *scale.arguments(j), *dropout.seed[j : j + 1]]
-    arguments += [target, target.stride(-2), m, k, *([dropout.keep] if dropout.seed else [])]
-    with on_device(x):
-        module.lora_down[(programs, splits)](
-            *arguments,
-            **_ranks(factors),
-            BLOCK_M=block_m,
-            BLOCK_K=block_k,
-            SPLITS=splits,
-            TYPE=TYPES[x.dtype],
-            **_LAUNCH,
-        )
-    if splits > 1:
-        sum_splits(target, out)
+        fixed += [factor, *factor.stride(), *scale.arguments(j), *dropout.seed[j : j + 1]]
+    sizes = [m, k, *([dropout.keep] if dropout.seed else [])]
+    blocks = {"BLOCK_M": block_m, "BLOCK_K": block_k, "SPLITS": splits, "TYPE": TYPES[x.dtype]}
+    options = _ranks(factors) | blocks | _LAUNCH
+
+    def launch(x: Tensor, out: Tensor) -> None:
+        target = out if splits == 1 else torch.empty(splits, m, ranks, dtype=torch.float32, device=x.device)
+        with on_device(x):
+            kernel(x, x.stride(0), *fixed, target, target.stride(-2), *sizes, **options)
+        if splits > 1:
+            sum_splits(target, out)
+
+    return launch
 
 
 def _splits(programs: int, blocks: int, numel: int, like: Tensor) -> int:
@@ -151,12 +157,16 @@ def sum_splits(partial: Tensor, out: Tensor) -> None:
     if not out.is_contiguous():
         out.copy_(partial.sum(0))
         return
-    module = triton_build.load("lora_down", **_spec([partial], NO_SCALE, NO_DROPOUT))
     block = 512
     with on_device(out):
-        module.sum_splits[(triton.cdiv(out.numel(), block),)](
+        _sums().sum_splits[(triton.cdiv(out.numel(), block),)](
             partial, out, out.numel(), SPLITS=partial.shape[0], BLOCK=block, **_LAUNCH
         )
+
+
+@functools.cache
+def _sums() -> Any:
+    return triton_build.load("lora_down", **_spec([torch.empty(1, 1)], NO_SCALE, NO_DROPOUT))
 
 
 def lora_up(

@@ -13,10 +13,7 @@ extern "C" void qlora_dequantize_4bit(
     int, int
 );
 extern "C" int qlora_has_linear_4bit_small() __attribute__((weak));
-extern "C" void qlora_linear_4bit_small(
-    const uint16_t*, const uint8_t*, const void*, const float*, const float*, const float*, uint16_t*, void*, int64_t,
-    int64_t, int64_t, int64_t, int64_t, int, int, int
-) __attribute__((weak));
+extern "C" void qlora_linear_4bit_small(const int64_t*) __attribute__((weak));
 extern "C" int qlora_has_low_rank() __attribute__((weak));
 extern "C" void qlora_lora_down(
     const uint16_t*, int64_t, int64_t, int64_t, const int64_t*, int64_t, uint16_t*, int
@@ -111,33 +108,50 @@ bool check(int64_t numel, int64_t block_size, int quant_type, int dtype, int isa
     return true;
 }
 
-// y = x W^T against fp64 sums over the decoded weight; the weights are bf16-rounded on one side only: 2^-8 of the sum
-// of magnitudes is more than they can differ by.
+double value_of(uint16_t bf16) {
+    const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+// y = x W^T + bias + 2 h B^T, h = x A^T, against fp64 sums over the decoded weight; weights, A and h are bf16-rounded on
+// one side only: 2^-8 of the sum of magnitudes is more than they can differ by.
 bool check_linear(int64_t M, int64_t N, int64_t K, int64_t block_size) {
     const int64_t numel = N * K, blocks = numel / block_size, stride = K + 3;
     const auto weight = weights(numel, 0), x_bytes = weights(M * stride, 1);
     auto codes = buffer<uint8_t>(numel / 2);
     auto absmax = buffer<float>(blocks), map = buffer<float>(256);
     auto dense = buffer<float>(numel), y = buffer<float>(M * N);
-    auto planes = buffer<uint16_t>(M * ((K + 127) / 128) * 128), x = buffer<uint16_t>((M - 1) * stride + K);
+    constexpr int64_t R = 5;
+    const auto a = weights(R * K, 0), b_bytes = weights(N * R, 1), bias = weights(N, 0);
+    auto x = buffer<uint16_t>((M - 1) * stride + K), b = buffer<uint16_t>(N * R), h = buffer<uint16_t>(M * R);
     std::memcpy(x.get(), x_bytes.get(), static_cast<size_t>((M - 1) * stride + K) * 2);
+    std::memcpy(b.get(), b_bytes.get(), static_cast<size_t>(N * R) * 2);
     qlora_quantize_4bit(weight.get(), codes.get(), absmax.get(), numel, block_size, 0, 0, 0, 2);
     qlora_dequantize_4bit(
         codes.get(), absmax.get(), nullptr, nullptr, map.get(), dense.get(), numel, block_size, 0, 0, 0, 0, 2
     );
-    qlora_linear_4bit_small(
-        x.get(), codes.get(), absmax.get(), nullptr, nullptr, map.get(), planes.get(), y.get(), M, N, K, stride,
-        block_size, 0, 0, 2
-    );
+    const auto at = [](const void* p) { return static_cast<int64_t>(reinterpret_cast<intptr_t>(p)); };
+    const double alpha = 2.0;
+    int64_t call[27] = {at(x.get()), stride, at(h.get()), R, at(y.get()), M, 2,  // as cpu_linear.py packs it
+                        at(codes.get()), at(absmax.get()), 0, 0, at(map.get()), at(bias.get()),
+                        N, K, block_size, 0, 0, 0, 1, at(a.get()), at(b.get()), 0, 0, 1, R, 0};
+    std::memcpy(call + 26, &alpha, 8);
+    qlora_linear_4bit_small(call);
+    const auto* a_values = reinterpret_cast<const float*>(a.get());
+    const auto* bias_values = reinterpret_cast<const float*>(bias.get());
     for (int64_t m = 0; m < M; ++m)
         for (int64_t n = 0; n < N; ++n) {
-            double sum = 0, magnitudes = 0;
+            double sum = bias_values[n], magnitudes = std::abs(sum);
+            const auto add = [&](double product) {
+                sum += product;
+                magnitudes += std::abs(product);
+            };
             for (int64_t k = 0; k < K; ++k) {
-                const uint32_t bits = static_cast<uint32_t>(x[m * stride + k]) << 16;
-                float value;
-                std::memcpy(&value, &bits, 4);
-                sum += static_cast<double>(value) * dense[n * K + k];
-                magnitudes += std::abs(static_cast<double>(value) * dense[n * K + k]);
+                const double value = value_of(x[m * stride + k]);
+                add(value * dense[n * K + k]);
+                for (int64_t r = 0; r < R; ++r) add(alpha * value * a_values[r * K + k] * value_of(b[n * R + r]));
             }
             if (!(std::abs(sum - y[m * N + n]) <= magnitudes / 256)) return false;
         }

@@ -12,6 +12,7 @@ from qlora_compile import nf4
 from qlora_compile.errors import KernelError
 from qlora_compile.runtime import kernels
 from qlora_compile.runtime.kernels import cpp_build
+from qlora_compile.runtime.kernels.cpu_linear import Adapter, linear_4bit_small
 
 available = cpp_build.find_compiler() is not None and kernels.find("linear_4bit_small", "cpu") is not None
 pytestmark = pytest.mark.skipif(not available, reason="needs a C++ compiler and AVX-512 BF16")
@@ -82,6 +83,7 @@ def test_rows_of_x_may_be_strided_and_absent() -> None:
 
 @pytest.mark.parametrize("m", [3, 20])
 def test_thread_count_changes_nothing(m: int) -> None:
+    adapter = Adapter(torch.randn(100, 448), torch.randn(301, 100))
     data = nf4.quantize_reference(torch.randn(301, 448), "nf4", 64, True)
     x = torch.randn(m, 448).bfloat16()
     threads = torch.get_num_threads()
@@ -89,7 +91,8 @@ def test_thread_count_changes_nothing(m: int) -> None:
         results = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(run(x, data, (301, 448), "nf4", 64, torch.empty(m, 301)))
+            results.append(torch.empty(m, 301))
+            linear_4bit_small(x, *data, 301, 448, "nf4", 64, results[-1], adapters=[adapter])
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
@@ -110,3 +113,63 @@ def test_bad_arguments_never_reach_c() -> None:
         run(x, data, (8, 128), "nf4", 64, out)
     with pytest.raises(KernelError, match="out holds 20 elements, the product needs 21"):
         run(x, data, (7, 128), "nf4", 64, out.view(-1)[:20])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    m=st.integers(1, 35),
+    n=st.integers(1, 37),
+    blocks=st.integers(1, 6),
+    ranks=st.lists(st.integers(1, 35), min_size=1, max_size=3),
+    a_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    b_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    bias=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_adapters_and_bias_join_the_sum_before_its_one_rounding(
+    m: int, n: int, blocks: int, ranks: list[int], a_dtype: torch.dtype, b_dtype: torch.dtype, bias: bool, seed: int
+) -> None:
+    gen = torch.Generator().manual_seed(seed)
+    k = blocks * 64
+    data = nf4.quantize_reference(torch.randn(n, k, generator=gen), "nf4", 64, True)
+    x = torch.randn(m, k, generator=gen).bfloat16()
+    adapters = [
+        Adapter(
+            (torch.randn(r, k, generator=gen) / 8).to(a_dtype),
+            torch.randn(n, r, generator=gen).to(b_dtype),
+            alpha=0.5 + j,
+            scaling=torch.tensor(1.5) if j else None,
+        )
+        for j, r in enumerate(ranks)
+    ]
+    b = torch.randn(n, generator=gen).bfloat16() if bias else None
+    y, h = torch.empty(m, n), torch.empty(m, sum(ranks), dtype=torch.bfloat16)
+    linear_4bit_small(x, *data, n, k, "nf4", 64, y, b, adapters, h)
+    # the base product's own error is tested above: here it is what the same kernel gives without adapters
+    base = run(x, data, (n, k), "nf4", 64, torch.empty(m, n)).double()
+    expected, magnitudes, lows = base.clone() if b is None else base + b.double(), base.abs(), []
+    for a, up, alpha, scaling in adapters:
+        rounded, scale = a.bfloat16().double(), alpha * (1.0 if scaling is None else scaling.item())
+        lows.append(x.double() @ rounded.t())
+        expected += scale * lows[-1] @ up.double().t()
+        magnitudes = magnitudes + scale * (x.double().abs() @ rounded.abs().t()) @ up.double().abs().t()
+    assert ((y.double() - expected).abs() <= magnitudes * 2**-18 + 1e-30).all()
+    low = torch.cat(lows, 1)
+    assert ((h.double() - low).abs() <= low.abs() * 2**-8 + 1e-4).all()
+    rounded_y = torch.empty(m, n, dtype=torch.bfloat16)
+    linear_4bit_small(x, *data, n, k, "nf4", 64, rounded_y, b, adapters)
+    assert torch.equal(rounded_y, y.bfloat16()), "a second rounding"
+
+
+def test_adapters_that_do_not_fit_never_reach_c() -> None:
+    data = nf4.quantize_reference(torch.randn(7, 128), "nf4", 64, True)
+    x, out = torch.randn(3, 128).bfloat16(), torch.empty(3, 7)
+    a, b = torch.randn(4, 128), torch.randn(7, 4)
+    with pytest.raises(KernelError, match=r"A \[4, 128\] and B \[8, 4\] are no adapter of a weight \[7, 128\]"):
+        linear_4bit_small(x, *data, 7, 128, "nf4", 64, out, adapters=[Adapter(a, torch.randn(8, 4))])
+    with pytest.raises(
+        KernelError, match="lora_a must be a contiguous float32 or bfloat16 CPU tensor, got a contiguous"
+    ):
+        linear_4bit_small(x, *data, 7, 128, "nf4", 64, out, adapters=[Adapter(a.half(), b)])
+    with pytest.raises(KernelError, match="bias holds 6 elements, the weight needs 7"):
+        linear_4bit_small(x, *data, 7, 128, "nf4", 64, out, torch.randn(6))
