@@ -14,62 +14,23 @@ from __future__ import annotations
 import argparse
 import ctypes
 import functools
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from bitsandbytes import __version__ as bitsandbytes_version
 from bitsandbytes import functional as bnb
 from bitsandbytes.cextension import lib
 from bitsandbytes.nn import Linear4bit, Params4bit
+from bounds import Speeds, Work, best_of
+from common import write_results
 
 from qlora_compile import nf4
 from qlora_compile.runtime.kernels import find
 
 Times = dict[str, tuple[float, float]]  # contestant -> (median, best) in seconds
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a problem cannot do without: bytes read, bytes written, operations (multiply and add: 2)."""
-
-    read: int
-    written: int
-    operations: int = 0
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Measured here: bytes/s of a read and of a copy (read + written) larger than the caches, bf16 operations/s."""
-
-    read: float
-    copy: float
-    operations: float
-
-    @staticmethod
-    def measure(repeats: int) -> Machine:
-        source = torch.zeros(32 << 20, dtype=torch.int64)
-        target, square = torch.empty_like(source), torch.randn(2048, 2048, dtype=torch.bfloat16)
-        best = alternate(
-            {"read": source.sum, "copy": lambda: target.copy_(source), "product": lambda: square @ square}, repeats
-        )
-        seconds = {name: times[1] for name, times in best.items()}
-        return Machine(
-            source.nbytes / seconds["read"], 2 * source.nbytes / seconds["copy"], 2 * 2048**3 / seconds["product"]
-        )
-
-    def bound(self, work: Work) -> tuple[float, str]:
-        """(seconds, what takes them)."""
-        total = work.read + work.written
-        speed = self.read if work.written < work.read / 16 else self.copy
-        by_bytes = total / speed, f"{total / 1e6:.1f} MB at {speed / 1e9:.0f} GB/s"
-        by_operations = work.operations / self.operations, f"its operations at {self.operations / 1e9:.0f} GFLOP/s"
-        return max(by_bytes, by_operations)
 
 
 def alternate(contestants: dict[str, Callable[[], object]], repeats: int) -> Times:
@@ -162,23 +123,19 @@ def work_of(title: str) -> Work:
     """Bytes and operations of a title made in `main`: "dequantize NxK", "quantize NxK", "linear NxK, M rows of x"."""
     op, shape, *rest = title.replace(",", "").split()
     rows, columns = map(int, shape.split("x"))
-    numel = rows * columns
-    packed = numel // 2 + numel // 64 + numel // 64 // 64  # codes, 8-bit scales, their fp32 scales
+    packed = Work.of_linears(0, rows, columns).read
     if op == "dequantize":
-        return Work(packed, 2 * numel)
-    if op == "quantize":
-        return Work(2 * numel, packed)
-    tokens = int(rest[0])
-    return Work(packed + 2 * tokens * columns, 2 * tokens * rows, 2 * tokens * numel)
+        return Work(packed, 2 * rows * columns)
+    return Work(2 * rows * columns, packed) if op == "quantize" else Work.of_linears(int(rest[0]), rows, columns)
 
 
-def show(title: str, times: Times, machine: Machine) -> None:
+def show(title: str, times: Times, speeds: Speeds) -> None:
     print(f"{title} (nf4, block 64, double quantization, bf16)")
     ours = times["ours"]
     for name, (median, best) in times.items():
         ratios = f"{median / ours[0]:>7.2f}x ours, best {best / ours[1]:.2f}x"
         print(f"  {name:<24}{median * 1e6:>9.0f} us (best {best * 1e6:>9.0f}) {ratios}")
-    seconds, what = machine.bound(work_of(title))
+    seconds, what = speeds.bound(work_of(title))
     print(f"  bound by {what}: {seconds * 1e6:.0f} us, {seconds / ours[0]:.2f} of ours, best {seconds / ours[1]:.2f}")
 
 
@@ -199,21 +156,16 @@ def main() -> None:
             times = bench_linear(rows, columns, tokens, args.repeats)
             if times is not None:
                 results[f"linear {shape}, {tokens} rows of x"] = times
-    machine = Machine.measure(args.repeats)
+    speeds = Speeds.measure(best_of(args.repeats))
     for title, times in results.items():
-        show(title, times, machine)
-    about = {
-        "machine": platform.processor() or platform.machine(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": args.threads,
-        "torch": torch.__version__,
-        "bitsandbytes": bitsandbytes_version,
-        "date": time.strftime("%Y-%m-%d"),
-        "measured limits": asdict(machine),
+        show(title, times, speeds)
+    found = {
+        title: {name: {"s": s, "best_s": best} for name, (s, best) in times.items()} for title, times in results.items()
     }
-    print(json.dumps(about))
-    if args.json:
-        args.json.write_text(json.dumps({"about": about, "seconds": results}, indent=2) + "\n")
+    for title, times in results.items():
+        found[title]["bound"] = speeds.explain(work_of(title), times["ours"][0])
+    setting = {"repeats": args.repeats, "block_size": 64, "dtype": "bfloat16", "speeds": asdict(speeds)}
+    write_results(args.json, setting, found)
 
 
 if __name__ == "__main__":

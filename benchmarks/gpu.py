@@ -4,8 +4,10 @@
 
 Needs torch >= 2.11 with CUDA (or ROCm), triton and transformers; peft and bitsandbytes are measured beside us where they
 are installed. In this order, until the time is up: every kernel against fp64; dequantize beside a copy; every linear
-kernel beside cuBLAS (dense bf16) for the shapes of Llama-3-8B; a paged optimizer; training steps and decoding of a Llama
-of that shape with as many layers as fit. DIR/gpu.json is written after each part, so that nothing measured is lost, and
+kernel beside cuBLAS (dense bf16) for the shapes of Llama-3-8B, with what bounds it (bytes at the speed of a copy,
+operations at cuBLAS's, both measured here, or neither: launches and latency); a paged optimizer; training steps and
+decoding of a Llama of that shape with as many layers as fit. DIR/gpu.json is written after each part, so that nothing
+measured is lost, and
 DIR/table-<kind>.json is the dispatch table to ship as qlora_compile/runtime/kernels/tables/<kind>.json.
 
 `--small` takes tiny sizes, and `--device cpu` runs the same script without a GPU: that it works is tested so.
@@ -18,6 +20,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ import gpu_kernels
 import gpu_models
 import gpu_paging
 import torch
+from bounds import explained
 from common import machine
 
 from qlora_compile.runtime.kernels import devices, dispatch, tuning
@@ -55,18 +59,24 @@ def kernel_parts(run: Run, small: bool) -> list[str]:
     wrong = gpu_kernels.check(run.device, print)
     run.keep("wrong", wrong)
     shapes = ((96, 160), (33, 96)) if small else ((4096, 4096), (14336, 4096), (4096, 14336))
-    rows = [gpu_kernels.dequantize_row(run.device, n, k) for n, k in shapes]
+    speeds = gpu_kernels.speeds(run.device, small)
+    run.keep("speeds", asdict(speeds))
+    print(f"copy {speeds.copy / 1e9:,.0f} GB/s, bf16 products {speeds.operations / 1e12:,.1f} TFLOP/s", flush=True)
+    rows = [gpu_kernels.dequantize_row(run.device, n, k, speeds) for n, k in shapes]
     run.keep("dequantize", rows)
-    print("dequantize: " + ", ".join(f"{r['n']}x{r['k']} {r['of_copy_bandwidth']:.2f} of a copy" for r in rows))
+    for r in rows:
+        copy = f"{r['of_copy_bandwidth']:.2f} of a copy of the same bytes"
+        print(f"dequantize {r['n']}x{r['k']}: {r['ours_us']:,.1f} us, {copy}; {explained(r['bound'])}")
     groups = (((64, 32), 96),) if small else GROUPS
     begin = run.left()
     rows = gpu_kernels.linear_rows(
-        run.device, ROWS[:4] if small else ROWS, groups, lambda: run.left() < begin * 0.6 and not small
+        run.device, ROWS[:4] if small else ROWS, groups, lambda: run.left() < begin * 0.6 and not small, speeds
     )
     run.keep("linear", rows)
     for r in rows:
         times = ", ".join(f"{name} {us:,.0f}" for name, us in r["us"].items())
         print(f"{r['op']} M={r['m']} N={r['n']} K={r['k']}: dense bf16 {r['dense_bf16_us']:,.0f} us; {times}")
+        print(f"    {r['best']}: {explained(r['bound'])}")
     entries = gpu_kernels.table_entries(rows, run.device)
     path = run.out / f"table-{devices.kind(run.device)}.json"
     body = {"about": tuning.about(run.device), "entries": [entry._asdict() for entry in entries]}

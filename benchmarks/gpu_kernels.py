@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from bounds import Speeds, Work
 from torch import Tensor
 
 import qlora_compile as qc
@@ -145,7 +146,12 @@ def compare(name: str, got: list[Tensor], expected: list[Tensor], report: Callab
     return [] if error < 3 * 2**-8 else [f"{name}: error {error:.1e} of the largest value"]
 
 
-def dequantize_row(device: str, n: int, k: int) -> dict[str, Any]:
+def speeds(device: str, small: bool) -> Speeds:
+    """Copy and read bandwidth and the library's rate on this device, by the timer that times the kernels."""
+    return Speeds.measure(lambda call: seconds(call, device), device, small=small)
+
+
+def dequantize_row(device: str, n: int, k: int, speeds: Speeds) -> dict[str, Any]:
     """Dequantize (double-quantized scales) into a reused buffer, beside a copy that moves as many bytes."""
     q = qc.quantize_4bit(torch.randn(n, k, device=device, dtype=torch.bfloat16))
     out = torch.empty(n, k, device=device, dtype=torch.bfloat16)
@@ -158,7 +164,8 @@ def dequantize_row(device: str, n: int, k: int) -> dict[str, Any]:
     peer = bitsandbytes_dequantize(out)
     if peer is not None:
         row["bitsandbytes_us"] = 1e6 * seconds(peer, device)
-    return row | {"of_copy_bandwidth": row["copy_us"] / row["ours_us"]}
+    bound = speeds.explain(Work(moved - out.nbytes, out.nbytes), row["ours_us"] / 1e6)
+    return row | {"of_copy_bandwidth": row["copy_us"] / row["ours_us"], "bound": bound}
 
 
 def bitsandbytes_dequantize(weight: Tensor) -> Callable[[], object] | None:
@@ -175,6 +182,7 @@ def linear_rows(
     rows_of_x: Sequence[int],
     groups: Sequence[tuple[tuple[int, ...], int]],
     out_of_time: Callable[[], bool],
+    speeds: Speeds,
 ) -> list[dict[str, Any]]:
     """Every candidate, forward and backward, beside the library's bf16 product with a dense weight (no adapter)."""
     found = []
@@ -183,11 +191,11 @@ def linear_rows(
         for group, dense in made:
             if out_of_time():
                 return found
-            found += linear_row(device, group, torch.cat(dense), m)
+            found += linear_row(device, group, torch.cat(dense), m, speeds)
     return found
 
 
-def linear_row(device: str, group: LoRAGroup, joined: Tensor, m: int) -> list[dict[str, Any]]:
+def linear_row(device: str, group: LoRAGroup, joined: Tensor, m: int, speeds: Speeds) -> list[dict[str, Any]]:
     """Forward and backward at one number of rows; `joined` [sum N, K] is the group's dense weight."""
     sizes, k = group.out_features, joined.shape[1]
     x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
@@ -205,8 +213,24 @@ def linear_row(device: str, group: LoRAGroup, joined: Tensor, m: int) -> list[di
             times[candidate.name] = round(1e6 * seconds(call, device), 1)
         best = min(times, key=times.__getitem__)
         row = {"op": op, "m": m, "n": list(sizes), "k": k, "dense_bf16_us": 1e6 * seconds(dense_call, device)}
-        found.append(row | {"us": times, "best": best, "dense_over_best": row["dense_bf16_us"] / times[best]})
+        bound = speeds.explain(group_work(group, m, k, backward=op != "lora_linear"), times[best] / 1e6)
+        found.append(
+            row | {"us": times, "best": best, "dense_over_best": row["dense_bf16_us"] / times[best], "bound": bound}
+        )
     return found
+
+
+def group_work(group: LoRAGroup, m: int, k: int, *, backward: bool) -> Work:
+    """Every weight and factor read once, x read and y written; backward: dy and x read, dx, dA and dB written."""
+    parts = [Work.of_linears(m, n, k, ranks=RANK) for n in group.out_features]
+    read, written = sum(part.read for part in parts), sum(part.written for part in parts)
+    x, factors = 2 * m * k, sum(4 * RANK * (n + k) for n in group.out_features)
+    read -= x * (len(parts) - 1)  # shared
+    operations = sum(part.operations for part in parts)
+    if not backward:
+        return Work(read, written, operations)
+    low_rank = sum(2 * m * RANK * (n + k) for n in group.out_features)
+    return Work(read + written, x + factors, operations + low_rank)
 
 
 def table_entries(rows: list[dict[str, Any]], device: str) -> list[tuning.Entry]:

@@ -12,6 +12,11 @@ bf16 instructions, where torch's bf16 products are 6 to 10 times slower than fp3
 same models loaded in fp32: "bitsandbytes_fp32", "floor_fp32") are what a user would run, and what to compare with.
 "ours_no_logits" is ours with `keep_logits=False`: the same loss and gradients, and no logits in the output.
 "drop-in" is the model of "bitsandbytes" itself, with our backend in place of Inductor's.
+
+What bounds the ratios is measured in the same run: after the turns each contender takes one more step under torch's
+profiler, for the share of it that are matrix products and their rate (operations of the model's dense linears, forward
+and dX, and of the adapters; without attention), beside the rate of one large bf16 product here, alone; and the floor
+says how small any contender's ratio could be.
 """
 
 from __future__ import annotations
@@ -22,9 +27,11 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bounds import best_of
 from common import cut, llama_shape, load_ours, load_peer, resident_bytes, smollm2, write_results
 
 OURS = ("ours", "ours_no_logits")
@@ -70,16 +77,50 @@ def worker(contender: str, arguments: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, vocabulary, (arguments.batch, arguments.seq_len), generator=generator)
     optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True) if trainable else None
-    for _ in sys.stdin:
+
+    def step() -> dict[str, float]:
         begin = time.perf_counter()
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
-        seconds = time.perf_counter() - begin
-        answer = {"seconds": seconds, "loss": loss.item(), "peak_bytes": resident_bytes("VmHWM") - start_bytes}
+        return {"seconds": time.perf_counter() - begin, "loss": loss.item()}
+
+    for line in sys.stdin:
+        if line.strip() == "profile":
+            answer = product_share(step)
+        else:
+            answer = step() | {"peak_bytes": resident_bytes("VmHWM") - start_bytes}
         print("STEP " + json.dumps(answer), flush=True)
+
+
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "mkldnn_linear", "_linear_pointwise", "gemv_4bit")
+
+
+def product_share(step: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """One step under the profiler: its seconds, and those within the library's matrix products."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        answer = step()
+    names = {f"{space}::{name}{end}" for space in ("aten", "mkldnn") for name in PRODUCTS for end in ("", "_")}
+    own = [event.self_cpu_time_total for event in profile.key_averages() if event.key in names]
+    return answer | {"products_s": sum(own) / 1e6}
+
+
+def operations(arguments: argparse.Namespace, contender: str) -> float:
+    """Of a step's products: 2 a weight and token forward, 2 for dX; an adapter's weight has its own gradient too."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(arguments.model))
+    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    weights = sum(m.weight.numel() for _, m in linears)
+    adapted = sum(m.in_features + m.out_features for name, m in linears if name != "lm_head")
+    adapters = 0 if contender.startswith("floor") else arguments.rank * adapted
+    return float(arguments.batch * arguments.seq_len * (4 * weights + 6 * adapters))
 
 
 class Contender:
@@ -104,13 +145,16 @@ class Contender:
         self.times += [step["seconds"] for step in self.steps[first:]]
 
     def step(self) -> None:
+        self.steps.append(self.ask("step"))
+
+    def ask(self, what: str) -> dict[str, float]:
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write("step\n")
+        self.process.stdin.write(what + "\n")
         self.process.stdin.flush()
         for line in self.process.stdout:
             if line.startswith("STEP "):
-                self.steps.append(json.loads(line[5:]))
-                return
+                answer: dict[str, float] = json.loads(line[5:])
+                return answer
         raise SystemExit(f"{self.name}: the worker ended (exit code {self.process.wait()}); run it alone to see why.")
 
     def result(self) -> dict[str, float]:
@@ -159,12 +203,44 @@ def main() -> None:
         for contender in contenders:
             contender.turn(arguments.steps)
         print(f"turn {number + 1}/{arguments.turns}", flush=True)
+    profiles = {contender.name: contender.ask("profile") for contender in contenders}
     results = {contender.name: contender.result() for contender in contenders}
     report(results, arguments)
+    bounds = bounds_of(results, profiles, arguments)
+    setting = {key: getattr(arguments, key) for key in ("batch", "seq_len", "rank", "steps", "turns")}
+    setting["model"] = Path(arguments.model).name
+    write_results(arguments.json, setting, {name: r | {"bound": bounds[name]} for name, r in results.items()})
+
+
+def bounds_of(
+    results: dict[str, dict[str, float]], profiles: dict[str, dict[str, float]], arguments: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """What bounds each contender's step, printed and returned. The processes have ended: the machine is free to measure."""
+    import torch
+
+    square = torch.randn(2048, 2048).bfloat16()
+    peak = 2 * 2048**3 / best_of(10)(lambda: square @ square)
+    floor, found = results.get("floor"), {}
+    for name, profile in profiles.items():
+        rate = operations(arguments, name) / profile["products_s"] if profile["products_s"] else float("nan")
+        found[name] = {
+            "products_share": profile["products_s"] / profile["seconds"],
+            "products_gflop_s": rate / 1e9,
+            "of_peak": rate / peak,
+            "operations_at_peak_s": operations(arguments, name) / peak,
+        }
+        if floor is not None:
+            found[name]["of_floor"] = results[name]["step_s"] / floor["step_s"]
+        print(f"{name}: " + ", ".join(f"{key} {value:.3g}" for key, value in found[name].items()))
+    print(f"one product of 2048 x 2048 alone: {peak / 1e9:.0f} GFLOP/s")
+    if floor is not None and "bitsandbytes" in results:
+        least = floor["step_s"] / results["bitsandbytes"]["step_s"]
+        print(f"the floor is {least:.2f} of bitsandbytes + PEFT: nobody with these products can be below it")
+    return found
 
 
 def report(results: dict[str, dict[str, float]], arguments: argparse.Namespace) -> None:
-    """The table, with ratios to bitsandbytes + PEFT where it ran; the JSON file if one is wanted."""
+    """The table, with ratios to bitsandbytes + PEFT where it ran."""
     from rich.console import Console
     from rich.table import Table
 
@@ -177,8 +253,6 @@ def report(results: dict[str, dict[str, float]], arguments: argparse.Namespace) 
         spread = f"{r['step_min_s']:.3f} .. {r['step_max_s']:.3f}"
         table.add_row(name, f"{r['step_s']:.3f}", spread, f"{r['first_step_s']:.0f}", f"{r['peak_mb']:.0f}", *ratios)
     Console().print(table)
-    setting = {key: getattr(arguments, key) for key in ("batch", "seq_len", "rank", "steps", "turns")}
-    write_results(arguments.json, setting | {"model": Path(arguments.model).name}, results)
 
 
 if __name__ == "__main__":

@@ -173,6 +173,10 @@ class _LoRALinear(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: by ops that can be differentiated once more
             return _differentiable(ctx.module, x, factors, dy, needs)
         group, need_adapters = ctx.prepared.group, any(needs[3:])
+        if torch.compiler.is_compiling() or type(dy) is not Tensor or _is_watched():  # compiled autograd, fake tensors
+            grads = torch.ops.qlora.lora_linear_backward([dy], x, h, *group.arguments(), needs[0], need_adapters, "")
+            dx = grads.pop(0) if needs[0] else None
+            return dx, None, None, *(grads or [None] * len(factors))
         rows, dys = as_rows(x, group.dtype), [as_rows(dy, group.dtype)]
         with _no_autocast(x.device.type):
             dx, da, db = ctx.prepared.run("lora_linear_backward", rows)(group, dys, rows, h, needs[0], need_adapters)

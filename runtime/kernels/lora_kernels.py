@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ... import wide_ops  # noqa: F401  defines its ops
-from ...lora_group import LoRAGroup, backward, forward
+from ...lora_gradients import backward
+from ...lora_group import LoRAGroup, forward
 from . import cpp_build, cpu_linear, devices, dispatch, fp32_linear
 from .cpu_linear import Adapter, SmallLinear
 from .dispatch import Candidate, Problem
@@ -81,7 +82,7 @@ DEQUANTIZE = ("dequantize_4bit",)
 LOW_RANK = ("lora_down",)  # one source for all three
 
 dispatch.register(
-    Candidate("lora_linear", "codes", _from_codes, ("cpu",), _declines_codes, kernels=("linear_4bit_small", *LOW_RANK))
+    Candidate("lora_linear", "codes", _from_codes, ("cpu",), _declines_codes, kernels=("linear_4bit_small",))
 )
 dispatch.register(
     Candidate("lora_linear", "fp32_gemm", fp32_linear.lora_forward, ("cpu",), declines_fp32, prefers_fp32, DEQUANTIZE)

@@ -60,6 +60,7 @@ def render(op: str, **spec: Any) -> str:
     spec = {
         "uses_codes": True,
         "uses_tiles": False,
+        "rows": False,
         "double_quant": False,
         "quant_type": "nf4",
         "dropout": False,

@@ -24,20 +24,29 @@ def dequantize_4bit(
     block_size: int,
     out: Tensor,
 ) -> None:
-    """Writes `numel` weights into `out` (contiguous, any shape): bit for bit `nf4.dequantize_reference`."""
+    """Writes `numel` weights into `out`: bit for bit `nf4.dequantize_reference`.
+
+    `out` is contiguous, of any shape; or [N, K], its rows apart, with whole blocks in a row.
+    """
     check_format(quant_type, block_size)
     check("codes", codes, (torch.uint8,), (numel + 1) // 2, out.device)
     check_scales(absmax, absmax_scale, absmax_offset, -(-numel // block_size), out.device)
-    check("out", out, DTYPES, numel, out.device)
+    rows: list[int] = []
+    if not out.is_contiguous() and out.dim() == 2 and out.stride(1) == 1 and out.shape[1] % block_size == 0:
+        rows = [out.shape[1], out.stride(0)]
+        check("a row of out", out[:1], DTYPES, numel // max(out.shape[0], 1), out.device)
+    else:
+        check("out", out, DTYPES, numel, out.device)
     if not numel:
         return
     blocks = max(TILE_VALUES // block_size, 1)
-    module = triton_build.load("dequantize_4bit", quant_type=quant_type, double_quant=absmax_scale is not None)
+    spec = {"quant_type": quant_type, "double_quant": absmax_scale is not None} | ({"rows": True} if rows else {})
+    module = triton_build.load("dequantize_4bit", **spec)
     grid = (-(-numel // (blocks * block_size)),)
     scales = scale_arguments(absmax, absmax_scale, absmax_offset)
     with on_device(out):
         module.dequantize_4bit[grid](
-            codes, *scales, out, numel, (numel + 1) // 2, BLOCK_SIZE=block_size, BLOCKS=blocks, **_EXACT
+            codes, *scales, out, numel, (numel + 1) // 2, *rows, BLOCK_SIZE=block_size, BLOCKS=blocks, **_EXACT
         )
 
 

@@ -4,6 +4,7 @@
     triton_gemm        a GEMM for each linear, decoded between load and product; K divided over programs for few rows
     triton_dx          backward: dX of the group as one sum straight from the codes, low-rank products in Triton
     triton_low_rank    the weight dequantized once, the library's GEMM, low-rank products in Triton
+    joined_gemm        the weight dequantized beside its adapters' B: the library's GEMM over K + R, no pass over y
 
 None is preferred: where no measurement speaks (a shipped table, `autotune=True`), the library's GEMM on the dequantized
 weight runs. M rows of x, N output and K input features, R ranks.
@@ -17,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...lora_group import LoRAGroup, grad_x, split_ranks
+from ...lora_gradients import grad_x
+from ...lora_group import LoRAGroup, scratch, split_ranks
 from ...nf4 import QuantizedData
 from . import dispatch, triton_linear, triton_low_rank
 from .dispatch import Candidate, Problem
@@ -148,6 +150,31 @@ def forward_low_rank(group: LoRAGroup, x: Tensor, bias: Sequence[Tensor]) -> tup
     return outs, h
 
 
+def forward_joined(group: LoRAGroup, x: Tensor, bias: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """y_i = [x | h] [W_i | scale B_i]^T: one product over K + ranks for each linear, with no pass over y besides.
+
+    The ranks of the whole group stand beside x once; beside W_i those of other linears are zero, and so are some more
+    that make rows of whole 16 bytes.
+    """
+    h, ranks = low_rank(group, x), group.ranks()
+    m, k = x.shape
+    width = k + -(-sum(ranks) // 16) * 16
+    joined = scratch("joined", (m, width), x, group.dtype)
+    joined[:, :k].copy_(x)
+    joined[:, k : k + sum(ranks)].copy_(h)
+    joined[:, k + sum(ranks) :].zero_()
+    outs = []
+    for i, own in enumerate(group.adapters_of()):
+        weight = scratch("weight", (group.out_features[i], width), x, group.dtype)
+        group.dense_weight(i, k, out=weight[:, :k])
+        weight[:, k:].zero_()
+        for j in own:
+            first = k + sum(ranks[:j])
+            torch.mul(group.lora_b[j], group.factor(j), out=weight[:, first : first + ranks[j]])
+        outs.append(torch.nn.functional.linear(joined, weight, bias[i].to(group.dtype) if bias else None))
+    return outs, h
+
+
 def low_rank_grads(
     group: LoRAGroup, dys: list[Tensor], x: Tensor, h: Tensor, need_adapters: bool
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -208,6 +235,12 @@ def _declines_codes(problem: Problem) -> str | None:
     return _declines_low_rank(problem) if problem.rank else None
 
 
+def _declines_joined(problem: Problem) -> str | None:
+    if problem.quant_type != "none" and problem.k % problem.block_size:
+        return f"K is no multiple of the block of {problem.block_size}"
+    return f"for more than {MOST_FEW} rows" if problem.m <= MOST_FEW else _declines_low_rank(problem)
+
+
 def _declines_vector(problem: Problem) -> str | None:
     most = triton_linear.MOST_VECTOR_ROWS
     return f"for at most {most} rows" if problem.m > most else _declines_codes(problem)
@@ -218,6 +251,7 @@ def _never(problem: Problem) -> bool:
     return False
 
 
+MOST_FEW = 64  # rows up to which reading the codes wins everywhere
 CODES, DOWN, UP = "lora_linear_gemm", "lora_down", "lora_up"
 
 
@@ -227,6 +261,7 @@ def register() -> None:
         ("triton_vector", forward_vector, _declines_vector, (DOWN, "lora_linear_small")),
         ("triton_gemm", forward_gemm, _declines_codes, (DOWN, CODES)),
         ("triton_low_rank", forward_low_rank, _declines_low_rank, ("dequantize_4bit", DOWN, UP)),
+        ("joined_gemm", forward_joined, _declines_joined, ("dequantize_4bit", DOWN)),
     ):
         dispatch.register(Candidate("lora_linear", name, run, ("cuda",), declines, _never, kernels))
     over = "lora_over_tokens"

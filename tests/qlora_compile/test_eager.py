@@ -196,3 +196,17 @@ def test_outputs_may_be_written_and_modules_copied_and_moved() -> None:
         other.lora_B["default"].zero_()
         assert not torch.equal(other(x), module(x))
     assert eager.NAME not in module.to(torch.float32).__dict__
+
+
+def test_backward_under_a_mode_and_compiled_autograd_run_the_op() -> None:
+    module, x = linear(), inputs(2).requires_grad_()
+    wanted = [x, module.lora_A["default"], module.lora_B["default"]]
+    y = module(x)
+    expected = torch.autograd.grad(y.sum(), wanted, retain_graph=True)
+    with Names() as names:
+        found = torch.autograd.grad(y.sum(), wanted, retain_graph=True)
+    assert any("lora_linear_backward" in name for name in names.seen)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        compiled = torch.autograd.grad(y.sum(), wanted)
+    for a, b, c in zip(expected, found, compiled, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)

@@ -122,11 +122,11 @@ SLOW = pytest.mark.slow
 def test_the_peak_is_the_allocators(name: str, keep_logits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModelForCausalLM
 
-    from qlora_compile import lora_group
+    from qlora_compile import lora_gradients, lora_group
     from qlora_compile.runtime import kernels
 
     # as on a machine that multiplies bf16: elsewhere a CPU kernel computes in fp32, on wider copies of everything
-    both = {"lora_linear": lora_group.forward, "lora_linear_backward": lora_group.backward}
+    both = {"lora_linear": lora_group.forward, "lora_linear_backward": lora_gradients.backward}
     monkeypatch.setattr(kernels, "lora_kernel", lambda op, *_, **__: both[op])
 
     config = dataclasses.replace(CONFIG, keep_logits=keep_logits)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import qlora_compile as qc
 from qlora_compile import nf4
-from qlora_compile.errors import NonFiniteError
+from qlora_compile.errors import KernelError, NonFiniteError
 from qlora_compile.runtime import paged_backward, paged_optimizer_sweep
 from qlora_compile.runtime.kernels import triton_codec, triton_linear, triton_low_rank, triton_paged_step
 from qlora_compile.runtime.kernels.paged_step_proof import proves_paged_step
@@ -46,6 +46,16 @@ def _low_rank(adapters: list[Adapter]) -> Tensor:
 def _close(got: Tensor, expected: Tensor, terms: int) -> None:
     """fp32 sums of `terms` products of size about 1, in another order than fp64's."""
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=2e-7 * terms)
+
+
+def test_dequantize_into_rows_that_lie_apart() -> None:
+    data = nf4.quantize_reference(_randn(7, 96), "nf4", 32, True)
+    wide = torch.full((7, 112), 7.0)
+    triton_codec.dequantize_4bit(*data, 7 * 96, "nf4", 32, wide[:, :96])
+    assert torch.equal(wide[:, :96], nf4.dequantize_reference(*data, (7, 96), "nf4", 32, torch.float32))
+    assert (wide[:, 96:] == 7.0).all()
+    with pytest.raises(KernelError, match="a row of out holds 96 elements, 112 are needed"):
+        triton_codec.dequantize_4bit(*data, 7 * 96, "nf4", 32, wide[:6, :96])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -20,7 +20,11 @@ from qlora_compile.runtime.kernels.dispatch import Problem
 GENERATOR = torch.Generator().manual_seed(29)
 M, K = 19, 96
 OUT = (21, 10, 7)
-FORWARD = {"gemm": triton_lora.forward_gemm, "low_rank": triton_lora.forward_low_rank}
+FORWARD = {
+    "gemm": triton_lora.forward_gemm,
+    "low_rank": triton_lora.forward_low_rank,
+    "joined": triton_lora.forward_joined,
+}
 BACKWARD = {"dx": triton_lora.backward_dx, "low_rank": triton_lora.backward_low_rank}
 
 
@@ -44,10 +48,13 @@ def _group(dropout: float, *, quant_type: str = "nf4", double_quant: bool = True
 
 @pytest.fixture(autouse=True)
 def the_gpus_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CPU tensors too, masks that torch needs come from the kernel, as on a GPU."""
+    """On CPU tensors too, masks that torch needs and dense weights come from the kernels, as on a GPU."""
     original: Callable[..., Any] = lora_group.kernel_for
-    mine = triton_low_rank.dropout_mask
-    monkeypatch.setattr(lora_group, "kernel_for", lambda op, d: mine if op == "dropout_mask" else original(op, d))
+    mine: dict[str, Callable[..., Any]] = {
+        "dropout_mask": triton_low_rank.dropout_mask,
+        "dequantize_4bit": triton_codec.dequantize_4bit,
+    }
+    monkeypatch.setattr(lora_group, "kernel_for", lambda op, d: mine.get(op) or original(op, d))
 
 
 def _expected(group: LoRAGroup, x: Tensor, bias: list[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor]:
