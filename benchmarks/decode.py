@@ -5,7 +5,8 @@
 SmolLM2-135M, one sequence, r=16 on all linears but the head, dynamic cache. A token's time is that of `tokens` further
 tokens after the first, so that the prompt is not in it. Contenders take turns in one process. The limit of each is the
 bytes of weights that a token has to read (codes, scales, adapters, the head's bf16 matrix), at the speed of a read that
-is measured in the same run; "call" is one linear of 576 x 576 called by itself, where Python is most of the time.
+is measured in the same run; "call" is one linear of 576 x 576 called by itself, where Python is most of the time; "processor" is the time that all
+threads worked, which a busy machine changes less.
 """
 
 from __future__ import annotations
@@ -86,14 +87,14 @@ def linear_call_us(model: torch.nn.Module) -> float:
     return 1e6 * median_s(lambda: module(x), 100)
 
 
-def further_tokens_s(model: Any, prompt: torch.Tensor, tokens: int) -> float:
-    """Seconds a token, of those after the first."""
-    seconds = []
+def further_tokens_s(model: Any, prompt: torch.Tensor, tokens: int) -> tuple[float, float]:
+    """Seconds a token, of those after the first; and seconds of processor time, of all threads."""
+    spent = []
     for count in (1, tokens + 1):
-        begin = time.perf_counter()
+        begin = time.perf_counter(), time.process_time()
         model.generate(input_ids=prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
-        seconds.append(time.perf_counter() - begin)
-    return (seconds[1] - seconds[0]) / tokens
+        spent.append((time.perf_counter() - begin[0], time.process_time() - begin[1]))
+    return (spent[1][0] - spent[0][0]) / tokens, (spent[1][1] - spent[0][1]) / tokens
 
 
 def main() -> None:
@@ -109,13 +110,13 @@ def main() -> None:
     model_dir = smollm2(arguments.model)
     models = {name: load(name, model_dir) for name in arguments.contenders.split(",")}
     prompt = torch.randint(0, 1000, (1, 16), generator=torch.Generator().manual_seed(1))
-    times: dict[str, list[float]] = {name: [] for name in models}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     with torch.no_grad():
         for turn in range(arguments.turns + 1):
             for name, model in models.items():
-                seconds = further_tokens_s(model, prompt, arguments.tokens)
+                spent = further_tokens_s(model, prompt, arguments.tokens)
                 if turn:  # the first one warms up
-                    times[name].append(seconds)
+                    times[name].append(spent)
         calls = {name: linear_call_us(model) for name, model in models.items()}
     results = report(models, times, calls)
     setting = {key: getattr(arguments, key) for key in ("tokens", "turns")} | {
@@ -126,26 +127,30 @@ def main() -> None:
 
 
 def report(
-    models: dict[str, torch.nn.Module], times: dict[str, list[float]], calls: dict[str, float]
+    models: dict[str, torch.nn.Module], times: dict[str, list[tuple[float, float]]], calls: dict[str, float]
 ) -> dict[str, dict[str, float]]:
     """The table as it is printed and stored."""
     speed, found = read_speed(), {}
-    peer = statistics.median(times["bitsandbytes"]) if "bitsandbytes" in times else None
-    for name, values in times.items():
+    for name, spent in times.items():
+        values = [wall for wall, _ in spent]
         median, bytes_read = statistics.median(values), weight_bytes(models[name])
         row = {
             "token_ms": 1e3 * median,
             "token_min_ms": 1e3 * min(values),
             "token_max_ms": 1e3 * max(values),
+            "processor_ms": 1e3 * statistics.median(processor for _, processor in spent),
             "call_us": calls[name],
             "weights_mb": bytes_read / 1e6,
             "limit_ms": 1e3 * bytes_read / speed,
             "read_gb_s": speed / 1e9,
         }
         row["limit_share"] = row["limit_ms"] / row["token_ms"]
-        if peer is not None:
-            row["of_bitsandbytes"] = median / peer
         found[name] = row
+    for name, row in found.items():
+        if "bitsandbytes" in found:
+            row |= {
+                f"{key}_of_bitsandbytes": row[key] / found["bitsandbytes"][key] for key in ("token_ms", "processor_ms")
+            }
         print(f"{name}: " + ", ".join(f"{key} {value:.3g}" for key, value in row.items()), flush=True)
     return found
 

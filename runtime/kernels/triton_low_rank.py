@@ -107,7 +107,7 @@ def lora_down(
 ) -> None:
     """out [M, sum R] = scale_j dropout_j(x [M, K]) F_j^T for every F_j [R_j, K], side by side."""
     ranks = sum(f.shape[0] for f in factors)
-    _check_rows("x", x, *x.shape, x)
+    _check_rows("x", x, x.shape[0], x.shape[1], x)
     _check_rows("out", out, x.shape[0], ranks, x)
     if out.numel():
         down_launch(x, factors, scale, dropout)(x, out)
