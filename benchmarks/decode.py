@@ -5,8 +5,8 @@
 SmolLM2-135M, one sequence, r=16 on all linears but the head, dynamic cache. A token's time is that of `tokens` further
 tokens after the first, so that the prompt is not in it. Contenders take turns in one process. The limit of each is the
 bytes of weights that a token has to read (codes, scales, adapters, the head's bf16 matrix), at the speed of a read that
-is measured in the same run; "call" is one linear of 576 x 576 called by itself, where Python is most of the time; "processor" is the time that all
-threads worked, which a busy machine changes less.
+is measured in the same run; "call" is one linear of 576 x 576 called by itself, where Python is most of the time;
+"processor" is the time that all threads worked, which a busy machine changes less.
 """
 
 from __future__ import annotations
