@@ -70,9 +70,9 @@ def _bf16(*shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.bfloat16)
 
 
-def _dequantize(dtype: torch.dtype) -> None:
+def _dequantize(dtype: torch.dtype, apart: int = 0) -> None:
     weight = _weight(N, K)
-    triton_codec.dequantize_4bit(*weight.data, N * K, "nf4", 64, torch.empty(N, K, dtype=dtype))
+    triton_codec.dequantize_4bit(*weight.data, N * K, "nf4", 64, torch.empty(N, K + apart, dtype=dtype)[:, :K])
 
 
 def _adapters(m: int, n: int, count: int = 1) -> tuple[torch.Tensor, list[Adapter]]:
@@ -113,6 +113,7 @@ def _dropout(count: int) -> triton_low_rank.Dropout:
 
 CASES: dict[str, Callable[[], None]] = {
     "dequantize_bf16": lambda: _dequantize(torch.bfloat16),
+    "dequantize_rows": lambda: _dequantize(torch.bfloat16, apart=16),
     "dequantize_fp32": lambda: _dequantize(torch.float32),
     "quantize": lambda: void(triton_codec.quantize_4bit(_bf16(N * K), "nf4", 64, False)),
     "down": lambda: triton_low_rank.lora_down(_bf16(M_TRAIN, K), [torch.empty(R, K)] * 3, _bf16(M_TRAIN, 3 * R)),
