@@ -123,7 +123,8 @@ def down_launch(
             raise KernelError(f"A factor of shape {[*factor.shape]} on {factor.device} does not fit x [{m}, {k}].")
     ranks = sum(f.shape[0] for f in factors)
     block_m = 16 if m <= 16 else 32 if m <= 64 or ranks > 64 else 64
-    block_k = 64 if x.dtype == torch.float32 or ranks > 64 else 128
+    # several masks for one tile of x take registers
+    block_k = 64 if x.dtype == torch.float32 or ranks > 64 or len(dropout.seed) > 1 else 128
     programs = triton.cdiv(m, block_m)
     splits = _splits(programs, triton.cdiv(k, block_k), m * ranks, x)
     kernel = triton_build.load("lora_down", **_spec(factors, scale, dropout)).lora_down[(programs, splits)]
