@@ -77,20 +77,32 @@ class ExpertGroup:
 
 
 def grouped_forward(group: ExpertGroup, x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [S, K] -> (y [S, N], h [S, sum R]) in the compute dtype; rows of no expert are zero."""
+    """x [S, K] -> (y [S, N], h [S, sum R]) in the compute dtype; rows of no expert are zero.
+
+    As in `lora_group.forward`, the library adds its product to the low-rank one within the fp32 sum.
+    """
     columns = group.columns()
     y = x.new_empty((x.shape[0], group.shape[0]))
     h = x.new_empty((x.shape[0], sum(a.shape[1] for a in group.a)))
     end = 0
     for expert, rows in group.runs():
-        torch.mm(x[rows], group.dense(expert).t(), out=y[rows])
-        for a, b, factor, own in zip(group.a, group.b, group.factors, columns):
-            h[rows, own] = low = x[rows] @ a[expert].t()
-            y[rows].addmm_(_scaled(low, factor, rows), b[expert].t())
+        mine, out = x[rows], y[rows]
+        for j, (a, b, factor, own) in enumerate(zip(group.a, group.b, group.factors, columns)):
+            h[rows, own] = low = mine @ a[expert].t()
+            _multiply(out, _scaled(low, factor, rows), b[expert].t(), add=j > 0)
+        _multiply(out, mine, group.dense(expert).t(), add=bool(columns))
         end = rows.stop
     y[end:].zero_()
     h[end:].zero_()
     return y, h
+
+
+def _multiply(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
+    """out = left right, or out += left right: one rounding of the sum."""
+    if add:
+        out.addmm_(left, right)
+    else:
+        torch.mm(left, right, out=out)
 
 
 def _scaled(low: Tensor, factor: Tensor | float, rows: slice) -> Tensor:
@@ -111,15 +123,15 @@ def grouped_backward(
     db = [torch.zeros_like(b) for b in group.lora_b] if need_adapters else []
     end = 0
     for expert, rows in group.runs():
-        if dx is not None:
-            torch.mm(dy[rows], group.dense(expert), out=dx[rows])
         for j, (a, b, factor, own) in enumerate(zip(group.a, group.b, group.factors, columns)):
             low = _scaled(dy[rows] @ b[expert], factor, rows)
             if dx is not None:
-                dx[rows].addmm_(low, a[expert])
+                _multiply(dx[rows], low, a[expert], add=j > 0)
             if need_adapters:
                 da[j][expert] = low.t() @ x[rows]
                 db[j][expert] = dy[rows].t() @ _scaled(h[rows, own], factor, rows)
+        if dx is not None:
+            _multiply(dx[rows], dy[rows], group.dense(expert), add=bool(columns))
         end = rows.stop
     if dx is not None:
         dx[end:].zero_()

@@ -7,7 +7,7 @@ and a folder that bitsandbytes wrote is read as it is, code by code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +17,7 @@ from ..config import QLoRAConfig, parse_dtype
 from ..errors import ConfigError, InvalidWeightError, MissingDependencyError
 from ..experts import expert_parameters
 from ..modules import adapter_parameters
-from ..tensor import QuantizedTensor, quantize_4bit
+from ..tensor import QuantizedTensor, quantize_4bit, stack_experts
 from .formats.bnb_files import PARTS, pack_weight, quantization_config, unpack_weight
 
 try:
@@ -137,6 +137,12 @@ class QLoRAHfQuantizer(HfQuantizer):
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self)
 
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
+        from .streamed_experts import by_expert
+
+        updated = super().update_weight_conversions(weight_conversions, *args, **kwargs)
+        return updated if self.pre_quantized else [by_expert(converter) for converter in updated]
+
     def get_load_operations(self) -> dict[str, Any]:
         return {"deserialize": _Deserialize}
 
@@ -177,23 +183,33 @@ class _Quantize(ConversionOps):
         self.hf_quantizer = hf_quantizer
 
     def convert(self, input_dict: dict[str, Any], model: Any = None, **kwargs: Any) -> dict[str, nn.Parameter]:
-        config, out = self.hf_quantizer.quantization_config, {}
+        out = {}
         for name, value in input_dict.items():
             dense = value[0] if isinstance(value, list) else value
-            module, _ = get_module_from_name(model, name)
-            try:
-                quantized = quantize_4bit(
-                    dense,
-                    quant_type=config.quant_type,
-                    block_size=config.block_size,
-                    double_quant=config.double_quant,
-                    transposed=isinstance(module, Conv1D),
-                    per_expert=name.rpartition(".")[2] in expert_parameters(module),
-                )
-            except InvalidWeightError as error:
-                raise InvalidWeightError(f"{name}: {error}") from None
+            module, leaf = get_module_from_name(model, name)
+            quantized = self._quantize(
+                name, dense, transposed=isinstance(module, Conv1D), per_expert=leaf in expert_parameters(module)
+            )
             out[name] = nn.Parameter(quantized, requires_grad=False)
         return out
+
+    def quantize_experts(self, name: str, experts: Iterable[torch.Tensor]) -> dict[str, nn.Parameter]:
+        """The parameter `name` [E, a, b] of its matrices, each quantized before the next one is asked for."""
+        quantized = stack_experts([self._quantize(name, matrix) for matrix in experts])
+        return {name: nn.Parameter(quantized, requires_grad=False)}
+
+    def _quantize(self, name: str, dense: torch.Tensor, **layout: bool) -> QuantizedTensor:
+        config = self.hf_quantizer.quantization_config
+        try:
+            return quantize_4bit(
+                dense,
+                quant_type=config.quant_type,
+                block_size=config.block_size,
+                double_quant=config.double_quant,
+                **layout,
+            )
+        except InvalidWeightError as error:
+            raise InvalidWeightError(f"{name}: {error}") from None
 
 
 class _Deserialize(ConversionOps):

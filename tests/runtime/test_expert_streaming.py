@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,51 @@ def test_experts_are_streamed_into_4_bits_as_prepare_makes_them(tmp_path: Path) 
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(again(input_ids=ids).logits, before, atol=2e-2, rtol=2e-2)
+
+
+class _Dense:
+    """Bytes of the checkpoint's tensors that were read and are still there, and the most that there were."""
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+
+    def read(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.now += tensor.nbytes
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(tensor, self.freed, tensor.nbytes)
+        return tensor
+
+    def freed(self, count: int) -> None:
+        self.now -= count
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_one_expert_at_a_time_is_dense(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import core_model_loading
+
+    experts = {"num_local_experts": 16, "num_experts": 16, "moe_intermediate_size": 64}
+    config = transformers.AutoConfig.for_model(kind, **SIZES | {"vocab_size": 8} | experts)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    dense, read = _Dense(), core_model_loading._materialize_copy
+    monkeypatch.setattr(core_model_loading, "_materialize_copy", lambda *args: dense.read(read(*args)))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, quantization_config=qc.QLoRAQuantizationConfig()
+    )
+    weight = model.get_parameter("model.layers.1.mlp.experts.gate_up_proj")
+    assert isinstance(weight, qc.QuantizedTensor) and weight.shape[0] == 16
+    kept = sum(p.nbytes for p in model.parameters() if not isinstance(p, qc.QuantizedTensor))
+    assert dense.peak <= kept + 2 * weight.numel() // 16 * 4
+    assert weight.numel() * 4 > kept + 2 * weight.numel() // 16 * 4  # or this test could not fail
+
+
+def test_a_checkpoint_without_an_expert_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    config = transformers.AutoConfig.for_model("mixtral", **SIZES)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    tensors = load_file(file)
+    del tensors[next(key for key in tensors if "layers.1" in key and "experts.2" in key and "w1" in key)]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match="automatic conversion"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=qc.QLoRAQuantizationConfig())
