@@ -75,7 +75,8 @@ class Speeds:
         by_bytes, by_operations = self.bounds(work)
         share = max(by_bytes, by_operations) / seconds
         near = "bytes" if by_bytes >= by_operations else "operations"
-        bound_by = near if share >= NEAR else "launch or latency"
+        neither = "launch or latency" if work.operations else "arithmetic that is no product, launch or latency"
+        bound_by = near if share >= NEAR else neither
         return {"bytes_us": 1e6 * by_bytes, "operations_us": 1e6 * by_operations, "share": share, "bound_by": bound_by}
 
 

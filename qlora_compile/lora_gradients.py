@@ -78,9 +78,9 @@ def grad_x(group: LoRAGroup, dys: list[Tensor], low: list[Tensor], x: Tensor) ->
     for i, n in enumerate(group.out_features):
         group.dense_weight(i, k, out=stacked[first : first + n])
         first += n
-    if one_product:
-        for a, rows_of_a in zip(group.lora_a, stacked[first:].split(group.ranks()), strict=True):
-            rows_of_a.copy_(a)
+    for a in group.lora_a if one_product else ():
+        stacked[first : first + a.shape[0]].copy_(a)
+        first += a.shape[0]
     left = [*dys, *one_product]
     dx = (torch.cat(left, dim=1) if len(left) > 1 else left[0]) @ stacked
     if group.dropout:
