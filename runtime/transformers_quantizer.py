@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..config import QLoRAConfig, parse_dtype
-from ..errors import ConfigError, InvalidWeightError, MissingDependencyError
+from ..errors import ConfigError, InvalidWeightError, MissingDependencyError, ModelStateError
 from ..experts import expert_parameters
 from ..modules import adapter_parameters
 from ..tensor import QuantizedTensor, quantize_4bit, stack_experts
@@ -89,6 +89,16 @@ def check_bitsandbytes(config: Mapping[str, Any]) -> None:
         raise ConfigError(f"The model is already quantized by {method}{bits}; only bitsandbytes' 4 bits are read here.")
 
 
+def _check_device_map(device_map: Any) -> None:
+    """Raises ModelStateError for a map to several devices, or to the disk."""
+    devices = sorted({str(device) for device in device_map.values()}) if isinstance(device_map, Mapping) else []
+    if len(devices) > 1 or "disk" in devices:
+        raise ModelStateError(
+            f"device_map spreads the model over {', '.join(devices)}: one compiled graph serves one device, so leave it out "
+            "or give {'': device}; several GPUs hold a model together by FSDP2."
+        )
+
+
 @register_quantizer(METHOD)
 class QLoRAHfQuantizer(HfQuantizer):
     """Dense linears and experts -> QuantizedTensor while loading, or bitsandbytes' tensors -> the same, byte for byte."""
@@ -122,6 +132,7 @@ class QLoRAHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config
+        _check_device_map(kwargs.get("device_map"))
         skipped = self.get_modules_to_not_convert(model, config.skip_modules, model._keep_in_fp32_modules)
         linears = {n: m for n, m in model.named_modules() if type(m) is nn.Linear or isinstance(m, Conv1D)}
         kept = sorted(name for name in linears if not should_convert_module(name, skipped))

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qlora_compile as qc
-from qlora_compile.errors import CheckpointError, ConfigError
+from qlora_compile.errors import CheckpointError, ConfigError, ModelStateError
 from qlora_compile.runtime.models import load_weights
 
 MakeModel = Callable[..., torch.nn.Module]
@@ -146,3 +146,16 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, tiny_llama: MakeModel) -> 
     save_file(tensors, tmp_path / "nf4" / MODEL_FILE, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=rf"{key} is quantized with quant_type='nf9'"):
         load_weights(tmp_path / "nf4")
+
+
+@pytest.mark.parametrize("other", ["disk", "meta"])
+def test_a_map_to_several_devices_is_refused_before_anything_is_read(
+    tmp_path: Path, tiny_llama: MakeModel, other: str
+) -> None:
+    pytest.importorskip("accelerate")
+    tiny_llama(torch.bfloat16).save_pretrained(tmp_path / "dense")  # type: ignore[operator]
+    spread = {"model.embed_tokens": "cpu", "model.layers": other, "model.norm": "cpu", "lm_head": "cpu"}
+    options: dict[str, Any] = {"device_map": spread | {"model.rotary_emb": "cpu"}, "offload_folder": tmp_path / "off"}
+    with pytest.raises(ModelStateError, match=f"over cpu, {other}: one compiled graph serves one device"):
+        load(tmp_path / "dense", qc.QLoRAQuantizationConfig(), **options)
+    assert load(tmp_path / "dense", qc.QLoRAQuantizationConfig(), device_map={"": "cpu"}).device.type == "cpu"
