@@ -19,9 +19,9 @@ import torch
 from torch import fx
 
 from ..flops import node_flops
+from ..fx_utils import storages
 from ..page_plan import PagedParameter, PageLink, PageTimeline
 from ..pass_manager import PassContext
-from ..step_graphs import storages
 from .page_schedule import Group, Issue, add_resident, clock, fill, schedule
 
 _ops = torch.ops.qlora

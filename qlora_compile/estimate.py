@@ -20,7 +20,7 @@ from torch import nn
 from .config import QLoRAConfig
 from .errors import ConfigError, ModelStateError, UnknownOptionError
 from .memory_plan import MemoryPlan, Peak
-from .step_graphs import Symbols
+from .step_plan import Symbols
 from .tracing import meta_copy, trace
 
 SYMBOLS = Symbols(7919, 100003)  # primes that divide no model's dimensions

@@ -208,3 +208,17 @@ def recomputed(gm: fx.GraphModule) -> tuple[tuple[str, int], ...]:
 
 def placeholders(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def storages(node: fx.Node) -> dict[Any, int]:
+    """The storages that a node's value stands on, with their bytes."""
+    found: dict[Any, int] = {}
+    stack = [node.meta.get("val")]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, (list, tuple)):
+            stack += reversed(value)
+        elif isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            found[storage._cdata] = storage.nbytes()
+    return found

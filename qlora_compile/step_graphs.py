@@ -7,7 +7,7 @@ fused op there (on the meta device it would fall apart into products of whole at
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,37 +17,9 @@ from torch._functorch.aot_autograd import aot_module_simplified
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from . import nf4, page_ops  # noqa: F401 - page_ops registers its ops
-from .flops import node_flops, partitioner_settings
-from .fx_utils import module_path
-from .memory_plan import Buffer, Event, MemoryPlan, Rows, Size, chunk_rows
-from .page_plan import PagedParameter
-from .pass_manager import target_name
+from . import nf4
+from .flops import partitioner_settings
 from .tensor import QuantizedTensor
-from .workspace import scratch_bytes, workspace_bytes
-
-_PREFETCH, _EVICT = torch.ops.qlora.prefetch_page.default, torch.ops.qlora.evict_page.default
-_SLACK = 16  # a dimension of seq + 1 (shifted labels) or one padded to a multiple of 8 still counts as the sequence
-
-
-@dataclass(frozen=True)
-class Symbols:
-    """A batch and a sequence length so odd that they can be found again in every size that they are part of."""
-
-    batch: int
-    seq: int
-
-    def size(self, number: int) -> Size:
-        """`number` as coefficient * batch^b * seq^s."""
-        b = s = 0
-        while number and number % self.batch == 0:
-            number, b = number // self.batch, b + 1
-        while number and number % self.seq == 0:
-            number, s = number // self.seq, s + 1
-        for times in (1, 2, 4, 8):  # bytes of an element
-            if number and abs(number - times * self.seq) <= _SLACK * times:
-                number, s = times, s + 1
-        return Size(number, b, s)
 
 
 @dataclass(frozen=True)
@@ -59,8 +31,13 @@ class StepGraphs:
     outputs: int
 
 
-def capture_step(gm: fx.GraphModule, inputs: Sequence[Any], activation_budget: float) -> StepGraphs:
-    """AOTAutograd's graphs of the pipeline's result. `gm` is changed: its constants move from meta to the CPU."""
+def capture_step(
+    gm: fx.GraphModule, inputs: Sequence[Any], activation_budget: float, inductor: bool = False
+) -> StepGraphs:
+    """AOTAutograd's graphs of the pipeline's result. `gm` is changed: its constants move from meta to the CPU.
+
+    With `inductor` they are those that Inductor gets: in its decompositions, after its passes over the joint graph.
+    """
     for node in gm.graph.nodes:
         node.args = fx.node.map_aggregate(node.args, _on_cpu)  # type: ignore[assignment]
         node.kwargs = fx.node.map_aggregate(node.kwargs, _on_cpu)  # type: ignore[assignment]
@@ -72,6 +49,11 @@ def capture_step(gm: fx.GraphModule, inputs: Sequence[Any], activation_budget: f
         return graph
 
     def partition(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **options: Any) -> Any:
+        if inductor:
+            from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+
+            options |= {"compiler": "inductor"}
+            joint = joint_graph_passes(joint)
         pair = min_cut_rematerialization_partition(joint, joint_inputs, num_fwd_outputs=num_fwd_outputs, **options)
         found["step"] = StepGraphs(pair[0], pair[1], num_fwd_outputs)
         return pair
@@ -81,9 +63,16 @@ def capture_step(gm: fx.GraphModule, inputs: Sequence[Any], activation_budget: f
     settings = partitioner_settings(activation_budget)
     with torch._functorch.config.patch(settings) if settings else contextlib.nullcontext():
         aot_module_simplified(
-            gm, fakes, fw_compiler=keep, bw_compiler=keep, partition_fn=partition, keep_inference_input_mutations=True
-        )
-    return found.get("step") or StepGraphs(found["inference"], None, len(_outputs(found["inference"])))
+            gm, fakes, fw_compiler=keep, bw_compiler=keep, partition_fn=partition, keep_inference_input_mutations=True,
+            decompositions=_inductors_decompositions() if inductor else None,
+        )  # fmt: skip
+    return found.get("step") or StepGraphs(found["inference"], None, len(graph_outputs(found["inference"])))
+
+
+def _inductors_decompositions() -> Any:
+    from torch._inductor.decomposition import select_decomp_table
+
+    return select_decomp_table()
 
 
 def _on_cpu(value: Any) -> Any:
@@ -100,176 +89,6 @@ def _fake(value: Any) -> Any:
     return nn.Parameter(fake, value.requires_grad) if isinstance(value, nn.Parameter) else fake
 
 
-def _outputs(gm: fx.GraphModule) -> list[Any]:
+def graph_outputs(gm: fx.GraphModule) -> list[Any]:
+    """What the graph returns: nodes and constants."""
     return list(next(node for node in gm.graph.nodes if node.op == "output").args[0])
-
-
-# --- the plan of a step ------------------------------------------------------------------------------------------
-
-
-def plan_of(
-    steps: Sequence[StepGraphs],
-    symbols: Symbols | None,
-    paged: Mapping[int, PagedParameter] | None = None,
-    device: str = "cpu",
-) -> MemoryPlan:
-    """The life of every storage over forward and backward; residents (weights, inputs) are the caller's to add.
-
-    `paged`: the parameters, by number, whose optimizer state the graphs prefetch and evict. `device` (a kind) decides
-    what ops of ours work on at a time.
-
-    Several steps are the graphs of one model with graph breaks: forwards in order, then backwards in reverse. What one
-    hands to the next is then taken to live to the end of the forward.
-    """
-    builder = _PlanBuilder(symbols, paged or {}, device)
-    builder.whole = len(steps) == 1  # else what comes into a backward graph is what another one gave
-    for part, step in enumerate(steps):
-        builder.add("forward", part, step.forward)
-        given = _outputs(step.forward)
-        builder.close_forward(part, [node for node in given[step.outputs :] if isinstance(node, fx.Node)])
-    last_forward = len(builder.events) - 1
-    for part, step in enumerate(steps):
-        for node in _outputs(step.forward)[: step.outputs]:
-            if isinstance(node, fx.Node):
-                builder.mark(("forward", part), node, "output", last_forward)
-    for part, step in reversed([*enumerate(steps)]):
-        if step.backward is not None:
-            builder.add("backward", part, step.backward)
-    for part, step in enumerate(steps):
-        for node in _outputs(step.backward) if step.backward is not None else ():
-            if isinstance(node, fx.Node):
-                builder.mark(("backward", part), node, "gradients", len(builder.events) - 1)
-    return MemoryPlan(builder.events, builder.buffers(), scratch=builder.scratch)
-
-
-class _PlanBuilder:
-    """Walks both graphs in order; a storage is born at the first node that has it and dies after the last that reads it."""
-
-    def __init__(self, symbols: Symbols | None, paged: Mapping[int, PagedParameter], device: str) -> None:
-        self.symbols, self.paged, self.device = symbols, paged, device
-        self.whole = True
-        self.events: list[Event] = []
-        self.scratch: dict[str, Size] = {}
-        self.live: dict[Any, Buffer] = {}  # storage -> its buffer so far
-        self.saved: dict[tuple[int, str], list[Any]] = {}  # (part, name of a saved node) -> its storages
-        self.workspaces: list[Buffer] = []
-        self.pages: dict[int, int] = {}  # number of a parameter whose state is on the device -> its place in `states`
-        self.states: list[Buffer] = []
-
-    def size(self, number: int | Rows) -> Size:
-        if not isinstance(number, Rows):
-            return self.symbols.size(number) if self.symbols else Size(number)
-        rows, row_bytes, chunk = number
-        found = self.symbols.size(rows) if self.symbols else Size(rows)
-        if found.coefficient != 1:  # no symbols, or other rows than tokens: as traced
-            return Size(row_bytes * (chunk_rows(rows, chunk) if chunk else rows))
-        return Size(row_bytes, found.b, found.s, chunk)
-
-    def add(self, phase: str, part: int, gm: fx.GraphModule) -> None:
-        """A node that the backward computes again stands on the forward's fake tensor: a storage's key names its graph."""
-        known: dict[Any, Any] = {}  # storage in this graph -> what the forward's buffer of it is kept under
-        inputs: set[Any] = set()
-        for node in gm.graph.nodes:
-            keys = storages(node)
-            if node.op == "placeholder":
-                known.update(zip(keys, self.saved.get((part, node.name), ())))
-                if self.whole and node.name.startswith("tangents"):
-                    self._give_tangent(node, (phase, part))
-                else:
-                    inputs.update(key for key in keys if key not in known)
-                continue
-            if node.op == "output":
-                continue
-            index = len(self.events)
-            own = {key: known.get(key, (phase, part, key)) for key in keys if key not in inputs}
-            fresh = [key for key in own if own[key] not in self.live]
-            self.events.append(self._event(phase, node, bool(fresh)))
-            for key in (k for source in (*node.all_input_nodes, node) for k in storages(source)):
-                self._touch(known.get(key, (phase, part, key)), index)
-            for key in fresh:
-                size = self.size(keys[key])
-                self.live[own[key]] = Buffer(node.name, module_path(node), "temporary", size, index, index)
-            self._add_workspace(node, index)
-            self._move_pages(node, index)
-
-    def _give_tangent(self, node: fx.Node, graph: tuple[str, int]) -> None:
-        """The gradient of an output that the loss does not use (the logits, in a language model) comes as zeros."""
-        start = len(self.events)
-        for key, nbytes in storages(node).items():
-            self.live[(*graph, key)] = Buffer(node.name, "", "temporary", self.size(nbytes), start, start)
-
-    def _move_pages(self, node: fx.Node, index: int) -> None:
-        """State lives on the device from its prefetch to its eviction, or to the end of the step."""
-        numbers: Any = node.args[-1] if node.target in (_PREFETCH, _EVICT) else ()
-        for number in numbers:
-            if node.target is _EVICT:
-                place = self.pages.pop(number, None)
-                if place is not None:
-                    self.states[place] = _with(self.states[place], end=index)
-            elif number in self.paged and number not in self.pages:
-                parameter = self.paged[number]
-                self.pages[number] = len(self.states)
-                module = parameter.name.rpartition(".lora_")[0] or parameter.name.rpartition(".")[0]
-                size = Size(parameter.state_bytes)
-                self.states.append(Buffer(f"state of {parameter.name}", module, "optimizer", size, index, index))
-
-    def _touch(self, key: Any, index: int) -> None:
-        if key in self.live:
-            self.live[key] = _with(self.live[key], end=max(index, self.live[key].end))
-
-    def _event(self, phase: str, node: fx.Node, allocates: bool) -> Event:
-        flops = node_flops(node)
-        traffic = tuple(self.size(nbytes) for nbytes in _traffic(node)) if flops else ()
-        target, module = target_name(node), module_path(node)
-        return Event(phase, node.name, target, module, allocates, (self.size(flops),) if flops else (), traffic)
-
-    def _add_workspace(self, node: fx.Node, index: int) -> None:
-        for nbytes in workspace_bytes(node, self.device):
-            buffer = Buffer(f"{node.name}: workspace", module_path(node), "workspace", self.size(nbytes), index, index)
-            self.workspaces.append(buffer)
-        for name, nbytes in scratch_bytes(node, self.device).items():
-            size = self.size(nbytes) if isinstance(nbytes, Rows) else Size(nbytes)
-            if name not in self.scratch or self.scratch[name].coefficient < size.coefficient:
-                self.scratch[name] = size
-
-    def close_forward(self, part: int, saved: list[fx.Node]) -> None:
-        """What the forward saves lives until the backward has used it."""
-        for node in saved:
-            self.saved[part, node.name] = [("forward", part, key) for key in storages(node)]
-            self.mark(("forward", part), node, "saved", len(self.events) - 1)
-
-    def mark(self, graph: tuple[str, int], node: fx.Node, kind: str, end: int) -> None:
-        """Tell what a buffer is for, and that it lives at least to this event."""
-        for key in storages(node):
-            buffer = self.live.get((*graph, key))
-            if buffer is not None:
-                known = buffer.kind if buffer.kind != "temporary" else kind
-                self.live[(*graph, key)] = _with(buffer, kind=known, end=max(end, buffer.end))
-
-    def buffers(self) -> list[Buffer]:
-        last, held = len(self.events) - 1, set(self.pages.values())
-        states = [_with(state, end=last) if place in held else state for place, state in enumerate(self.states)]
-        return [*self.live.values(), *self.workspaces, *states]
-
-
-def _with(buffer: Buffer, **changes: Any) -> Buffer:
-    return Buffer(**(buffer.__dict__ | changes))
-
-
-def storages(node: fx.Node) -> dict[Any, int]:
-    """The storages that a node's value stands on, with their bytes."""
-    found: dict[Any, int] = {}
-    stack = [node.meta.get("val")]
-    while stack:
-        value = stack.pop()
-        if isinstance(value, (list, tuple)):
-            stack += reversed(value)
-        elif isinstance(value, torch.Tensor):
-            storage = value.untyped_storage()
-            found[storage._cdata] = storage.nbytes()
-    return found
-
-
-def _traffic(node: fx.Node) -> list[int]:
-    """Bytes of each storage that the node writes or reads."""
-    return [nbytes for each in (node, *node.all_input_nodes) for nbytes in storages(each).values()]

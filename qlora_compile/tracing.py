@@ -34,7 +34,8 @@ from .preparation import call_arguments
 from .repetition import Repeat, find_repeats, fold_layers, unfold_name
 from .report import CompileReport, LinearReport, device_kernel_sources, explain, used_kernels
 from .state import ModelEdits
-from .step_graphs import Symbols, capture_step, plan_of
+from .step_graphs import capture_step
+from .step_plan import Symbols, plan_of
 from .tensor import QuantizedTensor
 
 
@@ -69,13 +70,16 @@ def trace(
 
     Raises what `prepare` raises, and ModelStateError where the model needs values to be traced.
     """
-    config = dataclasses.replace(QLoRAConfig.from_options(config), outline_layers=False)
+    config = QLoRAConfig.from_options(config)
+    wanted = config.outline_layers
+    config = dataclasses.replace(config, outline_layers=False)
     if not isinstance(model, nn.Module):
         raise ModelStateError(f"trace needs an nn.Module, got {type(model).__name__}.")
     work = meta_copy(model)
     arguments = tree_map(_on_meta, call_arguments(model, example_inputs))
-    alike = config.activation_budget == 1 and prepared_state(work) is None  # a budget may recompute some layers only
-    repeats = _repeats(work, config) if fold and alike and optimizer is None else []
+    found = _repeats(work, config) if prepared_state(work) is None else []
+    alike = config.activation_budget == 1 and optimizer is None  # a budget may recompute some layers only
+    repeats = found if fold and alike else []
     fold_layers(work, repeats)
     fewer = [_with_two_units(work, repeat) for repeat in repeats]
     traced = _run(work, arguments, config)
@@ -83,7 +87,8 @@ def trace(
     for repeat, smaller in zip(repeats, fewer):
         passes = _run(smaller, arguments, config).report.passes
         report.passes = [_extrapolated(p, few, repeat) for p, few in zip(report.passes, passes, strict=True)]
-    _add_step(report, traced, repeats, symbols, optimizer, device)
+    outlined = _outlines(dataclasses.replace(config, outline_layers=wanted), found, report.passes[-1].nodes_after)
+    _add_step(report, traced, repeats, symbols, optimizer, device, outlined)
     report.kernels = device_kernel_sources(local_device(), used_kernels(report), build=False)
     return report
 
@@ -115,6 +120,14 @@ def _repeats(model: nn.Module, config: QLoRAConfig) -> list[Repeat]:
             dense = not edits.quantizes_weight(entry)
             decisions[name] = (saved, reason, dense, config.rank_for(site), config.scaling_for(site))
     return find_repeats(model, decisions.get)
+
+
+def _outlines(config: QLoRAConfig, repeats: Sequence[Repeat], nodes: int) -> bool:
+    """Whether compiling the model, `nodes` in all, would outline its equal layers: what they share is nearly all of it."""
+    from .passes.outline_layers import flat_reason
+
+    saved = max((nodes * (repeat.units - 1) // repeat.units for repeat in repeats), default=0)
+    return config.outline_layers is True or (config.outline_layers == "auto" and flat_reason(saved, config) is None)
 
 
 def _with_two_units(model: nn.Module, repeat: Repeat) -> nn.Module:
@@ -279,10 +292,11 @@ def _add_step(
     symbols: Symbols | None,
     optimizer: PlannedOptimizer | None,
     device: str | None,
+    outlined: bool,
 ) -> None:
     """Forward and backward (of the largest graph) among the stages, and the plan of the whole step."""
-    budget = report.config.activation_budget
-    steps = [capture_step(copy_graph(gm), inputs, budget) for gm, inputs in traced.graphs]
+    budget, fused = report.config.activation_budget, report.config.lowering == "inductor"
+    steps = [capture_step(copy_graph(gm), inputs, budget, fused) for gm, inputs in traced.graphs]
     paged: dict[int, PagedParameter] = {}
     if optimizer is not None:
         for step, (_, inputs) in zip(steps, traced.graphs):
@@ -292,7 +306,7 @@ def _add_step(
         if graph is not None:
             report.stages[stage] = _with_kernels(_counted(snapshot(graph.graph), repeats), report.choices)
             report.code[stage] = graph.print_readable(print_output=False)
-    plan: MemoryPlan | None = plan_of(steps, symbols, paged, device or local_device())
+    plan: MemoryPlan | None = plan_of(steps, symbols, paged, device or local_device(), fused, outlined)
     for repeat in repeats:
         plan = unroll(plan, *_unit_functions(repeat)) if plan is not None else None
     if plan is not None:

@@ -18,7 +18,7 @@ from qlora_compile.lora_group import release_scratch
 from qlora_compile.memory_plan import Size
 from qlora_compile.page_plan import PlannedOptimizer
 from qlora_compile.repetition import Repeat, find_repeats
-from qlora_compile.step_graphs import Symbols
+from qlora_compile.step_plan import Symbols
 from qlora_compile.tracing import meta_copy, resident_bytes
 from qlora_compile.web.page import memory_data
 
@@ -115,11 +115,14 @@ def _models() -> dict[str, Any]:
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.parametrize("lowering", ["aot_eager", pytest.param("inductor", marks=SLOW)])
 @pytest.mark.parametrize("keep_logits", [True, pytest.param(False, marks=SLOW)])
 @pytest.mark.parametrize(
     "name", ["llama", *(pytest.param(n, marks=SLOW) for n in ("qwen2", "gemma2", "gpt_neox", "opt"))]
 )
-def test_the_peak_is_the_allocators(name: str, keep_logits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_peak_is_the_allocators(
+    name: str, keep_logits: bool, lowering: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import AutoModelForCausalLM
 
     from qlora_compile import lora_gradients, lora_group
@@ -129,7 +132,7 @@ def test_the_peak_is_the_allocators(name: str, keep_logits: bool, monkeypatch: p
     both = {"lora_linear": lora_group.forward, "lora_linear_backward": lora_gradients.backward}
     monkeypatch.setattr(kernels, "lora_kernel", lambda op, *_, **__: both[op])
 
-    config = dataclasses.replace(CONFIG, keep_logits=keep_logits)
+    config = dataclasses.replace(CONFIG, keep_logits=keep_logits, lowering=lowering)
     model = AutoModelForCausalLM.from_config(_models()[name], dtype=torch.bfloat16).train()
     batch = _tokens(3, 64)
     # sizes by symbols from one trace, evaluated at what is measured: 7919 and 100003 are primes that divide nothing here
@@ -143,8 +146,10 @@ def test_the_peak_is_the_allocators(name: str, keep_logits: bool, monkeypatch: p
     measured = _measured_peak(compiled, batch)
     planned = report.plan.at(3, 64).peak().bytes
     # what the library's products allocate for themselves is not in the plan, and lists of workspaces overlap less than it
-    # says; up to 1 % was seen
-    assert planned == pytest.approx(measured, rel=0.05), f"{planned / measured - 1:+.1%}"
+    # says: up to 1 %. Layers that are compiled as one region save a little more or less than flat ones: up to 8 %.
+    assert planned == pytest.approx(measured, rel=0.05 if lowering == "aot_eager" else 0.1), (
+        f"{planned / measured - 1:+.1%}"
+    )
 
 
 def test_pages_of_an_optimizer_that_is_only_planned() -> None:

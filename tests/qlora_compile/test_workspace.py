@@ -9,7 +9,8 @@ from torch import Tensor, fx
 from qlora_compile import linear_cross_entropy
 from qlora_compile.lora_group import release_scratch
 from qlora_compile.memory_plan import MemoryPlan, Size
-from qlora_compile.step_graphs import StepGraphs, Symbols, plan_of
+from qlora_compile.step_graphs import StepGraphs
+from qlora_compile.step_plan import Symbols, plan_of
 
 SYMBOLS = Symbols(7919, 100003)
 V, K = 16001, 48
