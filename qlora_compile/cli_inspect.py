@@ -68,6 +68,7 @@ def inspect(
     """
     given = model_argument(path, model)
     _check(format_, out, numerics, {"--bits": bits, "--text": text}, {"--batch": batch, "--seq-len": seq_len})
+    _check_stages([name for name in (stage, *(diff or ())) if name is not None])
     planned = _planned(optimizer, optimizer_budget, step_in_backward)
     config = quantization(
         r, target_modules, exclude_modules, block_size, double_quant, quant_type=quant_type, autotune=autotune
@@ -106,6 +107,18 @@ def _check(
     for option, number in counts.items():
         if number < 1:
             raise ConfigError(f"{option} must be at least 1, got {number}.")
+
+
+def _check_stages(names: list[str]) -> None:
+    """Before anything is traced. Raises UnknownOptionError naming the nearest stage."""
+    if not names:
+        return
+    from .passes import PIPELINE
+
+    known = ("input", *(rewrite.__name__ for rewrite in PIPELINE), "forward", "backward")
+    for name in names:
+        if name not in known:
+            raise UnknownOptionError(name, known, what="stage")
 
 
 def _planned(optimizer: str | None, budget: str | None, step_in_backward: bool) -> PlannedOptimizer | None:

@@ -100,6 +100,8 @@ def test_unknown_names_name_the_nearest(
     [
         ("--format svgg", "Unknown format 'svgg': did you mean 'svg'?"),
         ("--format html", "--format html needs --out FILE."),
+        ("--stage backwards", "Unknown stage 'backwards': did you mean 'backward'?"),  # before anything is traced
+        ("--diff inptu forward", "Unknown stage 'inptu': did you mean 'input'?"),
         ("--model other", "Name one model"),
         ("--batch 0", "--batch must be at least 1, got 0."),
         ("--optimizer-budget 1GiB", "--optimizer-budget and --step-in-backward are for --optimizer paged_adamw."),
