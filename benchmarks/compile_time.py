@@ -6,6 +6,9 @@ A row is a contender and a number of layers: the model cut to its first layers, 
 weights of its shape. Each row starts twice with caches of its own: in the first process everything is cold, in the second
 both torch's caches and ours are warm. "compile" is the first step minus a median one, so that slow products do not blur it;
 "start" is what a user waits for: the first step itself. Steps are taken in turns, so a busy minute hits all rows alike.
+A second table says what bounds each start, by torch's own clocks of the same run: Dynamo's tracing and guards, our passes,
+AOTAutograd (on a warm start: its key and the loading of what it kept), Inductor, the wait for the C++ compiler after
+Inductor was done, the step itself; "other" is what is left, imports first of all.
 An existing FILE is updated row by row: long tables can be measured in pieces.
 """
 
@@ -24,6 +27,7 @@ from typing import Any
 
 from common import load_peer, resident_bytes, smollm2, write_results
 
+PARTS = ("dynamo", "passes", "aot_autograd", "inductor", "cpp_wait", "step", "other")
 CONTENDERS = ("outlined", "flat", "bitsandbytes")
 ROWS = "outlined:4,outlined:12,outlined:30,flat:4,flat:12,flat:30,bitsandbytes:30"
 
@@ -58,6 +62,29 @@ def build(contender: str, layers: int, arguments: argparse.Namespace) -> tuple[A
     return torch.compile(model, backend="qlora", options={"outline_layers": contender == "outlined"}), trainable
 
 
+def clocks(model: Any) -> dict[str, float]:
+    """Seconds of this process's compilation so far, by who took them; no second is counted twice."""
+    from torch._dynamo.utils import compilation_time_metrics
+
+    import qlora_compile
+    from qlora_compile.modules import prepared_state
+
+    def took(*names: str) -> float:
+        return sum(sum(compilation_time_metrics.get(name, ())) for name in names)
+
+    ours = prepared_state(model) is not None
+    passes = sum(done.ms for done in qlora_compile.explain(model).passes) / 1e3 if ours else 0.0
+    inductor, wait = took("fx_codegen_and_compile"), took("async_compile.wait")
+    backend = took("OutputGraph.call_user_compiler", "backward._backward_impl")
+    return {
+        "dynamo": took("bytecode_tracing", "build_guards"),
+        "passes": passes,
+        "aot_autograd": backend - passes - inductor,
+        "inductor": inductor - wait,
+        "cpp_wait": wait,
+    }
+
+
 def worker(row: str, arguments: argparse.Namespace) -> None:
     """Builds the row's model, then one step for each line read on standard input; answers one JSON line each."""
     import torch
@@ -79,6 +106,7 @@ def worker(row: str, arguments: argparse.Namespace) -> None:
             "seconds": time.perf_counter() - begin,
             "cpu_s": sum(os.times()[:4]) - cpu_begin,
             "loss": loss.item(),
+            "parts": clocks(model),
             "peak_bytes": resident_bytes("VmHWM") - start_bytes,
             "cache": {key: value for key, value in counters["aot_autograd"].items() if "cache" in key}
             | {key: value for key, value in counters["inductor"].items() if "fxgraph_cache" in key},
@@ -157,8 +185,16 @@ def measure(names: list[str], argv: list[str], arguments: argparse.Namespace) ->
                 "loss_first": row.first["loss"],
                 "loss_last": row.last["loss"],
                 "warm_caches": again.first["cache"],
+                "cold_parts_s": parts(row.first, step),
+                "warm_parts_s": parts(again.first, step),
             }
         return results
+
+
+def parts(first: dict[str, Any], step: float) -> dict[str, float]:
+    """What a first step consists of, in seconds; "other" is what no clock saw."""
+    known = first["parts"] | {"step": step}
+    return known | {"other": first["seconds"] - sum(known.values())}
 
 
 def main() -> None:
@@ -222,6 +258,14 @@ def report(results: dict[str, dict[str, Any]], arguments: argparse.Namespace) ->
         cells += (f"{r['warm_start_s'] / r['cold_start_s']:.2f}", f"{r['step_s']:.3f}")
         table.add_row(name, *cells, ratio(name, f"flat:{layers}", "step_s"), f"{r['peak_mb']:.0f}")
     Console().print(table)
+    bounds = Table(title="what bounds the start: seconds of the first step, cold and warm")
+    for column in ("", "", "first step", *(part.replace("_", " ") for part in PARTS)):
+        bounds.add_column(column)
+    for name, r in results.items():
+        for start in ("cold", "warm") if "cold_parts_s" in r else ():
+            took = (f"{r[f'{start}_parts_s'][part]:.1f}" for part in PARTS)
+            bounds.add_row(name, start, f"{r[f'{start}_start_s']:.1f}", *took)
+    Console().print(bounds)
     setting = {key: getattr(arguments, key) for key in ("dtype", "batch", "seq_len", "hidden", "steps", "turns")}
     write_results(arguments.json, setting | {"model": Path(arguments.model).name}, results)
 

@@ -1,7 +1,8 @@
 """Activation checkpoints and marked regions -> their contents, in the flat graph where every other pass sees them.
 
     tag_activation_checkpoint(body, x, W)[0]  ->  linear(x, W)      each node marked: computed again in backward
-    invoke_subgraph(body, name, x, W)[0]      ->  linear(x, W)      no mark (nested_compile_region; outline_layers finds
+    invoke_subgraph(body, name, x, W)[0]      ->  linear(x, W)      no mark (nested_compile_region, and the layers that
+                                                                    `layer_tracing` traced as one: outline_layers finds
                                                                     equal layers again)
 
 The marks, `recompute` and `ac_graph_id` in `node.meta`, are those that AOTAutograd's partitioner reads; torch 2.13 sets
@@ -20,6 +21,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ..fx_utils import RECOMPUTE, copy_graph, is_call, is_linear
+from ..layer_tracing import STACK
 from ..pass_manager import PassContext
 
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
@@ -33,6 +35,8 @@ def inline_checkpoints(gm: fx.GraphModule, ctx: PassContext) -> int:
         for node in calls:
             count += 1
             _inline(gm, node, count)
+    if count:
+        gm.delete_all_unused_submodules()
     for node in gm.graph.nodes:
         if _is_candidate(node):
             ctx.decline(node.name, f"nothing inside it is fused: {_reason(node)}")
@@ -76,9 +80,14 @@ def _inline(gm: fx.GraphModule, call: fx.Node, region: int) -> None:
     results = _copy(gm, call, body, operands, marks)
     for user in list(call.users):
         result = results[user.args[1]]  # type: ignore[index]
+        if STACK in body.meta:
+            result.meta["example_value"] = user.meta["example_value"]  # all calls of the body share the others
         user.replace_all_uses_with(result)
         gm.graph.erase_node(user)
+    attribute = call.args[0]
     gm.graph.erase_node(call)
+    if not attribute.users:  # type: ignore[union-attr]
+        gm.graph.erase_node(attribute)  # type: ignore[arg-type]
 
 
 def _marks(region: int) -> dict[str, Any]:
@@ -105,8 +114,21 @@ def _copy(
             new.target = _adopt(gm, body, str(node.target), own)
         else:
             new.meta |= marks
+        if STACK in body.meta and "nn_module_stack" in new.meta:
+            new.meta["nn_module_stack"] = _moved(
+                new.meta["nn_module_stack"], body.meta[STACK], call.meta["nn_module_stack"]
+            )
         env[node] = new
     raise AssertionError("an FX graph ends with its output")
+
+
+def _moved(stack: dict[str, Any], traced: dict[str, Any], called: dict[str, Any]) -> dict[str, Any]:
+    """The modules around a node of the traced layer, as they are around the called one."""
+    if traced == called:
+        return stack
+    old, new = (next(reversed(layers.values()))[0] for layers in (traced, called))
+    inner = {k: (new + path.removeprefix(old), kind) for k, (path, kind) in stack.items() if k not in traced}
+    return called | inner
 
 
 def _adopt(gm: fx.GraphModule, body: fx.GraphModule, target: str, marks: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from . import warm_up
+from . import layer_tracing, warm_up
 from .config import QLoRAConfig
 from .dynamo import (
     guard_modules,
@@ -148,6 +148,8 @@ def _is_guarded(module: nn.Module) -> bool:
     forward = type(module).forward
     return any(getattr(forward, name, None) for name in ("__defaults__", "__kwdefaults__", "__closure__"))
 
+
+layer_tracing.BACKENDS.append(qlora)  # whose first pass puts the traced layers in line
 
 # On the meta device these are chosen as for this machine: the report names what would run here.
 TRACED_OPS = ("lora_linear", "lora_linear_backward", "attention")

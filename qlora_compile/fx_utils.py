@@ -42,8 +42,8 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
 
 def add_placeholder(graph: fx.Graph, name: str, example: torch.Tensor) -> fx.Node:
     """Append a placeholder after the last one, with a source of its own and its shape and dtype as example value."""
-    last = [node for node in graph.nodes if node.op == "placeholder"]
-    with graph.inserting_after(last[-1]) if last else graph.inserting_before(next(iter(graph.nodes))):
+    # placeholders come first: looking no further is what keeps hundreds of these cheap
+    with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
         # `0.codes` of an nn.Sequential is no Python name
         node = graph.placeholder(f"state_{re.sub(r'[^0-9A-Za-z_]', '_', name)}")
     node._dynamo_source = SyntheticLocalSource(node.name)  # type: ignore[attr-defined]

@@ -82,7 +82,7 @@ def lowering(config: QLoRAConfig, backward: Callable[[], Callable[..., None] | N
         edit = backward()
         if edit is not None:
             settings["enable_autograd_cache"] = False  # a hit there would pass the edit by
-        if any(node.target is call_region for node in gm.graph.nodes):
+        if any(node.target in (call_region, torch.ops.higher_order.invoke_subgraph) for node in gm.graph.nodes):
             # Inductor takes the outer graph's list of inputs that may be overwritten for the subgraph's (torch 2.13,
             # pytorch#192840), whose backward then destroys what another layer still needs
             settings["donated_buffer"] = False

@@ -34,6 +34,7 @@ class PassContext:
     params: dict[str, ParamInfo] = field(default_factory=dict)  # placeholder name -> the parameter that it stands for
     codes: dict[str, ParamInfo] = field(default_factory=dict)  # ... -> the 4-bit parameter whose codes it stands for
     state: dict[str, StateRef] = field(default_factory=dict)  # placeholder name -> state that a pass added
+    added: dict[str, fx.Node] = field(default_factory=dict)  # name of such state -> its placeholder
     declined: list[tuple[str, str]] = field(default_factory=list)
     chooser: Callable[..., Any] | None = None  # (op, forced kernel or "", sizes...) -> the runtime's choice of a kernel
     pages: tuple[PageLink, ...] = ()  # paged optimizers with parameters of this graph
@@ -47,11 +48,10 @@ class PassContext:
 
     def add_state(self, graph: fx.Graph, ref: StateRef) -> fx.Node:
         """A placeholder for a tensor that lives on the model; one per tensor, however often it is asked for."""
-        for name, known in self.state.items():
-            if known.name == ref.name:
-                return next(node for node in graph.nodes if node.name == name)
-        node = add_placeholder(graph, ref.name, ref.example)
-        self.state[node.name] = ref
+        node = self.added.get(ref.name)
+        if node is None:
+            node = self.added[ref.name] = add_placeholder(graph, ref.name, ref.example)
+            self.state[node.name] = ref
         return node
 
     def choose(self, op: str, **sizes: Any) -> Any:

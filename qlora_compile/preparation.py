@@ -12,6 +12,7 @@ from torch import nn
 
 from .attention import is_attention_weight
 from .config import QLoRAConfig, names_module
+from .equal_layers import mark_layers
 from .errors import ModelStateError, NoTargetError
 from .modules import prepared_config, prepared_state
 from .param_info import ParamInfo, is_linear_module
@@ -106,6 +107,7 @@ def _complete(model: nn.Module) -> None:
     state = prepared_state(model)
     assert state is not None
     state.complete = True
+    mark_layers(model)
 
 
 def _read_directly(model: nn.Module) -> dict[str, str]:
