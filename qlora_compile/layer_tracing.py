@@ -19,7 +19,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from .dynamo import traced_again
 from .equal_layers import ORIGINAL, equal_layer
@@ -116,13 +116,19 @@ class _Call:
             return None
         if tx.output.export or tx.output.current_tracer.parent is not None:
             return None
+        if tx.symbolic_torch_function_state.in_torch_function_mode() or torch._C._functorch.peek_interpreter_stack():
+            return None
+        inside = [(name, module) for name, module in layer.value.named_modules() if name]
+        if any(_is_special(module) for _, module in inside):
+            return None
         call = _Call(type(layer.value), (), [layer.source], [])
         facts = [call._fact(argument) for argument in (*args, *kwargs.values())]
         if any(fact is None for fact in facts):
             return None
-        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
         autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
-        call.facts = (len(args), tuple(kwargs), modes, tuple(autocast), tuple(facts))
+        classes = tuple((name, type(module)) for name, module in inside)
+        call.facts = (classes, len(args), tuple(kwargs), modes, tuple(autocast), tuple(facts))
         return call
 
     def _fact(self, given: Any) -> Any:
@@ -144,6 +150,12 @@ class _Call:
             return ("number", given.source is None, which, str(given.sym_num))
         example = proxy.node.meta["example_value"]
         return ("tensor", given.source is None, which, type(given), *_layout(example), example.requires_grad)
+
+
+def _is_special(module: nn.Module) -> bool:
+    """Whether it runs code of its own: Dynamo leaves no guard on hooks."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" in module.__dict__ or any(module.__dict__.get(name) for name in hooks)
 
 
 def _layout(example: torch.Tensor) -> tuple[Any, ...]:
@@ -181,6 +193,8 @@ class _Region:
         is_tuple = type(result) is TupleVariable
         if not all(isinstance(item, TensorVariable) for item in (result.items if is_tuple else [result])):
             raise _refuse(call.kind, "a result is no tensor")
+        if any("unbacked_bindings" in node.meta for node in body.graph.nodes):
+            raise _refuse(call.kind, "a size in it depends on data")
         body.meta[STACK] = dict(tx.nn_module_stack)
         nodes = [proxy.node for proxy in call.proxies]
         where = [nodes.index(p.node) if p.node in nodes else _source_of(p.node) for p in operands[1:]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -144,6 +145,26 @@ def test_layers_that_differ_are_traced_for_themselves(monkeypatch: pytest.Monkey
     model.layers[0].times, model.layers[3].times = 1, True  # equal, and another type
     compiled(model)
     assert done == ["traced", "traced", "moved", "traced"]
+
+
+def _own_forward(norm: nn.Module) -> None:
+    norm.forward = functools.partial(lambda old, x: old(x) * 3, norm.forward)  # as accelerate's hooks do
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda norm: norm.register_forward_hook(lambda module, args, y: y * 3),
+        lambda norm: norm.register_forward_pre_hook(lambda module, args: (args[0] * args[0],)),
+        _own_forward,
+        lambda norm: nn.utils.parametrize.register_parametrization(norm, "weight", nn.Hardtanh(2.0, 3.0)),
+    ],
+)
+def test_code_of_one_layers_own_is_run(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], Any]) -> None:
+    done, model = calls(monkeypatch), Model()
+    change(model.layers[2].norm)
+    compiled(model)
+    assert done in (["traced", "moved", "moved"], ["traced", "moved", "traced", "moved"])
 
 
 def test_shared_weights_stay_shared() -> None:
