@@ -81,7 +81,7 @@ def _variable_class() -> Any:
                 return forward.call_function(tx, list(args[1:]), kwargs)
             try:
                 traced = self.create_wrapped_node(tx, forward, list(args[1:]), kwargs, self._HOP_NAME)
-            except (Unsupported, ObservedException) as error:
+            except (Unsupported, ObservedException, AssertionError) as error:  # the last: of torch, about subgraphs
                 raise _refuse(call.kind, str(error)) from error
             region, result = _Region.of(tx, call, traced)
             regions.append(region)
