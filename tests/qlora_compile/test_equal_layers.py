@@ -248,7 +248,7 @@ def test_another_backend_sees_the_layers_in_line() -> None:
         graphs.append(gm)
         return gm.forward
 
-    torch.testing.assert_close(torch.compile(model, backend=backend)(x_()), model(x_()))
+    torch.testing.assert_close(torch.compile(model, backend=backend)(x_()), model(x_()), rtol=1e-3, atol=1e-4)
     (gm,) = graphs
     assert not gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph)
 
