@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import qlora_compile as qc
+from qlora_compile import equal_layers
 from qlora_compile.modules import adapter_parameters, adapter_sites, is_quantized
 from qlora_compile.weight_reads import weights_read_directly
 
@@ -229,3 +230,21 @@ def _outputs(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     out = model(**inputs)
     logits = out.logits if hasattr(out, "logits") else out.logits_per_image
     return logits.detach().clone()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "name", "entry"), _architectures())
+def test_equal_layers_traced_as_one(
+    task: str, name: str, entry: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The numbers of eager code where two layers are enough to be equal (`layer_tracing`); without gradients, so that the
+    first layer's input is like the second's."""
+    monkeypatch.setattr(equal_layers, "_LEAST", 2)
+    model = _build(task, name, entry.get("config", {})).train()
+    inputs = _inputs(task, model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        qc.prepare(model, OPTIONS | {"lowering": "eager"})
+    with torch.no_grad():
+        eager = _loss(model, inputs)
+        torch.testing.assert_close(_loss(torch.compile(model, backend="qlora"), inputs), eager, **TOLERANCE)
