@@ -6,7 +6,8 @@ A Qwen3-MoE of 2 layers, hidden 1024, 32 experts of 384 (8 a token), random bf16
 its own: "ours" (all of it in 4 bits, adapters on every linear and expert, compiled), "peft" (what bitsandbytes leaves:
 dense bf16 experts; PEFT's adapters on the same weights by `target_parameters`; bitsandbytes' linears, eager, since PEFT
 documents graph breaks there), "floor" (dense bf16, frozen, no adapters, compiled, gradient of the embeddings only).
-Reported: median step time, resident memory after the steps and its peak, both above what the imports take.
+Reported: median step time, bytes of the frozen weights, resident memory after the steps and its peak, both above what
+the imports take; each also as a share of "peft"'s.
 """
 
 from __future__ import annotations
@@ -79,6 +80,11 @@ def build(contender: str, folder: str) -> Any:
     return torch.compile(model, backend="inductor")
 
 
+def frozen_bytes(model: Any) -> int:
+    """Of the frozen parameters as they are stored (bitsandbytes' scales, in objects beside them, not counted)."""
+    return sum(getattr(p, "stored_bytes", p.nbytes) for p in model.parameters() if not p.requires_grad)
+
+
 def worker(contender: str, folder: str, tokens: int, steps: int) -> None:
     """Prints one JSON line: seconds of each step after the first two, memory in MB."""
     import bitsandbytes  # noqa: F401
@@ -106,6 +112,8 @@ def worker(contender: str, folder: str, tokens: int, steps: int) -> None:
         "first_step_s": seconds[0],
         "step_s": statistics.median(seconds[2:]),
         "fastest_s": min(seconds[2:]),
+        "slowest_s": max(seconds[2:]),
+        "frozen_mb": frozen_bytes(model) / mb,
         "resident_mb": (resident_bytes() - before) / mb,
         "peak_mb": (resident_bytes("VmHWM") - before) / mb,
         "loss": float(loss),
@@ -138,6 +146,7 @@ def main() -> None:
     for name, found in results.items():
         print(
             f"{name:6} step {found['step_s']:.3f} s ({found['step_s'] / peer['step_s']:.2f} of peft), "
+            f"frozen weights {found['frozen_mb']:.0f} MB ({found['frozen_mb'] / peer['frozen_mb']:.2f}), "
             f"memory {found['resident_mb']:.0f} MB ({found['resident_mb'] / peer['resident_mb']:.2f}), "
             f"peak {found['peak_mb']:.0f} MB ({found['peak_mb'] / peer['peak_mb']:.2f}), "
             f"first step {found['first_step_s']:.1f} s, loss {found['loss']:.3f}"
