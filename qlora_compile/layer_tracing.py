@@ -199,7 +199,7 @@ class _Region:
         nodes = [proxy.node for proxy in call.proxies]
         where = [nodes.index(p.node) if p.node in nodes else _source_of(p.node) for p in operands[1:]]
         if any(place is None for place in where):
-            raise _refuse(call.kind, "it uses a tensor from outside")
+            raise _refuse(call.kind, "it uses a tensor from outside, or a number that changes")
         kept = [(tuple(t.shape), t.stride(), t.dtype, t.device, t.requires_grad) for t in examples]
         guards = _guards_on(tx, call)
         region = _Region(call.facts, call.sources, name, where, kept, is_tuple, guards, reads)  # type: ignore[arg-type]
@@ -259,7 +259,8 @@ class _Region:
 def _source_of(node: fx.Node) -> Source | None:
     """Where a graph input comes from; None for what was computed, or is a number."""
     argument = node.meta.get("grapharg")
-    if argument is None or isinstance(argument.example, torch.SymInt):
+    # a float that has changed once is a graph input as a tensor, though its source is a number
+    if argument is None or argument.pass_arg_as_tensor or isinstance(argument.example, torch.SymInt):
         return None
     return argument.source
 

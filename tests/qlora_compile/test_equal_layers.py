@@ -140,6 +140,16 @@ def test_a_change_of_one_layer_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         done.clear()
 
 
+def test_numbers_that_have_changed_in_all_layers_are_traced_in_line() -> None:
+    """Dynamo makes a float that changed an input of the graph, as a tensor."""
+    model = Model()
+    result = compiled(model)
+    for gain in (0.7, 0.9):
+        for layer in model.layers:
+            layer.gain, layer.up.lora_scaling["default"] = gain, 2.5 * gain
+        torch.testing.assert_close(result(x_()), model(x_()), rtol=1e-3, atol=1e-4)
+
+
 def test_layers_that_differ_are_traced_for_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     done, model = calls(monkeypatch), Model()
     model.layers[0].times, model.layers[3].times = 1, True  # equal, and another type
