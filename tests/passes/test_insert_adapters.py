@@ -55,7 +55,7 @@ def test_a_branch_is_added_and_trains(
     torch.testing.assert_close(y, expected, atol=2e-5, rtol=2e-5)
     torch.testing.assert_close(da, a.grad, atol=2e-5, rtol=2e-5)
     torch.testing.assert_close(db, b.grad, atol=2e-5, rtol=2e-5)
-    torch.testing.assert_close(model(x), y, atol=0, rtol=0)
+    torch.testing.assert_close(model(x), y, atol=2e-5, rtol=2e-5)  # one fp32 sum instead of two
 
 
 def test_twice_is_the_same_as_once(traced: Callable[..., Any]) -> None:

@@ -110,7 +110,8 @@ def test_a_pipeline_of_ones_own_goes_to_the_backend() -> None:
     mine = functools.partial(qlora, pipeline=insert_pass(PIPELINE, half_of_it, after="fuse_lora_linear"))
     out = torch.compile(model, backend=mine, options={"lowering": "eager", "compute_dtype": "float32"})(x)
     torch.testing.assert_close(out, model(x) / 2)  # the same arithmetic on both sides
-    assert [p.name for p in qc.explain(model).passes][-7:-5] == ["half_of_it", "group_linears"]
+    names = [p.name for p in qc.explain(model).passes]
+    assert names[names.index("half_of_it") + 1] == "group_linears"
 
 
 @pytest.mark.parametrize("where", [{}, {"before": "match_lora", "after": "match_lora"}])

@@ -149,7 +149,9 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         triton_lora.register()
         names = {c.name: c.declines(problem) for c in dispatch.candidates("lora_linear", "cuda")}
-        assert names == {"library_gemm": None, "triton_vector": None, "triton_gemm": None, "triton_low_rank": None}
+        ragged = {"joined_gemm": "K is no multiple of the block of 64"}
+        fits = {"library_gemm": None, "triton_vector": None, "triton_gemm": None, "triton_low_rank": None}
+        assert names == fits | ragged
         choice = dispatch.choose(problem)
         assert choice.name == "library_gemm"  # nothing was measured
         for changed, name, reason in (

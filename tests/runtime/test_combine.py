@@ -203,7 +203,8 @@ def test_on_a_model_it_equals_the_dynamic_sum(tmp_path: Path, tiny_llama: MakeMo
     with torch.no_grad():
         dynamic = model(IDS).logits
         report = qc.combine_adapters(model, weights, "both")
-        assert torch.equal(model(IDS).logits, dynamic)  # not active yet
+        # not active yet, or the adapters would count twice: its columns are in the fp32 sum, times zero
+        torch.testing.assert_close(model(IDS).logits, dynamic, rtol=1e-5, atol=1e-6)
         qc.set_adapters(model, "both")
         # fp32 throughout, sums in another order; the activations are of order 1.
         torch.testing.assert_close(model(IDS).logits, dynamic, rtol=1e-4, atol=1e-5)
