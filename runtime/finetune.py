@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,8 @@ class _Run:
         config = self.config
         if config.memory_budget is None:
             return None
+        if not config.compile:  # nothing is fused, no loss is taken in chunks, nothing is computed again
+            qlora = dataclasses.replace(qlora, lowering="eager", keep_logits=True, activation_budget=1.0)
         self.reporter.notice("estimating the memory of a step")
         return StepMemory(
             self.model,

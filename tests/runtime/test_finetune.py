@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qlora_compile.config import QLoRAConfig
 from qlora_compile.errors import CheckpointError, ConfigError, MemoryBudgetError
 from qlora_compile.runtime.finetune import FinetuneConfig, FinetuneResult, _Run, finetune
 from qlora_compile.runtime.interrupts import InterruptedRunError
@@ -295,6 +296,19 @@ def test_a_step_in_backward_gives_the_run_of_the_usual_way(make_config: Any) -> 
         config = make_config("other", **options, **{name: value})
         with pytest.raises(ConfigError, match=f"{name} is for one process, and this run has 2"):
             _Run(config, SilentReporter(), SimpleNamespace(count=2))  # type: ignore[arg-type]
+
+
+def test_without_compile_a_memory_budget_is_for_a_step_as_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[Any]()
+    monkeypatch.setattr("qlora_compile.runtime.finetune.StepMemory", lambda model, qlora, *_, **__: seen.append(qlora))
+    for compiled in (True, False):
+        config = SimpleNamespace(
+            memory_budget="1GiB", compile=compiled, seq_len=8, optimizer="adamw", optimizer_budget=None
+        )
+        this: Any = SimpleNamespace(config=config, reporter=SilentReporter(), model=None, device=torch.device("cpu"))
+        _Run._memory(this, QLoRAConfig(keep_logits=False, activation_budget=0.5))
+    found = [(qlora.lowering, qlora.keep_logits, qlora.activation_budget) for qlora in seen]
+    assert found == [("inductor", False, 0.5), ("eager", True, 1.0)]
 
 
 @pytest.mark.slow
