@@ -238,6 +238,7 @@ function drawTraining() {
   const body = $("training-body"), names = Object.keys(data.runs);
   body.replaceChildren();
   if (!names.length) { body.append(el("p", { textContent: "No run was given: to_html(path, runs=[folder]), or inspect --run FOLDER." })); return; }
+  const draws = []; // a chart is as wide as its column, which is known when all columns are there
   for (const [kind, key, title] of TRAINING) {
     const lines = (name) => data.runs[name][kind].filter((line) => line[key] != null);
     if (!names.some((name) => lines(name).length)) continue;
@@ -247,9 +248,10 @@ function drawTraining() {
     body.append(holder);
     const shown = (v) => (v == null ? "–" : key.endsWith("bytes") ? human(v) : +v.toPrecision(5));
     const values = (u, ticks) => ticks.map(shown);
-    new uPlot({ width: holder.clientWidth, height: 240, scales: { x: { time: false } }, axes: [{ ...axis(), incrs: WHOLE }, { ...axis(), size: 84, values }],
-      series: [{ label: "step" }, ...names.map((name, i) => ({ label: name, stroke: COLORS[i % COLORS.length], width: 2, spanGaps: true, value: (u, v) => shown(v) }))] }, [steps, ...columns], holder);
+    draws.push(() => new uPlot({ width: holder.clientWidth, height: 240, scales: { x: { time: false } }, axes: [{ ...axis(), incrs: WHOLE }, { ...axis(), size: 84, values }],
+      series: [{ label: "step" }, ...names.map((name, i) => ({ label: name, stroke: COLORS[i % COLORS.length], width: 2, spanGaps: true, value: (u, v) => shown(v) }))] }, [steps, ...columns], holder));
   }
+  draws.forEach((draw) => draw());
 }
 function drawNumerics() {
   const body = $("numerics-body"), rows = data.numerics.slice().sort((a, b) => b.error - a.error);

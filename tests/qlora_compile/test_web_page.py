@@ -142,6 +142,8 @@ def test_every_page_opens_without_an_error(browser: Browser, page: str, report: 
     assert titles == ["Loss", "Perplexity on held-out text", "Tokens/s", "Memory", "Paged in, bytes a step",
                       "Paged out, bytes a step", "Waited for pages, ms a step"]  # fmt: skip
     assert browser.run("document.querySelectorAll('#page-training canvas').length") == len(titles)
+    inside = "[...document.querySelectorAll('#training-body > div')].every((d) => d.scrollWidth <= d.clientWidth)"
+    assert browser.run(inside)  # a chart that is wider than its column runs into the next one
     exports = browser.run("document.getElementById('page-export').textContent")
     assert "merged" in exports and "law × 0.7." in exports and "1.25e-01" in exports and "were not measured" in exports
     kernels = browser.run("document.getElementById('page-kernels').textContent")
