@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bounds import Speeds, best_of
 from common import load_ours, load_peer, smollm2, write_results
 
 RANK = 16
@@ -67,17 +68,6 @@ def median_s(call: Callable[[], object], count: int) -> float:
             call()
         times.append((time.perf_counter() - begin) / count)
     return statistics.median(times[1:])
-
-
-def read_speed() -> float:
-    """Bytes/s of reading 256 MB, best of 10."""
-    source = torch.zeros(32 << 20, dtype=torch.int64)
-    times = []
-    for _ in range(10):
-        begin = time.perf_counter()
-        source.sum()
-        times.append(time.perf_counter() - begin)
-    return source.nbytes / min(times)
 
 
 def linear_call_us(model: torch.nn.Module) -> float:
@@ -130,7 +120,7 @@ def report(
     models: dict[str, torch.nn.Module], times: dict[str, list[tuple[float, float]]], calls: dict[str, float]
 ) -> dict[str, dict[str, float]]:
     """The table as it is printed and stored."""
-    speed, found = read_speed(), {}
+    speed, found = Speeds.measure(best_of(10)).read, {}
     for name, spent in times.items():
         values = [wall for wall, _ in spent]
         median, bytes_read = statistics.median(values), weight_bytes(models[name])

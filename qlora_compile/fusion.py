@@ -13,31 +13,10 @@ from torch import fx
 
 # besides what torch itself tags as pointwise: copies, gathers and constants, which Inductor reads element by element
 _BY_ELEMENT = {
-    *(
-        "_to_copy",
-        "_unsafe_index",
-        "arange",
-        "cat",
-        "constant_pad_nd",
-        "convert_element_type",
-        "copy",
-        "embedding",
-        "full",
-    ),
-    *(
-        "full_like",
-        "gather",
-        "index",
-        "iota",
-        "lift_fresh_copy",
-        "new_full",
-        "new_zeros",
-        "ones",
-        "ones_like",
-        "repeat",
-    ),
-    *("roll", "flip", "scalar_tensor", "select_scatter", "slice_scatter", "zeros", "zeros_like"),
-}
+    "_to_copy", "_unsafe_index", "arange", "cat", "constant_pad_nd", "convert_element_type", "copy", "embedding",
+    "flip", "full", "full_like", "gather", "index", "iota", "lift_fresh_copy", "new_full", "new_zeros", "ones",
+    "ones_like", "repeat", "roll", "scalar_tensor", "select_scatter", "slice_scatter", "zeros", "zeros_like",
+}  # fmt: skip
 _MOST_READS = 4  # torch._inductor.config.realize_reads_threshold: a value of more inputs is written once, not repeated
 
 
@@ -105,9 +84,8 @@ def _is_view(node: fx.Node) -> bool:
 def is_by_element(node: fx.Node) -> bool:
     if torch.Tag.pointwise in _tags(node) or _name(node) in _BY_ELEMENT:
         return True
-    constant = (
-        node.args[0] if _name(node) == "scatter" else None
-    )  # one value put into a constant: a comparison of indices
+    # one value put into a constant: a comparison of indices
+    constant = node.args[0] if _name(node) == "scatter" else None
     return isinstance(constant, fx.Node) and _name(constant) == "full" and not isinstance(node.args[3], fx.Node)
 
 

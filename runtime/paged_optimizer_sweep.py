@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .kernels.cpu_common import DTYPES
 from .kernels.triton_common import sent_to
 from .memory import Page, PagePool, Span
 from .memory.page import Where
 from .paged_optimizer_layout import ParamState, Views, dequantize_blocks, map_on, quantize_blocks, signed_map
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of common.cpp.jinja
 _WINDOWS = 4  # pages at work, pages coming, and pages that the last window has not left yet
 
 
@@ -81,7 +81,7 @@ class Plan:
         self.start = np.array([span.first * layouts[i].unit * sizes[i] for _, i, span in spans])
         self.offset = np.array([span.offset for span in self.spans])
         self.count = np.array([layouts[i].count(span, self.states[i].numel) for _, i, span in spans])
-        self.dtype = np.array([_DTYPES[tasks[i].values.dtype] for _, i, _ in spans])
+        self.dtype = np.array([DTYPES[tasks[i].values.dtype] for _, i, _ in spans])
         self.narrow = np.array([layouts[i].narrow for _, i, _ in spans])
         self.pieces: dict[Page, range] = {}
         for at, span in enumerate(self.spans):

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..memory import Page, Span
 from ..paged_optimizer_layout import ParamState, StateLayout
+from .cpu_common import DTYPES
 
-_TYPES = (torch.float32, torch.bfloat16, torch.float16)  # enum Dtype of common.cpp.jinja
 _NUMEL = 37 * 97  # the last block is ragged
 _TIPPED = 0.01  # of the codes: a last bit that a fused multiply-add rounds otherwise may choose the neighbour
 
@@ -48,7 +48,7 @@ def _proves(kernel: Callable[..., Any], device: torch.device, layout: StateLayou
             buffer.data_ptr() + spans[0].offset,
             _NUMEL,
             0,
-            _TYPES.index(dtype),
+            DTYPES[dtype],
         ]
         kernel(torch.tensor([piece], dtype=torch.int64, device="cpu"), coefficients, layout.lion, layout.narrow)
         state = ParamState(layout, _NUMEL, None, None, dtype)  # type: ignore[arg-type]  # of which layout and size are read

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ...nf4 import dynamic_map
 from . import triton_build
+from .cpu_common import DTYPES
 from .triton_common import on_device, sent_to
 from .triton_low_rank import TYPES
 
 _BLOCKS = 4  # of 256 elements: a program of 128 threads has 8 each
-_TYPES = (torch.float32, torch.bfloat16, torch.float16)  # enum Dtype of common.cpp.jinja
 
 
 @functools.cache
@@ -33,7 +33,7 @@ def paged_step(pieces: Tensor, numbers: Tensor, lion: bool, narrow: bool, totals
     device = numbers.device
     module = triton_build.load("paged_step", uses_codes=False, lion=lion, narrow=narrow)
     maps = _maps(device) if narrow else ()
-    for number, dtype in enumerate(_TYPES):
+    for dtype, number in DTYPES.items():
         own = pieces[:, 5] == number
         chosen = pieces[own]
         if len(chosen):

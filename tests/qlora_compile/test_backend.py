@@ -5,17 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch._dynamo.utils import counters
 from toy_models import (
     AOT_FP32,
     MLP,
     TIGHT,
+    Llama,
     compile_model,
     fill,
     graphs_compiled,
@@ -27,9 +26,6 @@ from toy_models import (
 import qlora_compile as qc
 from qlora_compile.errors import ConfigError, InvalidWeightError, ModelStateError, NoTargetError, UnknownOptionError
 from qlora_compile.modules import adapter_sites, prepared_config
-
-Llama = Callable[..., nn.Module]
-
 
 # --- numbers: the same model, compiled and eager ---
 

@@ -25,9 +25,6 @@ from toy_models import (
 import qlora_compile as qc
 from qlora_compile.modules import QLoRALinear, adapter_parameters, adapter_sites
 
-Llama = Callable[..., nn.Module]
-
-
 # --- spellings and shapes of models ---
 
 

@@ -13,6 +13,7 @@ from toy_models import (
     AOT_FP32,
     MLP,
     TIGHT,
+    Llama,
     compile_model,
     fill,
     graphs_compiled,
@@ -23,9 +24,6 @@ from toy_models import (
 
 import qlora_compile as qc
 from qlora_compile.modules import adapter_parameters, adapter_sites
-
-Llama = Callable[..., nn.Module]
-
 
 # --- recompilations and modes ---
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from toy_models import (
     AOT_FP32,
     MLP,
     TIGHT,
+    Llama,
     RawParameters,
     compile_model,
     fill,
@@ -26,9 +26,6 @@ from toy_models import (
 
 import qlora_compile as qc
 from qlora_compile.modules import QLoRALinear, adapter_parameters, adapter_sites
-
-Llama = Callable[..., nn.Module]
-
 
 # --- state: both doors, memory, what trains ---
 

@@ -10,13 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from toy_models import AOT_FP32, TIGHT, fill, graphs_compiled, take_grads
+from toy_models import AOT_FP32, TIGHT, Llama, fill, graphs_compiled, take_grads
 
 import qlora_compile as qc
 from qlora_compile import regions
 from qlora_compile.modules import adapter_parameters
-
-Llama = Callable[..., nn.Module]
 
 
 class Block(nn.Module):

@@ -20,6 +20,8 @@ AOT_FP32: dict[str, Any] = FP32 | {"lowering": "aot_eager"}
 # fp32 sums of at most 80 terms of size 1, added in another order
 TIGHT: dict[str, float] = {"atol": 5e-5, "rtol": 5e-5}
 
+Llama = Callable[..., nn.Module]  # conftest's `tiny_llama`
+
 
 class MLP(nn.Module):
     """up [53, 37] with bias, down [21, 53] without."""
