@@ -63,7 +63,8 @@ def trace(
 
     `example_inputs` is a tuple of positional or a mapping of keyword arguments of `forward`; their values are not read.
     A model on the meta device is enough; it is not changed. `fold=False` traces every layer even where they are equal.
-    `report.plan` is the life of every buffer over a step (None if the model has graph breaks). Nothing is outlined.
+    `report.plan` is the life of every buffer over a step (None if the model has graph breaks). Nothing is outlined: each
+    layer is shown, and the pass's row says where compiling would make them one region.
     `optimizer`: what a paged optimizer would do over the backward pass, in `report.paging` and the plan; its order is
     that of all layers, so every layer is traced. `device`, "cpu" or "cuda": whose chunks of the loss the plan has (None:
     this machine's).
@@ -88,6 +89,8 @@ def trace(
         passes = _run(smaller, arguments, config).report.passes
         report.passes = [_extrapolated(p, few, repeat) for p, few in zip(report.passes, passes, strict=True)]
     outlined = _outlines(dataclasses.replace(config, outline_layers=wanted), found, report.passes[-1].nodes_after)
+    if outlined:
+        report.passes = [_left_apart(p) if p.name == "outline_layers" else p for p in report.passes]
     _add_step(report, traced, repeats, symbols, optimizer, device, outlined)
     report.kernels = device_kernel_sources(local_device(), used_kernels(report), build=False)
     return report
@@ -128,6 +131,11 @@ def _outlines(config: QLoRAConfig, repeats: Sequence[Repeat], nodes: int) -> boo
 
     saved = max((nodes * (repeat.units - 1) // repeat.units for repeat in repeats), default=0)
     return config.outline_layers is True or (config.outline_layers == "auto" and flat_reason(saved, config) is None)
+
+
+def _left_apart(result: PassResult) -> PassResult:
+    reason = "a trace shows each of them; compiling makes them one region"
+    return dataclasses.replace(result, declined=(*result.declined, ("equal layers", reason)))
 
 
 def _with_two_units(model: nn.Module, repeat: Repeat) -> nn.Module:

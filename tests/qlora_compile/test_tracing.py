@@ -37,7 +37,7 @@ def _tokens(batch: int = 2, seq: int = 24) -> dict[str, Tensor]:
 def test_a_trace_says_what_compiling_says(tiny_llama: Callable[..., nn.Module]) -> None:
     model = tiny_llama(torch.bfloat16, num_hidden_layers=6).train()
     batch = _tokens()
-    traced = qc.trace(model, batch, CONFIG)
+    traced = qc.trace(model, batch, dataclasses.replace(CONFIG, outline_layers=True))
     assert all(parameter.requires_grad for parameter in model.parameters())  # nothing of the model was changed
     torch.compile(model, backend="qlora", options=CONFIG.to_dict() | {"lowering": "eager", "outline_layers": False})(
         **batch
@@ -46,7 +46,9 @@ def test_a_trace_says_what_compiling_says(tiny_llama: Callable[..., nn.Module]) 
     assert [repeat.kept for repeat in traced.repeats] == [[0, 1, 5]]
     assert [_without_kernel(linear) for linear in traced.linears] == [_without_kernel(x) for x in compiled.linears]
     for ours, theirs in zip(traced.passes, compiled.passes, strict=True):
-        assert (ours.name, ours.rewrites, ours.declined) == (theirs.name, theirs.rewrites, theirs.declined)
+        apart = (("equal layers", "a trace shows each of them; compiling makes them one region"),)
+        declined = theirs.declined + (apart if ours.name == "outline_layers" else ())
+        assert (ours.name, ours.rewrites, ours.declined) == (theirs.name, theirs.rewrites, declined)
         # by one: torch logs the first use of a class in a process by a call that stands in the graph
         assert abs(ours.nodes_after - theirs.nodes_after) <= 1
     # the compiled model's bytes count no buffers, and neither do these
