@@ -7,10 +7,12 @@ knows under an activation budget that computing a `lora_linear` again is not fre
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
@@ -21,7 +23,7 @@ from . import (  # noqa: F401  they define the ops that get a formula here
     ops,
     wide_ops,
 )
-from .fx_utils import called_graph
+from .fx_utils import called_graph, hint
 
 _ops, _aten = torch.ops.qlora, torch.ops.aten
 
@@ -42,10 +44,10 @@ def _size(factors: Sequence[Tensor]) -> int:
 
 
 @register_flop_formula(_ops.lora_linear, get_raw=True)
-def _lora_linear(*args: Any, out_val: Sequence[Tensor], **kwargs: Any) -> int:
+def _lora_linear(*args: Any, **kwargs: Any) -> int:
     given = dict(zip(_FORWARD_NAMES, args))
     x = given["x"]
-    dense = sum(y.shape[-1] for y in out_val[:-1]) * x.shape[-1]
+    dense = sum(given["out_features"]) * x.shape[-1]
     return 2 * _rows(x) * (dense + _size(given["lora_a"]) + _size(given["lora_b"]))
 
 
@@ -97,8 +99,9 @@ def _wide_linear_backward(
 
 
 @register_flop_formula(_ops.wide_matmul, get_raw=True)
-def _wide_matmul(a: Tensor, b: Tensor, *args: Any, out_val: Tensor, **kwargs: Any) -> int:
-    return 2 * out_val.numel() * a.shape[-1]
+def _matmul(a: Tensor, b: Tensor, *args: Any, out_val: Tensor | None, **kwargs: Any) -> int:
+    """Batches broadcast, so the output's shape is needed; a pass's new node may not have one yet."""
+    return 0 if out_val is None else 2 * out_val.numel() * a.shape[-1]
 
 
 @register_flop_formula(_ops.attention, get_raw=True)
@@ -131,18 +134,43 @@ def partitioner_settings(activation_budget: float) -> dict[str, Any]:
     return {"activation_memory_budget": activation_budget, "is_non_builtin_to_include": True}
 
 
+def _linear(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> int:
+    return 2 * _rows(x) * weight.numel()
+
+
+def _addmm(bias: Tensor, a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> int:
+    return 2 * a.numel() * b.shape[-1]
+
+
+# What Dynamo's graphs, and so all stages before AOTAutograd's, call; a string is a tensor's method.
+_PYTHON: dict[Any, Callable[..., Any]] = {
+    F.linear: _linear,
+    torch.addmm: _addmm,
+    F.scaled_dot_product_attention: _attention,
+    **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, operator.matmul, "matmul", "mm", "bmm"), _matmul),
+}
+
+
 def node_flops(node: fx.Node) -> int:
-    """FLOPs of a product, an attention or a region with such in it, 0 for everything else."""
+    """FLOPs of a product, an attention or a region with such in it; 0 for everything else, or where its value is unknown.
+
+    Symbolic sizes count as they were when the graph was traced; no guard is made.
+    """
     region = called_graph(node)
     if region is not None:
         return sum(map(node_flops, region.nodes))
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, torch._ops.OpOverload):
+        formula = flop_registry.get(node.target._overloadpacket)
+    else:
+        formula = _PYTHON.get(node.target) if node.op in ("call_function", "call_method") else None
+    if formula is None or any(_value(source) is None for source in node.all_input_nodes):
         return 0
-    formula = flop_registry.get(node.target._overloadpacket)
-    if formula is None:
-        return 0
-    return int(formula(*_values(node.args), **_values(node.kwargs), out_val=node.meta.get("val")))
+    return hint(formula(*_values(node.args), **_values(node.kwargs), out_val=_value(node)))
+
+
+def _value(node: fx.Node) -> Any:
+    return node.meta.get("val", node.meta.get("example_value"))
 
 
 def _values(tree: Any) -> Any:
-    return fx.node.map_aggregate(tree, lambda value: value.meta.get("val") if isinstance(value, fx.Node) else value)
+    return fx.node.map_aggregate(tree, lambda value: _value(value) if isinstance(value, fx.Node) else value)

@@ -17,7 +17,8 @@ from torch import fx
 
 from .config import QLoRAConfig
 from .errors import ConfigError, PassError, QLoRACompileError, UnknownOptionError
-from .fx_utils import add_placeholder, module_path, source_line, value
+from .flops import node_flops
+from .fx_utils import add_placeholder, called_graph, module_path, source_line, value
 from .page_plan import PageLink, PageTimeline
 from .param_info import ParamInfo, StateRef
 from .state import ModelEdits
@@ -78,6 +79,7 @@ class NodeRecord:
     sites: tuple[str, ...]
     made_by: tuple[str, ...]
     kernels: tuple[tuple[str, str], ...] = ()
+    flops: int = 0
     repeat: int = 1  # how many nodes of the whole model it stands for, where only some of its equal layers were traced
 
 
@@ -192,6 +194,7 @@ def record(node: fx.Node) -> NodeRecord:
         sites=tuple(node.meta.get("qlora_sites", ())),
         made_by=tuple(node.meta.get("qlora_made_by", ())),
         kernels=tuple((op, choice.name) for op, choice in node.meta.get("qlora_kernels", ())),
+        flops=0 if called_graph(node) else node_flops(node),  # what a region does is recorded after its call
     )
 
 

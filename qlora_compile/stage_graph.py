@@ -16,20 +16,18 @@ from .pass_manager import NodeRecord
 
 _ITEM_BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int16": 2}
 _PRODUCTS = ("linear", "matmul", "mm", "bmm", "aten.mm", "aten.bmm", "aten.addmm")
-_LORA = "qlora.lora_linear"
-_ATTENTION = ("scaled_dot_product_attention", "aten._scaled_dot_product_flash_attention_for_cpu", "qlora.attention")
 
 
 def to_networkx(stage: str, records: Sequence[NodeRecord]) -> nx.DiGraph:
     """The records of a stage as a `networkx.DiGraph`; edges are data flow."""
     graph = nx.DiGraph(name=stage)
-    by_name = {record.name: record for record in records}
+    known = {record.name for record in records}
     for record in records:
         fields = dict(record.__dict__)
         inputs = fields.pop("inputs")
-        fields |= {"bytes": tensor_bytes(record), "flops": flops(record, by_name), "kernel": kernel(record)}
+        fields |= {"bytes": tensor_bytes(record), "kernel": kernel(record)}
         graph.add_node(record.name, **fields)
-        graph.add_edges_from((source, record.name) for source in inputs if source in by_name)
+        graph.add_edges_from((source, record.name) for source in inputs if source in known)
     return graph
 
 
@@ -38,24 +36,6 @@ def tensor_bytes(record: NodeRecord) -> int:
     if record.shape is None or not all(isinstance(n, int) for n in record.shape):
         return 0
     return math.prod(record.shape) * _ITEM_BYTES.get(record.dtype or "", 1)
-
-
-def flops(record: NodeRecord, by_name: dict[str, NodeRecord]) -> int:
-    """2 per multiply-add of a product or an attention, from the shapes; 0 for anything else."""
-    shapes = [by_name[name].shape for name in record.inputs if name in by_name]
-    known = [shape for shape in shapes if shape and all(isinstance(n, int) for n in shape)]
-    if record.target in _PRODUCTS and record.shape and known:
-        return 2 * math.prod(record.shape) * known[0][-1]
-    if record.target in _ATTENTION and len(known) > 1:
-        *batch, rows, width = known[0]
-        return 4 * math.prod(batch) * rows * known[1][-2] * width
-    if record.target == _LORA and known:
-        tokens, k = math.prod(known[0][:-1]), known[0][-1]
-        codes = [math.prod(s) * 2 for s, n in zip(shapes[1:], record.inputs[1:]) if s and by_name[n].dtype == "uint8"]
-        weights = sum(n for n in codes if n % k == 0 and n // k > 1)
-        factors = sum(math.prod(s) for s, n in zip(shapes[1:], record.inputs[1:]) if s and "lora_" in n and len(s) == 2)
-        return 2 * tokens * (weights + factors)
-    return 0
 
 
 def kernel(record: NodeRecord) -> str:

@@ -77,6 +77,7 @@ def trace(
     if not isinstance(model, nn.Module):
         raise ModelStateError(f"trace needs an nn.Module, got {type(model).__name__}.")
     work = meta_copy(model)
+    _keep_no_cache(work)
     arguments = tree_map(_on_meta, call_arguments(model, example_inputs))
     found = _repeats(work, config) if prepared_state(work) is None else []
     alike = config.activation_budget == 1 and optimizer is None  # a budget may recompute some layers only
@@ -106,6 +107,14 @@ def meta_copy(model: nn.Module) -> nn.Module:
         else:
             memo[id(tensor)] = tensor.to("meta")
     return copy.deepcopy(model, memo)
+
+
+def _keep_no_cache(model: nn.Module) -> None:
+    """A training step keeps no keys and values, whatever transformers' configuration says of generating."""
+    for module in model.modules():
+        settings = getattr(module, "config", None)
+        if getattr(settings, "use_cache", False):
+            settings.use_cache = False  # type: ignore[union-attr]
 
 
 def _on_meta(value: Any) -> Any:
@@ -166,10 +175,10 @@ def _run(model: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]], co
         except (RuntimeError, torch._dynamo.exc.Unsupported) as error:
             if isinstance(error, QLoRACompileError) or "meta" not in f"{type(error).__name__} {error}".lower():
                 raise  # torch's errors about a missing value all name the meta device
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
             raise ModelStateError(
-                f"{type(model).__name__} cannot be traced without its weights: {reason} Compile the real model and use "
-                "explain(model)."
+                f"{type(model).__name__} cannot be traced without its weights: {reason}. Compile the real model "
+                "and use explain(model)."
             ) from error
         finally:
             torch._dynamo.reset_code(type(model).forward.__code__)

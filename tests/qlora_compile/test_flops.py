@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import qlora_compile as qc
-from qlora_compile import flops  # noqa: F401  registers the formulas
+from qlora_compile import flops
 
 
 def count(run: Callable[[], Any]) -> int:
@@ -57,3 +58,16 @@ def test_attention_is_counted_by_queries_and_keys() -> None:
     q, k = torch.randn(2, 3, 7, 18), torch.randn(2, 3, 11, 18)
     found = count(lambda: torch.ops.qlora.attention(q, k, k, None, False, 0.2, "fp32"))
     assert found == 2 * 2 * (2 * 3) * 7 * 11 * 18
+
+
+def test_symbolic_sizes_are_counted_without_a_guard() -> None:
+    def products(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return torch.ops.qlora.attention(x @ w, x @ w, x, None, False, 0.2, "fp32")[0] @ w
+
+    shapes = (torch.randn(2, 3, 7, 18), torch.randn(18, 18))
+    gm = make_fx(products, tracing_mode="symbolic")(*shapes)
+    environment = next(iter(gm.graph.nodes)).meta["val"].shape[0].node.shape_env
+    before = len(environment.guards)
+    found = sum(map(flops.node_flops, gm.graph.nodes))
+    assert found == count(lambda: products(*shapes)) > 0
+    assert len(environment.guards) == before

@@ -71,6 +71,9 @@ def test_folded_is_the_same_as_every_layer_traced(tiny_llama: Callable[..., nn.M
         assert (ours.bytes, ours.by_kind) == (theirs.bytes, theirs.by_kind)
         assert folded.plan.events[ours.event].module == full.plan.events[theirs.event].module
         assert folded.plan.flops(phase) == full.plan.flops(phase) > 0
+        for report in (folded, full):  # the graph says of each node what the plan says of the step
+            nodes = report.to_networkx(phase).nodes.values()
+            assert sum(node["flops"] * node["repeat"] for node in nodes) == report.plan.flops(phase)
     assert folded.plan.saved_bytes() == full.plan.saved_bytes()
     # the whole course of it, not only its top; views, which allocate nothing, may stand elsewhere
     courses = [
