@@ -20,29 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import nf4
 from .expert_products import ExpertGroup, decode_expert, grouped_backward, grouped_forward
 from .lora_group import as_rows
 from .ops import define_op
-
-
-@define_op
-def quantize_experts(weight: Tensor, quant_type: str, block_size: int, double_quant: bool) -> list[Tensor]:
-    """weight [E, a, b] -> [codes, absmax] or, double-quantized, [codes, absmax, scale, offset], a row for each matrix."""
-    rows = [torch.ops.qlora.quantize_4bit(matrix, quant_type, block_size, double_quant) for matrix in weight]
-    return [torch.stack(parts) for parts in zip(*rows, strict=True)]
-
-
-@torch.library.register_fake("qlora::quantize_experts")
-def _(weight: Tensor, quant_type: str, block_size: int, double_quant: bool) -> list[Tensor]:
-    experts, numel = weight.shape[0], weight.shape[1] * weight.shape[2]
-    blocks = -(-numel // block_size)
-    codes = weight.new_empty((experts, (numel + 1) // 2), dtype=torch.uint8)
-    if not double_quant:
-        return [codes, weight.new_empty((experts, blocks), dtype=torch.float32)]
-    scale = weight.new_empty((experts, -(-blocks // nf4.SCALE_BLOCK_SIZE)), dtype=torch.float32)
-    absmax = weight.new_empty((experts, blocks), dtype=torch.uint8)
-    return [codes, absmax, scale, weight.new_empty((experts,), dtype=torch.float32)]
 
 
 @define_op

@@ -74,7 +74,7 @@ def start_from_weight(
 
     if dense.dim() == 2:
         return start(dense)
-    starts = [start(matrix) for matrix in dense]
+    starts = [start(dense[expert]) for expert in range(dense.shape[0])]
     bases = [one.base for one in starts]
     base = torch.stack(bases) if quantize is None else stack_experts(bases)  # type: ignore[arg-type]
     return SpectralStart(base, torch.stack([one.a for one in starts]), torch.stack([one.b for one in starts]))

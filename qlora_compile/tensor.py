@@ -238,12 +238,16 @@ def quantize_4bit(
         raise InvalidWeightError(f"Only a 3-D weight has a matrix per expert, this one is {tuple(weight.shape)}.")
     with torch.inference_mode(False), torch.no_grad():
         weight = weight.detach()
+        if per_expert:  # one after the other: `weight` may be a file, whose matrices are read when they are asked for
+            one = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
+            matrices = [quantize_4bit(weight[expert], **one) for expert in range(weight.shape[0])]  # type: ignore[arg-type]
+            return stack_experts(matrices)._with(stride=weight.stride())
         _check_finite(weight)
-        quantize = torch.ops.qlora.quantize_experts if per_expert else torch.ops.qlora.quantize_4bit
-        parts = quantize(weight.t() if transposed else weight, quant_type, block_size, double_quant)
+        parts = torch.ops.qlora.quantize_4bit(
+            weight.t() if transposed else weight, quant_type, block_size, double_quant
+        )
         data = nf4.QuantizedData(*parts, *[None] * (4 - len(parts)))
-        shape, stride = tuple(weight.shape), weight.stride()
-        layout = Layout(quant_type, block_size, transposed, shape, stride, weight.dtype, per_expert)
+        layout = Layout(quant_type, block_size, transposed, tuple(weight.shape), weight.stride(), weight.dtype)
         return QuantizedTensor(data, layout)
 
 

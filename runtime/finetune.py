@@ -22,6 +22,7 @@ from .evaluate import evaluate
 from .finetune_config import FinetuneConfig
 from .finetune_result import FinetuneResult
 from .interrupts import InterruptedRunError, SignalWatch
+from .mapped_experts import join_experts
 from .metrics import Clock, MetricsLog, PagingMeter, finite_or_none, memory_bytes, read_metrics, versions, write_run
 from .models import load_tokenizer, load_weights, model_fingerprint
 from .optimizer import make_optimizer, trainable_parameters
@@ -114,7 +115,7 @@ class _Run:
         self._check_same("data", self.data.fingerprint, config.data)
         self.processes.check_same("data", self.data.fingerprint)
         self.reporter.notice(f"loading {config.model}")
-        self.model = load_weights(config.model, config.base_dtype).to(self.device)
+        self.model = load_weights(config.model, config.base_dtype, map_experts=True).to(self.device)
         check_model_reads(self.model, config.seq_len, self.data, self.eval_data)
         self.model_fingerprint = model_fingerprint(self.model)
         self._check_same("model", self.model_fingerprint, config.model)
@@ -140,6 +141,7 @@ class _Run:
         self.run_record["dense_modules"] = list(qlora.dense_modules)
         memory = self._memory(qlora)
         prepare(self.model, qlora)
+        join_experts(self.model)  # those that are not in 4 bits now
         if self.checkpoint is None:
             self._evaluate("quantized")
         call = self.processes.wrap(self.model, split=config.fsdp, notice=self.reporter.notice)

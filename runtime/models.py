@@ -65,8 +65,11 @@ def load_tokenizer(path: Path | str) -> Any:
         return transformers.AutoTokenizer.from_pretrained(str(source.folder), local_files_only=True, **options)
 
 
-def load_weights(path: Path | str, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """The model of a model folder or .gguf file, in evaluation mode; errors as `load_model`."""
+def load_weights(path: Path | str, dtype: torch.dtype = torch.bfloat16, *, map_experts: bool = False) -> Any:
+    """The model of a model folder or .gguf file, in evaluation mode; errors as `load_model`.
+
+    `map_experts`: experts that the checkpoint holds apart are MappedExperts, which `join_experts` makes plain ones.
+    """
     source = locate_model(path)
     transformers = _transformers(source)
     options: dict[str, Any] = {"dtype": dtype}
@@ -79,6 +82,10 @@ def load_weights(path: Path | str, dtype: torch.dtype = torch.bfloat16) -> Any:
         from .transformers_quantizer import QLoRAQuantizationConfig
 
         options["quantization_config"] = QLoRAQuantizationConfig()  # its codes as they are, nothing quantized again
+    elif map_experts and not _is_quantized(source.folder):
+        from .streamed_experts import MapExpertsConfig
+
+        options["quantization_config"] = MapExpertsConfig()
     with _quiet(transformers), _reading(path, "weights"):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             str(source.folder), local_files_only=True, output_loading_info=True, **options
@@ -143,13 +150,27 @@ def is_bitsandbytes_folder(folder: Path) -> bool:
     return True
 
 
+def _is_quantized(folder: Path) -> bool:
+    """Whether the folder's config.json says that its weights are, by whatever method."""
+    config = read_json(folder / "config.json")
+    parts = (config, config.get("text_config"))
+    return any(isinstance(part, dict) and part.get("quantization_config") for part in parts)
+
+
 def model_fingerprint(model: torch.nn.Module) -> str:
     """SHA-256 of every parameter's name, shape, dtype and first 64 values: enough to tell models apart."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+        digest.update(_first_values(parameter.detach(), 64).float().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _first_values(tensor: torch.Tensor, count: int) -> torch.Tensor:
+    """`tensor.flatten()[:count]`, without more of a tensor than they lie in: experts may be mapped only."""
+    while tensor.dim() > 1 and tensor.shape[1:].numel() >= count:
+        tensor = tensor[0]
+    return tensor.flatten()[:count]
 
 
 def materialize(path: Path | str, out: Path | str, dtype: torch.dtype = torch.bfloat16) -> Path:

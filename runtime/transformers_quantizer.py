@@ -7,7 +7,7 @@ and a folder that bitsandbytes wrote is read as it is, code by code.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +17,7 @@ from ..config import QLoRAConfig, parse_dtype
 from ..errors import ConfigError, InvalidWeightError, MissingDependencyError, ModelStateError
 from ..experts import expert_parameters
 from ..modules import adapter_parameters
-from ..tensor import QuantizedTensor, quantize_4bit, stack_experts
+from ..tensor import QuantizedTensor, quantize_4bit
 from .formats.bnb_files import PARTS, pack_weight, quantization_config, unpack_weight
 
 try:
@@ -204,10 +204,9 @@ class _Quantize(ConversionOps):
             out[name] = nn.Parameter(quantized, requires_grad=False)
         return out
 
-    def quantize_experts(self, name: str, experts: Iterable[torch.Tensor]) -> dict[str, nn.Parameter]:
-        """The parameter `name` [E, a, b] of its matrices, each quantized before the next one is asked for."""
-        quantized = stack_experts([self._quantize(name, matrix) for matrix in experts])
-        return {name: nn.Parameter(quantized, requires_grad=False)}
+    def take(self, name: str, experts: torch.Tensor) -> dict[str, nn.Parameter]:
+        """The parameter `name` [E, a, b] of mapped experts, each quantized before the next one is read."""
+        return {name: nn.Parameter(self._quantize(name, experts, per_expert=True), requires_grad=False)}
 
     def _quantize(self, name: str, dense: torch.Tensor, **layout: bool) -> QuantizedTensor:
         config = self.hf_quantizer.quantization_config

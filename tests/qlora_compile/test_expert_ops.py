@@ -23,7 +23,8 @@ def _arguments(
     weight = torch.randn(E, K, N) if transposed else torch.randn(E, N, K)
     scales: list[Tensor] = []
     if quant_type != "none":
-        weight, *scales = torch.ops.qlora.quantize_experts(weight, quant_type, 32, double)
+        quantized = qc.quantize_4bit(weight, quant_type=quant_type, block_size=32, double_quant=double, per_expert=True)
+        weight, scales = quantized.codes, quantized.scales
     return {
         "x": x,
         "offsets": torch.tensor(ROWS).cumsum(0).to(torch.int32),
@@ -115,8 +116,6 @@ def test_opcheck_of_the_others() -> None:
     rest = (torch.randn_like(y), values[0], h.detach(), *values[1:])
     torch.library.opcheck(backward, (*rest, True, True))
     torch.library.opcheck(backward, (*rest, True, False))
-    for double in (True, False):
-        torch.library.opcheck(torch.ops.qlora.quantize_experts.default, (torch.randn(3, 7, 11), "nf4", 32, double))
     args = (given["weight"], given["scales"], [E, K, N], "nf4", 32, torch.bfloat16)
     torch.library.opcheck(torch.ops.qlora.dequantize_experts.default, args)
 
@@ -131,13 +130,12 @@ def test_no_rows_at_all() -> None:
 @pytest.mark.parametrize("double", [True, False])
 def test_each_expert_has_the_bytes_that_it_has_alone(double: bool) -> None:
     weight = torch.randn(3, 13, 11, dtype=torch.bfloat16)  # odd: 143 weights, 5 blocks of 32, half a byte over
-    parts = torch.ops.qlora.quantize_experts(weight, "nf4", 32, double)
+    together = qc.quantize_4bit(weight, block_size=32, double_quant=double, per_expert=True)
     for expert, matrix in enumerate(weight):
         alone = qc.quantize_4bit(matrix, block_size=32, double_quant=double)
-        for part, own in zip(parts, [p for p in alone.data_4bit if p is not None], strict=True):
+        for part, own in zip([together.codes, *together.scales], [alone.codes, *alone.scales], strict=True):
             assert torch.equal(part[expert], own)
-        dense = torch.ops.qlora.dequantize_experts(parts[0], parts[1:], weight.shape, "nf4", 32, torch.bfloat16)
-        assert torch.equal(dense[expert], alone.dequantize())
+        assert torch.equal(together.dequantize()[expert], alone.dequantize())
 
 
 def test_only_experts_with_rows_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -333,7 +333,6 @@ def test_every_op_is_checked_here():
         "grouped_lora_linear",
         "linear_cross_entropy",
         "prefetch_page",
-        "quantize_experts",
         "step_page",
         "wide_",
     )

@@ -39,7 +39,7 @@ def test_an_output_folder_that_is_not_empty(make_config: Any, monkeypatch: pytes
 def test_bad_data_leaves_no_folder_and_loads_no_model(
     make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ft, "load_weights", lambda *args: pytest.fail("the model must not be loaded"))
+    monkeypatch.setattr(ft, "load_weights", lambda *args, **kwargs: pytest.fail("the model must not be loaded"))
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "the lazy dog"}\n{"text": \n')
     config = make_config(data=bad)

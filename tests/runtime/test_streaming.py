@@ -5,6 +5,7 @@ Anonymous memory is what counts: pages of a mapped file can be dropped, a dense 
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,6 +29,8 @@ import sys, threading, time, torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import qlora_compile as qc
 import qlora_compile.runtime.export
+from qlora_compile.runtime.finetune import FinetuneConfig, finetune
+from qlora_compile.runtime.reporters import SilentReporter
 job, base, adapter, out = sys.argv[1:]
 qc.quantize_4bit(torch.randn(64, 64))  # builds the kernel
 def anonymous():
@@ -44,6 +47,10 @@ if job == "from_pretrained":
     model = AutoModelForCausalLM.from_pretrained(base, quantization_config=quantized, dtype="auto")
 elif job == "prepare":
     model = qc.prepare(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), qc.QLoRAConfig(r=8))
+elif job == "finetune":
+    model, qlora = None, qc.QLoRAConfig(r=1, compute_dtype="float32")
+    run = {"model": base, "data": "texts", "eval_data": "texts", "steps": 1, "seq_len": 11, "compile": False}
+    finetune(FinetuneConfig(out=out, qlora=qlora, **run), SilentReporter())
 else:
     model = None
     qc.export(base, out, {adapter: 1.0})
@@ -109,10 +116,12 @@ def test_nothing_dense_outlives_its_tensor(tmp_path: Path, make_adapter: Callabl
 
 
 @pytest.mark.slow
-def test_fused_experts_are_streamed_too(tmp_path: Path, make_adapter: Callable[..., Path]) -> None:
+def test_fused_experts_are_streamed_too(
+    tmp_path: Path, make_adapter: Callable[..., Path], tiny_checkpoint: Path, texts: Path
+) -> None:
     """The checkpoint has three tensors for each expert; what counts as the largest is what two of them become, [2048, 512].
 
-    (A dense model of such a checkpoint is no mapped file any more: transformers puts the experts together in memory.)
+    `finetune` evaluates the dense model too, which takes the experts of one layer at a time.
     """
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -121,7 +130,10 @@ def test_fused_experts_are_streamed_too(tmp_path: Path, make_adapter: Callable[.
     largest, total = model.model.layers[0].mlp.experts.gate_up_proj[0].nbytes, sum(p.nbytes for p in model.parameters())
     model.save_pretrained(tmp_path / "base", max_shard_size="100MB")
     model = model.to("meta")
-    check(tmp_path, model, largest, 60_000_000, total / 2, make_adapter, ("from_pretrained", "export"))
+    for file in tiny_checkpoint.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "base")
+    shutil.copytree(texts, tmp_path / "texts")
+    check(tmp_path, model, largest, 60_000_000, total / 2, make_adapter, ("from_pretrained", "export", "finetune"))
 
 
 @pytest.mark.slow
