@@ -239,12 +239,14 @@ def test_equal_layers_traced_as_one(
 ) -> None:
     """The numbers of eager code where two layers are enough to be equal (`layer_tracing`); without gradients, so that the
     first layer's input is like the second's."""
-    if "mamba" in name:
-        pytest.skip("torch's associative_scan fails without gradients, traced in line too")
     monkeypatch.setattr(equal_layers, "_LEAST", 2)
     model = _build(task, name, entry.get("config", {})).train()
     for config in [module.config for module in model.modules() if hasattr(module, "config")]:
         config.use_cache = False  # a cache among the arguments has each layer traced in line
+    for mixer in [module for module in model.modules() if hasattr(module, "use_associative_scan")]:
+        mixer.use_associative_scan = (
+            False  # Mamba's scan once it is compiled, which torch 2.13 fails on without gradients
+        )
     inputs = _inputs(task, model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
