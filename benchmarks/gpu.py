@@ -96,6 +96,8 @@ def model_parts(run: Run, arguments: argparse.Namespace) -> None:
     for part in ("training", "decoding"):
         found[part] = {}
         for name in gpu_models.CONTENDERS:
+            if part == "decoding" and name == "ours_without_logits":
+                continue  # it is about the loss
             package = gpu_models.missing(name)
             if package is not None or run.left() < 30:
                 found["skipped"][f"{part} {name}"] = f"{package} is not installed" if package else "no time left"

@@ -32,7 +32,7 @@ SMALL = {  # bitsandbytes' own CPU path wants whole blocks of 64 in a row
     "num_key_value_heads": 2,
     "vocab_size": 320,
 }
-CONTENDERS = ("ours", "dense_lora", "bitsandbytes")
+CONTENDERS = ("ours", "ours_without_logits", "dense_lora", "bitsandbytes")
 
 
 def llama(shape: dict[str, int], layers: int, device: str) -> nn.Module:
@@ -51,8 +51,9 @@ def llama(shape: dict[str, int], layers: int, device: str) -> nn.Module:
 
 def contender(name: str, model: nn.Module, device: str) -> nn.Module:
     """The model as this contender trains it, not yet compiled."""
-    if name == "ours":
-        return qc.prepare(model, qc.QLoRAConfig(r=RANK, lora_alpha=2 * RANK))
+    if name.startswith("ours"):
+        keep_logits = name != "ours_without_logits"
+        return qc.prepare(model, qc.QLoRAConfig(r=RANK, lora_alpha=2 * RANK, keep_logits=keep_logits))
     from peft import LoraConfig, get_peft_model
 
     if name == "bitsandbytes":
@@ -79,7 +80,7 @@ def into_bitsandbytes(model: nn.Module, device: str) -> None:
 
 def missing(name: str) -> str | None:
     """The package that a contender needs and this machine lacks."""
-    wanted = {"ours": (), "dense_lora": ("peft",), "bitsandbytes": ("peft", "bitsandbytes")}[name]
+    wanted = {"dense_lora": ("peft",), "bitsandbytes": ("peft", "bitsandbytes")}.get(name, ())
     return next((package for package in wanted if importlib.util.find_spec(package) is None), None)
 
 
@@ -99,7 +100,7 @@ def training(
     torch.manual_seed(0)
     model = contender(name, llama(shape, layers, device), device).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    compiled = torch.compile(model, backend="qlora" if name == "ours" else "inductor")
+    compiled = torch.compile(model, backend="qlora" if name.startswith("ours") else "inductor")
     ids = torch.randint(0, shape["vocab_size"], tokens, device=device)
     times, losses = [], []
     for _ in range(steps + 2):
