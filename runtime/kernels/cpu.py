@@ -15,7 +15,8 @@ from torch import Tensor
 from ...errors import KernelError
 from ...nf4 import QuantizedData, check_format, dynamic_map, pack_scales
 from . import cpp_build, cpu_attention, cpu_cross_entropy, cpu_linear, cpu_low_rank, cpu_paged_step
-from .cpu_common import DTYPES, QUANT_TYPES, check, check_scales
+from .checks import check, check_scales
+from .cpu_common import DTYPES, QUANT_TYPES
 
 # Outputs at least this large are written past the caches: 15-30% faster here from 8 MiB on, slower where they fit.
 STREAM_BYTES = 16 << 20

@@ -16,7 +16,8 @@ from torch import Tensor
 from ...errors import KernelError
 from ...nf4 import check_format, dynamic_map
 from . import cpp_build
-from .cpu_common import DTYPES, QUANT_TYPES, check, check_scales
+from .checks import check, check_scales
+from .cpu_common import DTYPES, QUANT_TYPES
 
 
 class Adapter(NamedTuple):
@@ -104,12 +105,12 @@ def _null() -> int:
 def _check_adapter(adapter: Adapter, n: int, k: int) -> None:
     a, b, _, scaling = adapter
     rank = a.shape[0]
-    check("lora_a", a, (torch.float32, torch.bfloat16), rank * k, "the adapter")
-    check("lora_b", b, (torch.float32, torch.bfloat16), n * rank, "the adapter")
+    check("lora_a", a, (torch.float32, torch.bfloat16), rank * k, who="the adapter")
+    check("lora_b", b, (torch.float32, torch.bfloat16), n * rank, who="the adapter")
     if a.shape != (rank, k) or b.shape != (n, rank):
         raise KernelError(f"A {[*a.shape]} and B {[*b.shape]} are no adapter of a weight [{n}, {k}].")
     if scaling is not None:
-        check("scaling", scaling, (torch.float32,), 1, "the adapter")
+        check("scaling", scaling, (torch.float32,), 1, who="the adapter")
 
 
 def declines_small(dtype: torch.dtype) -> str | None:
@@ -162,5 +163,5 @@ def linear_4bit_small(
     """
     data = codes, absmax, absmax_scale, absmax_offset
     call = SmallLinear(data, (N, K), quant_type, block_size, bias, adapters, out.dtype)
-    check("out", out, (torch.float32, torch.bfloat16), x.shape[0] * N, "the product")
+    check("out", out, (torch.float32, torch.bfloat16), x.shape[0] * N, who="the product")
     call(x, out, h)

@@ -18,39 +18,43 @@ PIECE_FIELDS = 6  # struct Piece of paged_step.cpp.jinja
 NUMBERS = 8  # struct Numbers
 
 
-LOWEST, HIGHEST = 0x3400, 0x3F80  # of dynamic_codes.cpp.jinja
-
-
 @functools.cache
 def code_map(signed: bool) -> Tensor:
     """`struct Map` of dynamic_codes.cpp.jinja, as the int32 words that it consists of."""
     values = dynamic_map(signed)
-    bounds = ((values[:-1] + values[1:]) / 2)[127 if signed else 0 :]  # of magnitudes
-    upper = torch.arange(LOWEST, HIGHEST + 1, dtype=torch.int32, device="cpu") << 16
-    below, above = (torch.bucketize(end.view(torch.float32), bounds) for end in (upper, upper | 0xFFFF))
-    assert bool((above - below <= 1).all())
-    at = bounds[below.clamp(max=len(bounds) - 1)].view(torch.int32) & 0xFFFF
-    entry = (below.int() << 16) + torch.where(above > below, 0xFFFF - at, torch.zeros_like(at))
-    begins, lines, most = _decades(signed, bounds.tolist())
-    decade, following = [], []
-    for octave in range(32):
-        low = 2.0 ** (octave - 31)
-        decade.append(sum(begin < low for begin in begins))
-        following.append(next((begin for begin in begins if low <= begin < 2 * low), torch.inf))
-    planes = values.view(torch.uint8).view(256, 4).t().contiguous().view(-1)
-    octaves = torch.tensor([*decade, *following], dtype=torch.float64, device="cpu")
-    parts = [values, planes, entry, octaves[:32].int(), octaves[32:].float(), lines.view(-1), most]
+    bounds = (values[:-1] + values[1:]) / 2
+    raw = values.view(torch.uint8).view(256, 4)
+    halves = raw.view(torch.int16).t().contiguous().view(-1)
+    planes = raw.t().contiguous().view(-1)
+    parts = [values, halves, planes, _entries(bounds), *_decades(signed, bounds[127 if signed else 0 :].tolist())]
     return torch.cat([part.view(torch.int32) for part in parts])
 
 
-def _decades(signed: bool, bounds: list[float]) -> tuple[list[float], Tensor, Tensor]:
-    """-> where decades begin, from the second on; slope and start, fp32 [2, 16]; most, int32 [16]. See `struct Map`.
+def _entries(bounds: Tensor) -> Tensor:
+    """`entry` of `struct Map`, int32 [65536]. What is no number gets the code of 0."""
+    upper = torch.arange(1 << 16, dtype=torch.int32, device="cpu") << 16
+    below, above = (torch.bucketize(_number_at(place), bounds) for place in (upper, upper | 0xFFFF))
+    assert bool((above - below <= 1).all())
+    bits = bounds[below.clamp(max=len(bounds) - 1)].view(torch.int32)
+    at = torch.where(bits < 0, ~bits, bits) & 0xFFFF
+    return (below.int() << 16) + torch.where(above > below, 0xFFFF - at, torch.zeros_like(at))
 
-    Seven decades of evenly spaced bounds, below them one of 0 and above them one of 1. A line is steep enough to be next to
-    a whole number at both ends of its decade: a magnitude that equals a bound is looked up.
+
+def _number_at(place: Tensor) -> Tensor:
+    """The reverse of `place_of` of dynamic_codes.cpp.jinja, int32 -> fp32, with 0 for what is no number."""
+    bits = torch.where(place < 0, place ^ -(1 << 31), ~place)
+    return bits.view(torch.float32).nan_to_num(0, torch.inf, -torch.inf)
+
+
+def _decades(signed: bool, bounds: list[float]) -> tuple[Tensor, ...]:
+    """`next`, `slope`, `start` and `most` of `struct Map`; `bounds` are those of magnitudes.
+
+    Seven decades of evenly spaced bounds, the first with all that is below it, and above them one without bounds.
     """
-    begins, lines, most, count = [bounds[0]], [(0.5 / bounds[0], 0.5)], [0], 1
-    for exponent in range(7):
+    slope = 1 / (bounds[1] - bounds[0])
+    count = 2 if signed else 3
+    begins, lines, most = [bounds[count - 1]], [(slope, 1 - bounds[0] * slope)], [count - 1]
+    for exponent in range(1, 7):
         steps = 2 ** (exponent + (not signed))
         low = 10.0 ** (exponent - 7)
         step = 9 * low / steps
@@ -58,10 +62,15 @@ def _decades(signed: bool, bounds: list[float]) -> tuple[list[float], Tensor, Te
         count += steps
         most.append(count - 1)
         begins.append(bounds[count - 1])
-    lines += [(0.0, count + 0.5)] * (16 - len(lines))
-    most += [count] * (16 - len(most))
+    begins += [torch.inf] * 9
+    lines += [(0.0, count + 0.5)] * 9
+    most += [count] * 9
     table = torch.tensor(lines, dtype=torch.float64, device="cpu").t() * 4096
-    return begins, table.float().contiguous(), torch.tensor(most, dtype=torch.int32, device="cpu")
+    return (
+        torch.tensor(begins, dtype=torch.float32, device="cpu"),
+        *table.float().contiguous(),
+        torch.tensor(most, dtype=torch.int32, device="cpu"),
+    )
 
 
 def make_paged_step() -> Callable[..., None]:

@@ -8,7 +8,8 @@ from torch import Tensor
 from ...errors import KernelError
 from ...nf4 import QuantizedData, check_format, pack_scales
 from . import triton_build
-from .triton_common import DTYPES, check, check_scales, on_device, scale_arguments
+from .checks import check, check_scales
+from .triton_common import DTYPES, on_device, scale_arguments
 
 TILE_VALUES = 4096  # a program: 128 threads with 16 bytes of codes each
 _EXACT = {"num_warps": 4, "enable_fp_fusion": False}  # every product is rounded on its own, as in the torch reference

@@ -1,4 +1,4 @@
-"""What the Triton kernels' Python sides share: checks of their arguments, tables on the device, launch guards."""
+"""What the Triton kernels' Python sides share: tables on the device, launch guards."""
 
 from __future__ import annotations
 
@@ -11,36 +11,10 @@ import torch
 from torch import Tensor
 
 from ...errors import KernelError
-from ...nf4 import SCALE_BLOCK_SIZE, dynamic_map
+from ...nf4 import dynamic_map
 
 _NOTHING = contextlib.nullcontext()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def check(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], numel: int, device: torch.device) -> None:
-    """Raises KernelError unless `tensor` is contiguous, of one of these dtypes, on this device, and large enough."""
-    if tensor.device != device or tensor.dtype not in dtypes or not tensor.is_contiguous():
-        wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        form = "contiguous" if tensor.is_contiguous() else "strided"
-        raise KernelError(
-            f"{name} must be a contiguous {wanted} tensor on {device}, got a {form} {tensor.dtype} on {tensor.device}."
-        )
-    if tensor.numel() < numel:
-        raise KernelError(f"{name} holds {tensor.numel()} elements, {numel} are needed.")
-
-
-def check_scales(
-    absmax: Tensor, absmax_scale: Tensor | None, absmax_offset: Tensor | None, blocks: int, device: torch.device
-) -> None:
-    """The same for the scales of a weight of so many blocks, double-quantized or not."""
-    if (absmax_scale is None) != (absmax_offset is None):
-        raise KernelError("absmax_scale and absmax_offset belong together: give both or none.")
-    if absmax_scale is None or absmax_offset is None:
-        check("absmax", absmax, (torch.float32,), blocks, device)
-        return
-    check("absmax", absmax, (torch.uint8,), blocks, device)
-    check("absmax_scale", absmax_scale, (torch.float32,), -(-blocks // SCALE_BLOCK_SIZE), device)
-    check("absmax_offset", absmax_offset, (torch.float32,), 1, device)
 
 
 @functools.cache

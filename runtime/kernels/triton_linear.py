@@ -18,7 +18,8 @@ from torch import Tensor
 from ...errors import KernelError
 from ...nf4 import QuantizedData, check_format
 from . import triton_build
-from .triton_common import DTYPES, check, check_scales, multiprocessors, on_device, scale_arguments
+from .checks import check, check_scales
+from .triton_common import DTYPES, multiprocessors, on_device, scale_arguments
 from .triton_low_rank import NO_DROPOUT, TYPES, Dropout, Scale, lora_up, padded
 
 MOST_VECTOR_ROWS = 4

@@ -54,7 +54,7 @@ def test_dequantize_into_rows_that_lie_apart() -> None:
     triton_codec.dequantize_4bit(*data, 7 * 96, "nf4", 32, wide[:, :96])
     assert torch.equal(wide[:, :96], nf4.dequantize_reference(*data, (7, 96), "nf4", 32, torch.float32))
     assert (wide[:, 96:] == 7.0).all()
-    with pytest.raises(KernelError, match="a row of out holds 96 elements, 112 are needed"):
+    with pytest.raises(KernelError, match="a row of out holds 96 elements, the weight needs 112"):
         triton_codec.dequantize_4bit(*data, 7 * 96, "nf4", 32, wide[:6, :96])
 
 

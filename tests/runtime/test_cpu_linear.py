@@ -168,7 +168,7 @@ def test_adapters_that_do_not_fit_never_reach_c() -> None:
     with pytest.raises(KernelError, match=r"A \[4, 128\] and B \[8, 4\] are no adapter of a weight \[7, 128\]"):
         linear_4bit_small(x, *data, 7, 128, "nf4", 64, out, adapters=[Adapter(a, torch.randn(8, 4))])
     with pytest.raises(
-        KernelError, match="lora_a must be a contiguous float32 or bfloat16 CPU tensor, got a contiguous"
+        KernelError, match="lora_a must be a contiguous float32 or bfloat16 tensor on cpu, got a contiguous"
     ):
         linear_4bit_small(x, *data, 7, 128, "nf4", 64, out, adapters=[Adapter(a.half(), b)])
     with pytest.raises(KernelError, match="bias holds 6 elements, the weight needs 7"):

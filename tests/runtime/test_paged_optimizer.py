@@ -381,6 +381,33 @@ def test_every_path_finds_the_code_of_every_kind_of_number(signed: bool) -> None
         assert torch.equal(state[(states - 1) * count :][:count], expected), isa
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_every_path_reads_every_code_and_any_scale(signed: bool) -> None:
+    """A step that keeps its moment: what was there, encoded again. The last block is ragged, one is all zeros."""
+    kernel = kernels.find("paged_step", "cpu")
+    if kernel is None:
+        pytest.skip("needs a C++ compiler")
+    scales = torch.tensor([1.0, 3e-3, 0.0, 1e-39, 7e30, torch.inf, torch.nan, 0.37])
+    blocks, states = len(scales), 1 if signed else 2
+    count = blocks * 256 - 37
+    generator = torch.Generator().manual_seed(2)
+    codes = torch.stack([torch.randperm(256, generator=generator) for _ in range(blocks)]).to(torch.uint8).view(-1)
+    finite = scales.isfinite().repeat_interleave(256)[:count]
+    moment = dequantize_blocks(codes[:count], scales, dynamic_map(signed))
+    expected, largest = quantize_blocks(moment, signed=signed)
+    numbers = torch.tensor([[1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.0]])
+    parameter, gradient = torch.zeros(count), torch.ones(count)
+    found = []
+    for isa in ("auto", *cpu.supported_isas()):
+        state = torch.cat([*[codes] * states, *[scales.view(torch.uint8)] * states])
+        piece = torch.tensor([[parameter.data_ptr(), gradient.data_ptr(), state.data_ptr(), count, 0, 0]])
+        kernel(piece, numbers, signed, True, isa)
+        found.append(state)
+        assert torch.equal(state[(states - 1) * 256 * blocks :][:count][finite], expected[finite]), isa
+        assert torch.equal(state[-4 * blocks :].view(torch.float32).nan_to_num(5.0), largest.nan_to_num(5.0)), isa
+        assert torch.equal(state[: states * 256 * blocks], found[0][: states * 256 * blocks]), isa
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
