@@ -1,6 +1,7 @@
 """What an op of ours allocates inside itself while it runs: copies, casts and reused buffers that no graph shows.
 
-Follows `lora_group.py` and `linear_cross_entropy.py` line by line; tests compare it with what the allocator counts.
+Follows `lora_group.py` and `linear_cross_entropy.py` line by line; tests compare it with what the allocator counts. What
+a library takes for each thread within a product (oneDNN: some 130 KB) is not in it.
 """
 
 from __future__ import annotations
@@ -97,20 +98,25 @@ def _loss_bytes(given: dict[str, Any], device: str) -> list[int | Rows]:
     tokens, need = math.prod(x.shape[:-1]), given.get("need_dx", False)
     product, most = loss.product_dtype(x.dtype, device), loss.most_rows(v, device)
     every = 8 + 8 + 4  # which rows count, their targets, their losses
+    dw_bytes = (
+        4 * v * k if given.get("need_dw") and given["weight"].dtype != torch.float32 else 0
+    )  # in fp32, until rounded
+    added = 0
     row = k * product.itemsize  # the chunk's rows of x; then, with a gradient, its product with W and what is cast
     if _is_swept(given, device):
         row += k * product.itemsize if need else 0
     else:
         cast = v * product.itemsize if product != torch.float32 else 0
-        row += cast + (k * (4 + product.itemsize) if need else 0)
+        if cast * most < dw_bytes and cast:  # wider: a chunk's part of dW in fp32, on its way into the sum
+            added = dw_bytes
+        else:
+            row += cast + (k * (4 + product.itemsize) if need else 0)
     moment = Rows(tokens, row, most)
     if given["soft_cap"] and need:
         block = min(loss.block_rows(v, device), most)
         slope = Rows(tokens, 2 * 4 * v, block)  # 1 - part * part
         moment = max(moment, slope, key=lambda rows: rows.row_bytes * rows.chunk)
-    found: list[int | Rows] = [Rows(tokens, every), moment]
-    narrow = given.get("need_dw") and given["weight"].dtype != torch.float32
-    return [*found, 4 * v * k] if narrow else found  # dW in fp32, until it is rounded
+    return [Rows(tokens, every), moment, *(size for size in (dw_bytes, added) if size)]
 
 
 def _expert_scratch(given: dict[str, Any]) -> dict[str, int | Rows]:

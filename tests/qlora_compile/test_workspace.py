@@ -13,7 +13,7 @@ from qlora_compile.step_graphs import StepGraphs
 from qlora_compile.step_plan import Symbols, plan_of
 
 SYMBOLS = Symbols(7919, 100003)
-V, K = 16001, 48
+V, K = 16001, 96
 
 
 def _graph(rows: int, dtype: torch.dtype, soft_cap: float, need_dw: bool) -> fx.GraphModule:
@@ -40,6 +40,8 @@ def _plan(rows: int, symbols: Symbols | None, *args: object, device: str = "cpu"
 
 
 def _measured(rows: int, dtype: torch.dtype, soft_cap: float, need_dw: bool) -> int:
+    """Peak bytes, without what a product's library takes and gives back within the product: oneDNN wants some for each
+    thread, which is none of our allocations."""
     x, w = torch.randn(rows, K).to(dtype), torch.randn(V, K).to(dtype)
     target = torch.randint(0, V, (rows,))
 
@@ -50,11 +52,14 @@ def _measured(rows: int, dtype: torch.dtype, soft_cap: float, need_dw: bool) -> 
     release_scratch()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         kept = run()
-    now = peak = 0
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
+    now = peak = product_ends = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.start_ns() > product_ends:
+            peak = max(peak, now)
+        if event.name() == "[memory]":
+            now += event.nbytes()
+        elif event.name() in ("aten::mm", "aten::addmm"):
+            product_ends = event.end_ns()
     del kept
     return peak
 
@@ -68,7 +73,7 @@ def test_the_loss_in_chunks(
         monkeypatch.setitem(limits, "cpu", 4 * V * 150)
     for batch, seq in ((3, 160), (1, 70)):  # four chunks of 120 rows; one of 70
         planned = _plan(SYMBOLS.batch * SYMBOLS.seq, SYMBOLS, dtype, soft_cap, need_dw).at(batch, seq)
-        assert planned.peak().bytes == pytest.approx(_measured(batch * seq, dtype, soft_cap, need_dw), rel=0.1)
+        assert planned.peak().bytes == pytest.approx(_measured(batch * seq, dtype, soft_cap, need_dw), rel=0.01)
         assert _plan(batch * seq, None, dtype, soft_cap, need_dw).peak() == planned.peak()
 
 
