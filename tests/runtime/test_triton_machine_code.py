@@ -237,6 +237,21 @@ def test_machine_code(
     _check(case, target, launches, tmp_path)
 
 
+def test_no_literal_is_taken_for_fp64() -> None:
+    """Triton 3.6 (torch 2.11's) takes a number below fp32's normal ones for fp64, and then refuses what meets it."""
+    folder = Path(triton_common.__file__).parent
+    literals = [
+        (path.name, line, float(number))
+        for path in folder.glob("*.py.jinja")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        for number in re.findall(r"(?<![\w.])\d+\.?\d*e-?\d+", line.split("#")[0])
+    ]
+    assert literals
+    for name, line, value in literals:
+        typed = re.search(rf"tl\.full\(\[\w+\], {value}, tl\.float32\)", line)
+        assert value >= torch.finfo(torch.float32).tiny or typed, f"{name}: {line}"
+
+
 def test_the_device_map_is_shared() -> None:
     cpu = torch.device("cpu")
     assert triton_common.device_map(cpu) is triton_common.device_map(cpu)
