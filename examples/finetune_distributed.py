@@ -68,6 +68,9 @@ def train(args: argparse.Namespace) -> list[float]:
         qc.save_adapter(model, args.out)
     accelerator.wait_for_everyone()
     accelerator.print(f"adapter saved to {args.out}")
+    (call,) = accelerator.free_memory(
+        call
+    )  # or DDP, freed after its process group, may wait for gloo's threads for ever
     accelerator.end_training()
     return losses
 

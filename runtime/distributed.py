@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import gc
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -179,8 +180,13 @@ class Processes:
             raise
 
     def leave(self) -> None:
-        """Once all are done."""
+        """Once all are done, and nobody holds the DistributedDataParallel any more.
+
+        Its reducer would be the last to let go of the process group, and waits for gloo's threads (torch 2.13) while it
+        holds the GIL, which they need to free the tensors of the last collective.
+        """
         if self.count > 1:
+            gc.collect()
             dist.barrier()
             dist.destroy_process_group()
 
