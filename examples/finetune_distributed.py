@@ -68,9 +68,8 @@ def train(args: argparse.Namespace) -> list[float]:
         qc.save_adapter(model, args.out)
     accelerator.wait_for_everyone()
     accelerator.print(f"adapter saved to {args.out}")
-    (call,) = accelerator.free_memory(
-        call
-    )  # or DDP, freed after its process group, may wait for gloo's threads for ever
+    # DDP first: freed after its process group, it may wait for gloo's threads for ever (torch 2.13)
+    (call,) = accelerator.free_memory(call)
     accelerator.end_training()
     return losses
 
