@@ -19,7 +19,15 @@ from ..errors import ConfigError, ModelStateError, NoAdapterError, NonFiniteErro
 from .memory import PagePool, PoolStatistics
 from .optimizer import NO_ADAPTERS
 from .paged_backward import BackwardPager
-from .paged_optimizer_checks import NO_SCALER, check_numbers, check_one_process, check_place, trainable
+from .paged_optimizer_checks import (
+    NO_SCALER,
+    check_gradient,
+    check_numbers,
+    check_one_process,
+    check_place,
+    check_unchanged,
+    trainable,
+)
 from .paged_optimizer_layout import ParamState, layout_for
 from .paged_optimizer_state import StateView, from_dict
 from .paged_optimizer_sweep import Numbers, Plan, Task, sweep
@@ -156,20 +164,16 @@ class PagedOptimizer(torch.optim.Optimizer):
             state = self._states.get(id(parameter))
             if state is None:
                 state = self._new_state(parameter, (self._generation, id(group)))
-            if parameter.dtype is not state.dtype:
-                raise ModelStateError(
-                    f"A parameter of shape {tuple(parameter.shape)} is {parameter.dtype} now and was {state.dtype} when its "
-                    "state was made: convert the model before making the optimizer."
-                )
+            mine = values = local_part(parameter)
+            check_unchanged(mine, state.dtype, state.numel)
             key = (id(group), state.step + 1)
             if key not in known:
                 known[key] = Numbers.of(group, state.step + 1, lion=self.lion)
-            mine = values = local_part(parameter)
             written.append(mine)
             if not mine.is_contiguous():
                 values = mine.detach().contiguous()
                 copies.append((mine, values))
-            tasks.append(Task(values, self._plain(local_part(gradient)), state, known[key], total))
+            tasks.append(Task(values, self._plain(local_part(gradient), mine), state, known[key], total))
         if not tasks:
             return
         sweep(self.pool, tasks, self._plan_for(tasks, numbers))
@@ -188,9 +192,10 @@ class PagedOptimizer(torch.optim.Optimizer):
             self._generation += not self.step_in_backward  # there one backward pass is one generation
         return plan
 
-    def _plain(self, gradient: Tensor) -> Tensor:
+    def _plain(self, gradient: Tensor, parameter: Tensor) -> Tensor:
         if gradient.layout is not torch.strided:
             raise ModelStateError(f"{type(self).__name__} takes no sparse gradients: make the embedding's dense.")
+        check_gradient(gradient, parameter)
         return gradient if gradient.is_contiguous() else gradient.contiguous()
 
     def _new_state(self, parameter: nn.Parameter, share: object) -> ParamState:

@@ -46,8 +46,39 @@ def check_place(parameter: Tensor, device: torch.device) -> None:
             f"A parameter of shape {tuple(parameter.shape)} is on {parameter.device}, but this optimizer's pages are "
             f"for {device}: move the model before making the optimizer, and give it one device's parameters."
         )
+    if device.type == "meta":
+        raise ModelStateError(
+            "The parameters are on the meta device and have no values: load the model before making the optimizer."
+        )
     if parameter.dtype not in DTYPES:
         raise ModelStateError(f"Optimizer states are for fp32, bf16 and fp16 parameters, not {parameter.dtype}.")
+
+
+def check_unchanged(parameter: Tensor, dtype: torch.dtype, numel: int) -> None:
+    """Raises ModelStateError for a parameter that is not of the type and size that its state was made for."""
+    if parameter.dtype is not dtype:
+        raise ModelStateError(
+            f"A parameter of shape {tuple(parameter.shape)} is {parameter.dtype} now and was {dtype} when its "
+            "state was made: convert the model before making the optimizer."
+        )
+    if parameter.numel() != numel:
+        raise ModelStateError(
+            f"A parameter of shape {tuple(parameter.shape)} had {numel} elements when its state was made: make a new "
+            "optimizer after resizing the model."
+        )
+
+
+def check_gradient(gradient: Tensor, parameter: Tensor) -> None:
+    """Raises ModelStateError for a gradient that is not of its parameter's type, size and device."""
+    if (
+        gradient.dtype is not parameter.dtype
+        or gradient.numel() != parameter.numel()
+        or gradient.device != parameter.device
+    ):
+        raise ModelStateError(
+            f"A gradient is {gradient.dtype} {[*gradient.shape]} on {gradient.device}, its parameter {parameter.dtype} "
+            f"{[*parameter.shape]} on {parameter.device}: call zero_grad() after changing a parameter."
+        )
 
 
 def check_one_process(name: str) -> None:

@@ -80,7 +80,14 @@ def from_dict(optimizer: PagedOptimizer, state_dict: Mapping[str, Any]) -> dict[
     try:
         saved, groups = dict(state_dict["state"]), state_dict["param_groups"]
     except (KeyError, TypeError, ValueError):
-        raise CheckpointError("The optimizer's state dictionary lacks 'state' or 'param_groups'.") from None
+        raise CheckpointError(
+            "The optimizer's state dictionary lacks 'state' or 'param_groups': give what its state_dict() returned."
+        ) from None
+    for name in ("params", *optimizer.defaults):
+        if not all(isinstance(group, Mapping) and name in group for group in groups):
+            raise CheckpointError(
+                f"A parameter group of the optimizer's state dictionary lacks {name!r}: it is another optimizer's."
+            )
     here = [len(group["params"]) for group in optimizer.param_groups]
     there = [len(group["params"]) for group in groups]
     if here != there:
@@ -102,8 +109,18 @@ def from_dict(optimizer: PagedOptimizer, state_dict: Mapping[str, Any]) -> dict[
                 )
             flat = {**saved[index], **saved[index].get(_WRAPPED, {})}
             layout = layout_for(local_part(parameter), lion=optimizer.lion, state_bits=optimizer.state_bits)
-            loaded[parameter] = (int(flat.get("step", 0)), _values(flat, parameter, layout, f"parameter {index}"))
+            loaded[parameter] = (_step(flat, index), _values(flat, parameter, layout, f"parameter {index}"))
     return loaded
+
+
+def _step(saved: Mapping[str, Any], index: Any) -> int:
+    step = saved.get("step")
+    if not isinstance(step, (int, float)) and not (isinstance(step, Tensor) and step.numel() == 1):
+        raise CheckpointError(
+            f"The optimizer's state of parameter {index} has no 'step', the number of updates so far: it is another "
+            "optimizer's."
+        )
+    return int(step)
 
 
 def _values(saved: Mapping[str, Any], parameter: Tensor, layout: StateLayout, what: str) -> Views:
@@ -149,11 +166,13 @@ def _stored(saved: Mapping[str, Any], field: str, parameter: Tensor, what: str) 
     return values, scales.detach().cpu().float().view(-1), code_map.detach().cpu().float().view(-1)
 
 
-def _flat(tensor: Tensor, parameter: Tensor, what: str) -> Tensor:
+def _flat(tensor: Any, parameter: Tensor, what: str) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise CheckpointError(f"The optimizer's state does not fit: {what} is no tensor.")
     if tensor.shape != parameter.shape:
         raise CheckpointError(
             f"The optimizer's state does not fit: {what} is {tuple(tensor.shape)} there and "
-            f"{tuple(parameter.shape)} here."
+            f"{tuple(parameter.shape)} here: load it for the model that it was saved with."
         )
     return part_like(tensor.detach(), parameter).cpu().contiguous().view(-1)
 

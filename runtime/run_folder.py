@@ -18,7 +18,7 @@ from .reporters import Reporter
 # Fields that a resumed run may change: they choose where, how long and how, not what is computed in a step.
 FREE = {"model", "data", "out", "eval_data", "steps", "epochs", "save_every", "keep_last", "resume"}
 FREE |= {"eval_every", "eval_batches", "compile", "device", "fsdp", "tensorboard", "posthog"}
-FREE |= {"step_in_backward", "memory_budget"}
+FREE |= {"step_in_backward", "memory_budget", "optimizer_budget", "optimizer_folder"}
 FREE_QLORA = {"lowering", "outline_layers", "dump_dir", "activation_budget", "keep_logits", "kernels", "autotune"}
 
 

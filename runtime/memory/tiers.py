@@ -119,7 +119,8 @@ class FileTier:
                     continue
                 raise MemoryBudgetError(
                     f"There is no room for another page of {format_bytes(self.page_bytes)} in {self.folder} "
-                    f"({error.strerror or error}): free some space there, or give a larger device budget."
+                    f"({error.strerror or error}): free some space there, choose another folder, or give a larger "
+                    "device budget."
                 ) from error
         whole = torch.frombuffer(mapped, dtype=torch.uint8)
         self._free.extend(range(len(self._views) + pages - 1, len(self._views) - 1, -1))

@@ -10,8 +10,10 @@ import pytest
 
 from qlora_compile.errors import CheckpointError, ConfigError, DataError, NonFiniteError, NoTargetError, OutputError
 from qlora_compile.runtime import finetune as ft
+from qlora_compile.runtime.checkpoint import Checkpoint
 from qlora_compile.runtime.finetune import FinetuneConfig, finetune
 from qlora_compile.runtime.reporters import SilentReporter
+from qlora_compile.runtime.run_folder import check_same_settings
 
 
 def run(config: FinetuneConfig) -> None:
@@ -34,6 +36,20 @@ def test_an_output_folder_that_is_not_empty(make_config: Any, monkeypatch: pytes
     with pytest.raises(OutputError, match="cannot be written"):
         run(make_config(out="out/thesis.tex/deeper"))
     assert sorted(p.name for p in config.out.iterdir()) == ["run.json", "thesis.tex"]
+
+
+def test_a_resumed_run_may_page_elsewhere_but_not_train_other_adapters(make_config: Any, tmp_path: Path) -> None:
+    options = {"optimizer": "paged_adamw", "optimizer_budget": "16KiB"}
+    checkpoint = Checkpoint(tmp_path, 3, {}, {"config": make_config(**options).to_dict()})
+    check_same_settings(make_config(**options | {"optimizer_budget": "8KiB", "optimizer_folder": tmp_path}), checkpoint)
+    for changed, message in (
+        ({"r": 5}, "r=3, this run has 5"),
+        ({"target_modules": "q_proj"}, "target_modules='all-linear'"),
+    ):
+        with pytest.raises(
+            CheckpointError, match=f"was trained with {message}.*give the same value, or start a new run"
+        ):
+            check_same_settings(make_config(**options, qlora=changed), checkpoint)
 
 
 def test_bad_data_leaves_no_folder_and_loads_no_model(

@@ -329,6 +329,9 @@ def test_half_masters_travel() -> None:
             r"exp_avg of parameter 0 is \(3,\) there and \(97, 97\)",
         ),
         (lambda s: s["state"][1].pop("exp_avg_sq"), "parameter 1 has neither 'exp_avg_sq' nor 'state2'"),
+        (lambda s: s["state"][1].pop("step"), "parameter 1 has no 'step'"),
+        (lambda s: s["state"][1].update(exp_avg="x"), "exp_avg of parameter 1 is no tensor"),
+        (lambda s: s["param_groups"][0].pop("lr"), "lacks 'lr'"),
         (lambda s: s["param_groups"][0].update(amsgrad=True), "amsgrad=True"),
         (
             lambda s: s["state"][0].update(exp_avg=torch.zeros(97, 97, dtype=torch.uint8)),
@@ -446,6 +449,28 @@ def test_other_devices_types_and_sparse_gradients_are_refused() -> None:
     p.grad = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.ones(1, 3), (5, 3))
     with pytest.raises(ModelStateError, match="no sparse gradients"):
         optimizer.step()
+
+
+def test_a_resized_parameter_or_another_ones_gradient_is_refused() -> None:
+    """Both were read past their end."""
+    params, optimizer = train(OURS["32"], 1)
+    params[0].data, params[0].grad = torch.zeros(5, 97), torch.zeros(5, 97)
+    with pytest.raises(
+        ModelStateError, match=r"\(5, 97\) had 9409 elements when its state was made: make a new optimizer"
+    ):
+        optimizer.step()
+    for other in (torch.zeros(97, 98), torch.zeros(97, 97).bfloat16()):
+        params = make_params()
+        optimizer = OURS["32"](params)
+        give_gradients(params, 0)
+        params[0].data = other
+        with pytest.raises(ModelStateError, match=r"A gradient is torch.float32 \[97, 97\] on cpu, its parameter"):
+            optimizer.step()
+
+
+def test_parameters_without_values_are_refused() -> None:
+    with pytest.raises(ModelStateError, match="on the meta device and have no values: load the model before"):
+        qc.PagedAdamW([nn.Parameter(torch.zeros(3, device="meta"))])
 
 
 def test_a_parameter_of_another_type_than_its_state_is_refused() -> None:
