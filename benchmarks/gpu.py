@@ -1,6 +1,6 @@
 """One script for a machine with a GPU: are all kernels right, how fast are they, and the model that is made of them.
 
-    python benchmarks/gpu.py --out DIR [--seconds 480] [--layers N] [--batch 2 --seq-len 2048]
+    python benchmarks/gpu.py --out DIR [--seconds 480] [--layers N] [--batch 2 --seq-len 2048] [--parts kernels,paging,model]
 
 Needs torch >= 2.11 with CUDA (or ROCm), triton and transformers; peft and bitsandbytes are measured beside us where they
 are installed. In this order, until the time is up: every kernel against fp64; dequantize beside a copy; every linear
@@ -34,6 +34,7 @@ from common import machine
 from qlora_compile.runtime.kernels import devices, dispatch, tuning
 
 GROUPS = (((4096, 1024, 1024), 4096), ((4096,), 4096), ((14336, 14336), 4096), ((4096,), 14336))
+PARTS = ("kernels", "paging", "model")
 ROWS = (1, 4096, 16, 64, 2048, 4, 512)  # what says most comes first: time may run out
 
 
@@ -138,6 +139,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=480, help="stop starting parts after this")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=2048)
@@ -147,10 +149,15 @@ def main() -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("error: torch sees no GPU here; --device cpu --small runs the script without one.", file=sys.stderr)
         return 2
+    parts = arguments.parts.split(",")
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"--parts: no part {min(unknown)!r}, only {', '.join(PARTS)}")
     run = Run(arguments.out, arguments.device, arguments.seconds)
-    wrong = kernel_parts(run, arguments.small)
-    paging_part(run, arguments.small)
-    model_parts(run, arguments)
+    wrong = kernel_parts(run, arguments.small) if "kernels" in parts else []
+    if "paging" in parts:
+        paging_part(run, arguments.small)
+    if "model" in parts:
+        model_parts(run, arguments)
     for line in wrong:
         print("WRONG", line, file=sys.stderr)
     return 1 if wrong else 0

@@ -136,7 +136,9 @@ def decoding(name: str, shape: dict[str, int], layers: int, device: str, new_tok
         )
 
     with torch.no_grad():
-        generate(4)
+        generate(
+            new_tokens
+        )  # as long: cuDNN plans its attention anew for each length of the cache, for all contenders once
         synchronize(device)
         begin = time.perf_counter()
         generate(new_tokens)
