@@ -2,7 +2,8 @@
 
     python benchmarks/paging.py [--part step|training|losses|activations] [--model DIR] [--json FILE]
 
-step         one optimizer step with all of its state resident, 52 M parameters in LoRA shapes, contenders in turns
+step         one optimizer step with all of its state resident, 59 M parameters in LoRA shapes, contenders in turns; then
+             ours by instruction set
 training     a narrow Llama (24 layers of 512, 2048 tokens in its vocabulary), r=64 on all linears, so that the states are a
              third of the peak: device-tier bytes (what torch's allocator has for model, gradients, activations and states,
              the file of pages apart) at their peak, and the time of a step; AdamW's states resident (torch, fused), paged
@@ -74,6 +75,7 @@ def step_alone(rounds: int) -> dict[str, Any]:
                 ms = (time.perf_counter() - begin) * 1e3
             if turn:
                 times.setdefault(name, []).append(ms)
+    by_path = ours_by_path([made["ours, 32-bit"], made["ours, 8-bit"]], rounds)
     numel = sum(value.numel() for value in values)
     found: dict[str, Any] = {
         name: {"median_ms": statistics.median(ms), "min_ms": min(ms)} for name, ms in times.items()
@@ -81,7 +83,30 @@ def step_alone(rounds: int) -> dict[str, Any]:
     for name in ("ours, 32-bit", "ours, 8-bit"):
         found[name]["state_bytes"] = made[name].statistics().device_bytes
     found["parameters"] = numel
+    found["by_path"] = by_path
     return found
+
+
+def ours_by_path(made: list[Any], rounds: int) -> dict[str, list[float]]:
+    """Median ms of the 32-bit and the 8-bit step by instruction set ("avx512": without VBMI)."""
+    from qlora_compile.runtime import kernels
+    from qlora_compile.runtime.kernels import cpu
+
+    kernel, find = kernels.find("paged_step", "cpu"), kernels.find
+    assert kernel is not None
+    times: dict[str, list[list[float]]] = {}
+    for turn in range(rounds + 1):
+        for isa in cpu.supported_isas():
+            kernels.find = lambda op, device, isa=isa: lambda *arguments: kernel(*arguments, isa=isa)
+            for place, optimizer in enumerate(made):
+                for _ in range(2):
+                    begin = time.perf_counter()
+                    optimizer.step()
+                    ms = (time.perf_counter() - begin) * 1e3
+                if turn:
+                    times.setdefault(isa, [[], []])[place].append(ms)
+    kernels.find = find
+    return {isa: [statistics.median(ms) for ms in both] for isa, both in times.items()}
 
 
 def print_step(found: dict[str, Any]) -> None:
@@ -89,11 +114,13 @@ def print_step(found: dict[str, Any]) -> None:
     print(f"optimizer step, {found['parameters'] / 1e6:.1f} M parameters, median (least) ms")
     ours, narrow, fused = (found[name] for name in ("ours, 32-bit", "ours, 8-bit", "torch fused"))
     for name, line in found.items():
-        if isinstance(line, dict):
+        if isinstance(line, dict) and "median_ms" in line:
             print(f"  {name:20} {line['median_ms']:8.1f} ({line['min_ms']:.1f})")
     print(f"  ours / torch fused        {ours['median_ms'] / fused['median_ms']:.2f}  (limit 1.00)")
     print(f"  8-bit / 32-bit            {narrow['median_ms'] / ours['median_ms']:.2f}  (limit 2.00)")
     print(f"  8-bit / 32-bit, bytes     {narrow['state_bytes'] / ours['state_bytes']:.3f}  (limit 0.30)")
+    for isa, (wide_ms, narrow_ms) in found["by_path"].items():
+        print(f"  8-bit / 32-bit, {isa:9} {narrow_ms / wide_ms:.2f}  ({narrow_ms:.1f} / {wide_ms:.1f} ms)")
 
 
 # --- training -------------------------------------------------------------------------------------------------------
