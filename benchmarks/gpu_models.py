@@ -127,13 +127,12 @@ def decoding(name: str, shape: dict[str, int], layers: int, device: str, new_tok
     clean(device)
     torch.manual_seed(0)
     model = contender(name, llama(shape, layers, device), device).eval()
-    model.config.use_cache = True
     prompt = torch.randint(0, shape["vocab_size"], (1, 16), device=device)
 
     def generate(count: int) -> Tensor:
-        return model.generate(
-            input_ids=prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0
-        )
+        # the cache by name: what a model's configuration said when it was made is what it generates with
+        length = {"max_new_tokens": count, "min_new_tokens": count}
+        return model.generate(input_ids=prompt, use_cache=True, do_sample=False, pad_token_id=0, **length)
 
     with torch.no_grad():
         generate(
