@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ...errors import KernelError
 from ...nf4 import QuantizedData, check_format
 from . import triton_build
 from .checks import check, check_scales
-from .triton_common import DTYPES, multiprocessors, on_device, scale_arguments
+from .triton_common import DTYPES, cdiv, multiprocessors, next_power_of_2, on_device, scale_arguments
 from .triton_low_rank import NO_DROPOUT, TYPES, Dropout, Scale, lora_up, padded
 
 MOST_VECTOR_ROWS = 4
@@ -145,19 +144,19 @@ def vector_launch(
     for weight, mine in zip(weights, adapters, strict=True):
         weight.check(x.device)
         _check_adapters(mine, weight.rows, 0, x)
-    rows, counts = triton.next_power_of_2(max(m, 1)), tuple(len(mine) for mine in adapters)
+    rows, counts = next_power_of_2(max(m, 1)), tuple(len(mine) for mine in adapters)
     spec = _spec(first, flat, rows=rows, bias=bool(bias), adapters=counts, dropout=False)
     chunk = chunk_of(k, first.block_size, 256)
-    chunks = max(1, min(triton.next_power_of_2(triton.cdiv(k, chunk)), 4096 // chunk))
+    chunks = max(1, min(next_power_of_2(cdiv(k, chunk)), 4096 // chunk))
     block_n = 2
     fixed: list[tuple[list[Any], list[Any]]] = []  # what stands before and after each out
     for i, (weight, mine) in enumerate(zip(weights, adapters)):
         after: list[Any] = [weight.rows]
         for adapter in mine:
             rank = adapter.factor.shape[1]
-            after += [*_rank_arguments(adapter, True), rank, triton.next_power_of_2(rank)]
+            after += [*_rank_arguments(adapter, True), rank, next_power_of_2(rank)]
         fixed.append(([*weight.arguments(), *bias[i : i + 1]], after))
-    grid = (sum(triton.cdiv(weight.rows, block_n) for weight in weights),)
+    grid = (sum(cdiv(weight.rows, block_n) for weight in weights),)
     kernel = triton_build.load("lora_linear_small", **spec).lora_linear_small[grid]
     blocks = {"BLOCK_SIZE": first.block_size, "BLOCK_N": block_n, "CHUNK": chunk, "CHUNKS": chunks}
     options = blocks | {"TYPE": TYPES[x.dtype], "num_warps": 4} | _LAUNCH
@@ -186,9 +185,9 @@ class Tiles:
 def forward_tiles(m: int, dtype: torch.dtype) -> Tiles:
     """Reckoned from shared memory and registers, not measured: 16 ... 64 columns of y^T for few rows, else 128 x 128."""
     if dtype == torch.float32:
-        return Tiles(min(max(triton.next_power_of_2(m), 16), 64), 64, 32, 4, 2)
+        return Tiles(min(max(next_power_of_2(m), 16), 64), 64, 32, 4, 2)
     if m <= 64:
-        return Tiles(max(triton.next_power_of_2(m), 16), 64, 128, 4, 3)
+        return Tiles(max(next_power_of_2(m), 16), 64, 128, 4, 3)
     return Tiles(128, 128, 64, 8, 3)
 
 
@@ -210,9 +209,9 @@ def lora_linear_gemm(
         return
     tiles = tiles or forward_tiles(m, x.dtype)
     chunk = chunk_of(k, weight.block_size, tiles.block_k)
-    count = triton.cdiv(m, tiles.block_m) * triton.cdiv(weight.rows, tiles.block_n)
+    count = cdiv(m, tiles.block_m) * cdiv(weight.rows, tiles.block_n)
     cores = multiprocessors(x.device)
-    steps = triton.cdiv(k, tiles.block_k)
+    steps = cdiv(k, tiles.block_k)
     splits = max(1, min(2 * cores // count, steps // 4, 16)) if m <= 64 else 1
     target = out if splits == 1 else torch.empty(splits, m, weight.rows, dtype=torch.float32, device=x.device)
     here = adapters if splits == 1 else ()
@@ -274,7 +273,7 @@ def lora_linear_dx(
         rank = adapter.factor.shape[0]
         arguments += [adapter.low, adapter.low.stride(0), adapter.factor, *dropout.seed[j : j + 1], rank, padded(rank)]
     with on_device(dx):
-        module.lora_linear_dx[(triton.cdiv(m, tiles.block_m), triton.cdiv(k, tiles.block_k))](
+        module.lora_linear_dx[(cdiv(m, tiles.block_m), cdiv(k, tiles.block_k))](
             *arguments,
             BLOCK_SIZE=first.block_size,
             BLOCK_M=tiles.block_m,
@@ -291,7 +290,7 @@ def lora_linear_dx(
 def dx_tiles(m: int, dtype: torch.dtype) -> Tiles:
     """The same for dx, where block_k counts columns of dx and block_n the terms of a step."""
     if dtype == torch.float32:
-        return Tiles(min(max(triton.next_power_of_2(m), 16), 64), 32, 64, 4, 2)
+        return Tiles(min(max(next_power_of_2(m), 16), 64), 32, 64, 4, 2)
     if m <= 64:
-        return Tiles(max(triton.next_power_of_2(m), 16), 64, 64, 4, 3)
+        return Tiles(max(next_power_of_2(m), 16), 64, 64, 4, 3)
     return Tiles(128, 64, 128, 8, 3)

@@ -13,13 +13,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...errors import KernelError
 from . import triton_build
-from .triton_common import DTYPES, multiprocessors, on_device
+from .triton_common import DTYPES, cdiv, multiprocessors, next_power_of_2, on_device
 
 MOST_RANKS = 256  # of the adapters of one launch: more sums do not fit the registers
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -57,7 +56,7 @@ def dropout_mask(seed: Tensor, like: Tensor, keep: float) -> Tensor:
     if out.numel():
         module = triton_build.load("dropout_mask", dropout=True, uses_codes=False)
         with on_device(out):
-            module.dropout_mask[(triton.cdiv(m, 32), triton.cdiv(k, 128))](
+            module.dropout_mask[(cdiv(m, 32), cdiv(k, 128))](
                 seed.to(like.device, non_blocking=True), out, m, k, keep, BLOCK_M=32, BLOCK_K=128, num_warps=4
             )
     return out
@@ -71,7 +70,7 @@ def covers(*factors: Tensor) -> bool:
 
 def padded(rank: int) -> int:
     """A tile's ranks: a power of two, and at least what a tensor core takes."""
-    return max(triton.next_power_of_2(rank), 16)
+    return max(next_power_of_2(rank), 16)
 
 
 def _check_rows(name: str, tensor: Tensor, rows: int, columns: int, like: Tensor) -> None:
@@ -125,8 +124,8 @@ def down_launch(
     block_m = 16 if m <= 16 else 32 if m <= 64 or ranks > 64 else 64
     # several masks for one tile of x take registers
     block_k = 64 if x.dtype == torch.float32 or ranks > 64 or len(dropout.seed) > 1 else 128
-    programs = triton.cdiv(m, block_m)
-    splits = _splits(programs, triton.cdiv(k, block_k), m * ranks, x)
+    programs = cdiv(m, block_m)
+    splits = _splits(programs, cdiv(k, block_k), m * ranks, x)
     kernel = triton_build.load("lora_down", **_spec(factors, scale, dropout)).lora_down[(programs, splits)]
     fixed: list[Any] = []
     for j, factor in enumerate(factors):
@@ -160,7 +159,7 @@ def sum_splits(partial: Tensor, out: Tensor) -> None:
         return
     block = 512
     with on_device(out):
-        _sums().sum_splits[(triton.cdiv(out.numel(), block),)](
+        _sums().sum_splits[(cdiv(out.numel(), block),)](
             partial, out, out.numel(), SPLITS=partial.shape[0], BLOCK=block, **_LAUNCH
         )
 
@@ -205,7 +204,7 @@ def lora_up(
     arguments += [m, n, *([dropout.keep] if dropout.seed else [])]
     block_m, block_n = (16 if m <= 16 else 64), 64
     with on_device(y):
-        module.lora_up[(triton.cdiv(m, block_m), triton.cdiv(n, block_n))](
+        module.lora_up[(cdiv(m, block_m), cdiv(n, block_n))](
             *arguments,
             **_ranks([f.t() for f in factors]),
             BLOCK_M=block_m,
@@ -237,8 +236,8 @@ def lora_over_tokens(
     module = triton_build.load("lora_over_tokens", **_spec(outs, scale, dropout))
     block_m = 32 if right.dtype == torch.float32 else 64
     block_c = 64 if sum(padded(o.shape[0]) for o in outs) <= 128 else 32
-    programs = triton.cdiv(c, block_c)
-    splits = _splits(programs, triton.cdiv(m, block_m), max(o.numel() for o in outs), right)
+    programs = cdiv(c, block_c)
+    splits = _splits(programs, cdiv(m, block_m), max(o.numel() for o in outs), right)
     targets = outs
     if splits > 1:
         targets = [torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device) for out in outs]
