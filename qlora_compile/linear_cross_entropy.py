@@ -5,7 +5,7 @@
 Shapes: M rows (tokens), K input features, V vocabulary. Where a gradient is wanted it is computed in the same sweep
 (the logits of a chunk become their own gradient in place, as in Liger's fused_linear_cross_entropy), of the *sum* of
 the losses: the incoming gradient, with a mean's division and a loss scale in it, multiplies it in backward, so that
-nothing is small enough to vanish in fp16. Softmax and loss are in fp32. Rows that do not count cost nothing.
+nothing is small enough to vanish in fp16. Softmax and loss are in fp32. On a CPU rows that do not count cost nothing.
 """
 
 from __future__ import annotations
@@ -132,31 +132,39 @@ class _Sweep:
     def run(self, need_dx: bool, need_dw: bool, need_db: bool) -> list[Tensor]:
         """[loss, dx, dW, db], those that are needed."""
         x, target = as_rows(self.x, self.x.dtype), self.target.reshape(-1)
-        rows = (target != self.ignore_index).nonzero().squeeze(1)
-        target = target.index_select(0, rows)
+        counts = target != self.ignore_index
+        # the rows that count; or all of them, for on a GPU the host would wait to learn how many do
+        rows = counts.nonzero().squeeze(1) if drops_rows(x.device.type) else None
+        target = target.where(counts, 0) if rows is None else target.index_select(0, rows)
         self._check(target)
-        losses = torch.empty(len(rows), dtype=torch.float32, device=x.device)
+        losses = torch.empty(len(target), dtype=torch.float32, device=x.device)
         dx = torch.zeros_like(x) if need_dx else None
         dw = torch.zeros_like(self.weight, dtype=torch.float32) if need_dw else None
         db = torch.zeros_like(self.bias, dtype=torch.float32) if need_db and self.bias is not None else None
         need = need_dx or need_dw or need_db
         kernel = self._kernel() if dw is None and db is None else None
-        for chunk in self._chunks(len(rows)):
-            mine = x.index_select(0, rows[chunk]).to(self._product_dtype())
+        for chunk in self._chunks(len(target)):
+            mine = x[chunk] if rows is None else x.index_select(0, rows[chunk])
+            mine = mine.to(self._product_dtype())
             if kernel is not None:
                 z = scratch("logits", (len(mine), len(self.weight)), mine, mine.dtype)
                 kernel(torch.mm(mine, self.weight.t(), out=z), target[chunk], losses[chunk], need)
-                if dx is not None:
-                    dx.index_copy_(0, rows[chunk], z @ self.weight)
-                continue
-            z = self._logits(mine)
-            losses[chunk] = self._softmax(z, target[chunk], need)
+            else:
+                z = self._logits(mine)
+                losses[chunk] = self._softmax(z, target[chunk], need)
+            if rows is None and (dw is not None or db is not None):
+                z.masked_fill_(~counts[chunk, None], 0)
             if dx is not None:
-                dx.index_copy_(0, rows[chunk], self._times_weight(z).to(dx.dtype))
+                part = z @ self.weight if kernel is not None else self._times_weight(z).to(dx.dtype)
+                dx[chunk if rows is None else rows[chunk]] = part
             if dw is not None:
                 self._add_weight_gradient(dw, z, mine)
             if db is not None:
                 db += z.sum(0)
+        if rows is None:
+            losses.masked_fill_(~counts, 0)
+        if rows is None and dx is not None:
+            dx.masked_fill_(~counts[:, None], 0)
         outs = [losses.sum()]
         outs += [dx.view(self.x.shape)] if dx is not None else []
         outs += [dw.to(self.weight.dtype)] if dw is not None else []
@@ -246,6 +254,11 @@ class _Sweep:
             dw.addmm_(dz.t(), x)
         else:
             dw += dz.to(x.dtype).t() @ x
+
+
+def drops_rows(device: str) -> bool:
+    """Whether rows that do not count are left out of the products, rather than their gradient set to zero."""
+    return device == "cpu"
 
 
 def most_rows(classes: int, device: str) -> int:

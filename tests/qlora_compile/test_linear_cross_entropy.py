@@ -106,6 +106,19 @@ def test_loss_and_gradients_are_those_of_fp64(name: str) -> None:
     check(CASES[name])
 
 
+@pytest.mark.parametrize("name", ["fp32", "scaled_and_capped", "bf16", "bf16_frozen", "all_ignored", "head_only"])
+def test_nothing_waits_for_the_number_of_rows(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """As on a GPU: every row is computed, and the gradient of those that do not count is zero, also of not-a-number."""
+    monkeypatch.setattr(module, "drops_rows", lambda device: False)
+    monkeypatch.setitem(module.CHUNK_BYTES, "cpu", 4 * 211 * 9)
+    monkeypatch.setattr(module, "LEAST_ROWS", 1)
+    check(CASES[name])
+    x, weight, _, target, *rest = arguments(CASES["bf16_frozen"])
+    x.data[target == -100] = torch.nan
+    loss, dx = torch.ops.qlora.linear_cross_entropy_grads(x.detach(), weight, None, target, *rest, True, False, False)
+    assert loss.isfinite() and dx.isfinite().all() and not dx[target == -100].any() and dx.any()
+
+
 @pytest.mark.parametrize("half_products", [False, True])
 @pytest.mark.parametrize(
     "name", ["fp32", "scaled_and_capped", "bf16", "bf16_capped", "bf16_frozen", "fp16", "one_row", "all_ignored"]
