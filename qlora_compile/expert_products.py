@@ -6,13 +6,15 @@ adapter. An expert's matrix is [N, K], or [K, N] if `transposed`.
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .lora_group import dequantize_into, scratch
+from .lora_group import dequantize_into, kernel_for, scratch
 
 
 def decode_expert(
@@ -25,7 +27,7 @@ def decode_expert(
 
 
 class ExpertGroup:
-    """One call's weights and adapters, by expert. No tensor is copied here but the adapters' cast."""
+    """One call's weights and adapters, by expert. No tensor is copied here but, without kernels, the adapters' cast."""
 
     def __init__(
         self,
@@ -44,12 +46,29 @@ class ExpertGroup:
     ) -> None:
         self.offsets, self.weight, self.scales, self.shape = offsets, weight, scales, shape
         self.lora_a, self.lora_b = lora_a, lora_b
-        self.a, self.b = [t.to(dtype) for t in lora_a], [t.to(dtype) for t in lora_b]
         self.factors = [
             alpha_j * (weight_j.to(dtype)[:, None] if weight_j.dim() else float(weight_j))
             for alpha_j, weight_j in zip(alpha, scaling, strict=True)
         ]  # one number, or [S, 1] where each row of the batch has a choice of its own
         self.transposed, self.quant_type, self.block_size, self.dtype = transposed, quant_type, block_size, dtype
+
+    @functools.cached_property
+    def a(self) -> list[Tensor]:
+        """Each adapter's A [E, R, K] in the compute dtype."""
+        return [t.to(self.dtype) for t in self.lora_a]
+
+    @functools.cached_property
+    def b(self) -> list[Tensor]:
+        """Each adapter's B [E, N, R] in the compute dtype."""
+        return [t.to(self.dtype) for t in self.lora_b]
+
+    def low_rank_kernel(self, op: str) -> Callable[..., Any] | None:
+        """The kernel "lora_down", "lora_up" or "lora_backward", as for a linear's adapters, if it covers this call."""
+        factors = (*self.lora_a, *self.lora_b)
+        known = all(t.dtype in (torch.float32, torch.bfloat16) and t.is_contiguous() for t in factors)
+        if not factors or not known or self.dtype != torch.bfloat16 or any(isinstance(f, Tensor) for f in self.factors):
+            return None
+        return kernel_for(op, self.weight.device)
 
     def runs(self) -> Iterator[tuple[int, slice]]:
         """(expert, its rows) for each expert that has rows. Reads the offsets: on a GPU the one wait of the op."""
@@ -83,13 +102,21 @@ def grouped_forward(group: ExpertGroup, x: Tensor) -> tuple[Tensor, Tensor]:
     """
     columns = group.columns()
     y = x.new_empty((x.shape[0], group.shape[0]))
-    h = x.new_empty((x.shape[0], sum(a.shape[1] for a in group.a)))
+    h = x.new_empty((x.shape[0], sum(a.shape[1] for a in group.lora_a)))
+    down, up = group.low_rank_kernel("lora_down"), group.low_rank_kernel("lora_up")
     end = 0
     for expert, rows in group.runs():
         mine, out = x[rows], y[rows]
-        for j, (a, b, factor, own) in enumerate(zip(group.a, group.b, group.factors, columns)):
-            h[rows, own] = low = mine @ a[expert].t()
-            _multiply(out, _scaled(low, factor, rows), b[expert].t(), add=j > 0)
+        if down is not None:
+            down(mine, [a[expert] for a in group.lora_a], h[rows])
+        for j, (factor, own) in enumerate(zip(group.factors, columns)):
+            if down is None:
+                h[rows, own] = mine @ group.a[j][expert].t()
+            low = h[rows, own]
+            if up is not None:
+                up(low, group.lora_b[j][expert], factor, out, j > 0)
+            else:
+                _multiply(out, _scaled(low, factor, rows), group.b[j][expert].t(), add=j > 0)
         _multiply(out, mine, group.dense(expert).t(), add=bool(columns))
         end = rows.stop
     y[end:].zero_()
@@ -121,15 +148,22 @@ def grouped_backward(
     dx = torch.empty_like(x) if need_dx else None
     da = [torch.zeros_like(a) for a in group.lora_a] if need_adapters else []
     db = [torch.zeros_like(b) for b in group.lora_b] if need_adapters else []
+    kernel = group.low_rank_kernel("lora_backward")
     end = 0
     for expert, rows in group.runs():
-        for j, (a, b, factor, own) in enumerate(zip(group.a, group.b, group.factors, columns)):
-            low = _scaled(dy[rows] @ b[expert], factor, rows)
+        for j, (factor, own) in enumerate(zip(group.factors, columns)):
+            mine = h[rows, own]
+            if kernel is not None:
+                low = torch.empty_like(mine, memory_format=torch.contiguous_format)
+                grads = (da[j][expert], db[j][expert]) if need_adapters else (None, None)
+                kernel(dy[rows], x[rows], mine, group.lora_b[j][expert], factor, low, *grads)
+            else:
+                low = _scaled(dy[rows] @ group.b[j][expert], factor, rows)
+                if need_adapters:
+                    da[j][expert] = low.t() @ x[rows]
+                    db[j][expert] = dy[rows].t() @ _scaled(mine, factor, rows)
             if dx is not None:
-                _multiply(dx[rows], low, a[expert], add=j > 0)
-            if need_adapters:
-                da[j][expert] = low.t() @ x[rows]
-                db[j][expert] = dy[rows].t() @ _scaled(h[rows, own], factor, rows)
+                _multiply(dx[rows], low, group.a[j][expert], add=j > 0)
         if dx is not None:
             _multiply(dx[rows], dy[rows], group.dense(expert), add=bool(columns))
         end = rows.stop
