@@ -134,20 +134,22 @@ def partitioner_settings(activation_budget: float) -> dict[str, Any]:
     return {"activation_memory_budget": activation_budget, "is_non_builtin_to_include": True}
 
 
-def _linear(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> int:
+def _linear(x: Tensor, weight: Tensor, out_val: Tensor | None) -> int:
     return 2 * _rows(x) * weight.numel()
 
 
-def _addmm(bias: Tensor, a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> int:
+def _addmm(bias: Tensor, a: Tensor, b: Tensor, out_val: Tensor | None) -> int:
     return 2 * a.numel() * b.shape[-1]
 
 
-# What Dynamo's graphs, and so all stages before AOTAutograd's, call; a string is a tensor's method.
-_PYTHON: dict[Any, Callable[..., Any]] = {
-    F.linear: _linear,
-    torch.addmm: _addmm,
-    F.scaled_dot_product_attention: _attention,
-    **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, operator.matmul, "matmul", "mm", "bmm"), _matmul),
+# What Dynamo's graphs, and so all stages before AOTAutograd's, call, with the names of the arguments that count; a string
+# is a tensor's method.
+_PYTHON: dict[Any, tuple[tuple[str, ...], Callable[..., Any]]] = {
+    F.linear: (("input", "weight"), _linear),
+    torch.addmm: (("input", "mat1", "mat2"), _addmm),
+    F.scaled_dot_product_attention: (("query", "key", "value"), _attention),
+    **dict.fromkeys((torch.matmul, operator.matmul, "matmul"), (("input", "other"), _matmul)),
+    **dict.fromkeys((torch.mm, torch.bmm, "mm", "bmm"), (("input", "mat2"), _matmul)),
 }
 
 
@@ -159,13 +161,18 @@ def node_flops(node: fx.Node) -> int:
     region = called_graph(node)
     if region is not None:
         return sum(map(node_flops, region.nodes))
+    if any(_value(source) is None for source in node.all_input_nodes):
+        return 0
     if isinstance(node.target, torch._ops.OpOverload):
         formula = flop_registry.get(node.target._overloadpacket)
-    else:
-        formula = _PYTHON.get(node.target) if node.op in ("call_function", "call_method") else None
-    if formula is None or any(_value(source) is None for source in node.all_input_nodes):
+        if formula is None:
+            return 0
+        return hint(formula(*_values(node.args), **_values(node.kwargs), out_val=_value(node)))
+    names, formula = _PYTHON.get(node.target, ((), None)) if node.op.startswith("call_") else ((), None)
+    given = dict(zip(names, node.args)) | node.kwargs
+    if formula is None or not given.keys() >= set(names):
         return 0
-    return hint(formula(*_values(node.args), **_values(node.kwargs), out_val=_value(node)))
+    return hint(formula(*(_values(given[name]) for name in names), out_val=_value(node)))
 
 
 def _value(node: fx.Node) -> Any:

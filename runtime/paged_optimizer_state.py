@@ -83,7 +83,8 @@ def from_dict(optimizer: PagedOptimizer, state_dict: Mapping[str, Any]) -> dict[
         raise CheckpointError(
             "The optimizer's state dictionary lacks 'state' or 'param_groups': give what its state_dict() returned."
         ) from None
-    for name in ("params", *optimizer.defaults):
+    # torch adds entries of its own to the defaults, which groups do not have
+    for name in ("params", *(name for name in optimizer.defaults if name in optimizer.param_groups[0])):
         if not all(isinstance(group, Mapping) and name in group for group in groups):
             raise CheckpointError(
                 f"A parameter group of the optimizer's state dictionary lacks {name!r}: it is another optimizer's."

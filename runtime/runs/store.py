@@ -97,9 +97,9 @@ class RunStore:
     # --- reading ---------------------------------------------------------------------------------------------------
 
     def runs(self) -> list[StoredRun]:
-        """Every run, the first begun first."""
+        """Every run, the first begun first; of one second, in the order of their rows."""
         with self._reading() as database:
-            rows = database.execute("SELECT * FROM runs ORDER BY started, id").fetchall()
+            rows = database.execute("SELECT * FROM runs ORDER BY started, rowid").fetchall()
         return [StoredRun(*row[:6], *(_parsed(self.path, text) for text in row[6:])) for row in rows]
 
     def find(self, name: str) -> StoredRun:
