@@ -62,25 +62,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def measured_peak(model: Any, batch: dict[str, Any]) -> int:
-    """Bytes at the widest moment of one forward and backward pass, what the model holds included."""
-    import torch
-
-    from qlora_compile.lora_group import release_scratch
-    from qlora_compile.tracing import resident_bytes
-
-    held = sum(resident_bytes(model).values())
-    release_scratch()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        model(**batch).loss.backward()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return held + peak
-
-
 def compare(name: str, outlined: bool, keep_logits: bool) -> dict[str, Any]:
     """Planned and measured bytes of one model."""
     import torch
@@ -88,6 +69,7 @@ def compare(name: str, outlined: bool, keep_logits: bool) -> dict[str, Any]:
 
     import qlora_compile as qc
     from qlora_compile.estimate import Estimator
+    from qlora_compile.resident import measured_peak
 
     class_name, options = MODELS[name]
     torch.manual_seed(0)

@@ -39,22 +39,6 @@ class PeakSampler:
         self.thread.join()
 
 
-def allocated(run: Callable[[], Any]) -> tuple[int, int]:
-    """What `run` takes of torch's CPU allocator beyond what was there before: at its peak, and when it is done with its
-    result still alive. In bytes; other threads, such as the page pool's, are not seen."""
-    import torch
-
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        result = run()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    del result
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak, now
-
-
 def model_bytes(model: Any) -> int:
     """Storages of parameters and buffers, each once; of a quantized weight its codes and scales."""
     found = {}
@@ -78,6 +62,7 @@ def train(arguments: argparse.Namespace, optimizer_of: Callable[[Any], Any], **o
 
     import qlora_compile as qc
     import qlora_compile.backend
+    from qlora_compile.resident import allocated
 
     before = resident_bytes("RssAnon")
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)

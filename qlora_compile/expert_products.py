@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lora_group import dequantize_into, kernel_for, scratch
+from .lora_group import dequantize_into, kernel_for, scratch, suit_kernels
 
 
 def decode_expert(
@@ -64,11 +64,9 @@ class ExpertGroup:
 
     def low_rank_kernel(self, op: str) -> Callable[..., Any] | None:
         """The kernel "lora_down", "lora_up" or "lora_backward", as for a linear's adapters, if it covers this call."""
-        factors = (*self.lora_a, *self.lora_b)
-        known = all(t.dtype in (torch.float32, torch.bfloat16) and t.is_contiguous() for t in factors)
-        if not factors or not known or self.dtype != torch.bfloat16 or any(isinstance(f, Tensor) for f in self.factors):
-            return None
-        return kernel_for(op, self.weight.device)
+        by_row = any(isinstance(factor, Tensor) for factor in self.factors)
+        suits = not by_row and suit_kernels((*self.lora_a, *self.lora_b), self.dtype)
+        return kernel_for(op, self.weight.device) if suits else None
 
     def runs(self) -> Iterator[tuple[int, slice]]:
         """(expert, its rows) for each expert that has rows. Reads the offsets: on a GPU the one wait of the op."""

@@ -23,7 +23,7 @@ from . import (  # noqa: F401  they define the ops that get a formula here
     ops,
     wide_ops,
 )
-from .fx_utils import called_graph, hint
+from .fx_utils import any_value, called_graph, hint
 
 _ops, _aten = torch.ops.qlora, torch.ops.aten
 
@@ -161,23 +161,19 @@ def node_flops(node: fx.Node) -> int:
     region = called_graph(node)
     if region is not None:
         return sum(map(node_flops, region.nodes))
-    if any(_value(source) is None for source in node.all_input_nodes):
+    if any(any_value(source) is None for source in node.all_input_nodes):
         return 0
     if isinstance(node.target, torch._ops.OpOverload):
         formula = flop_registry.get(node.target._overloadpacket)
         if formula is None:
             return 0
-        return hint(formula(*_values(node.args), **_values(node.kwargs), out_val=_value(node)))
+        return hint(formula(*_values(node.args), **_values(node.kwargs), out_val=any_value(node)))
     names, formula = _PYTHON.get(node.target, ((), None)) if node.op.startswith("call_") else ((), None)
     given = dict(zip(names, node.args)) | node.kwargs
     if formula is None or not given.keys() >= set(names):
         return 0
-    return hint(formula(*(_values(given[name]) for name in names), out_val=_value(node)))
-
-
-def _value(node: fx.Node) -> Any:
-    return node.meta.get("val", node.meta.get("example_value"))
+    return hint(formula(*(_values(given[name]) for name in names), out_val=any_value(node)))
 
 
 def _values(tree: Any) -> Any:
-    return fx.node.map_aggregate(tree, lambda value: _value(value) if isinstance(value, fx.Node) else value)
+    return fx.node.map_aggregate(tree, lambda value: any_value(value) if isinstance(value, fx.Node) else value)

@@ -72,6 +72,11 @@ def value(node: Any) -> Any:
     return node.meta.get("example_value") if isinstance(node, fx.Node) else None
 
 
+def any_value(node: fx.Node) -> Any:
+    """The node's example value in a graph of Dynamo's or of AOTAutograd's, which keeps it as "val"; or None."""
+    return node.meta.get("val", node.meta.get("example_value"))
+
+
 def hint(size: Any) -> int:
     """A size as a number: that of the traced input where it is symbolic. No guard is made."""
     return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)

@@ -72,6 +72,12 @@ def release_scratch() -> None:
     SCRATCH.__dict__.pop("buffers", None)
 
 
+def suit_kernels(factors: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    """Whether the low-rank kernels read these A and B: for products in bf16, contiguous and in fp32 or bf16."""
+    known = all(t.dtype in (torch.float32, torch.bfloat16) and t.is_contiguous() for t in factors)
+    return bool(factors) and dtype == torch.bfloat16 and known
+
+
 class LoRAGroup:
     """One group's arguments with the arithmetic on them that forward and backward share. No tensor is copied here.
 
@@ -137,10 +143,7 @@ class LoRAGroup:
     def suits_kernels(self) -> bool:
         """Whether the kernels of the low-rank products cover this call: they read the parameters themselves (fp32 or
         bf16), for products in bf16 with nothing dropped."""
-        factors = (*self.lora_a, *self.lora_b)
-        if not factors or self.dropout or self.dtype != torch.bfloat16:
-            return False
-        return all(t.dtype in (torch.float32, torch.bfloat16) and t.is_contiguous() for t in factors)
+        return not self.dropout and suit_kernels((*self.lora_a, *self.lora_b), self.dtype)
 
     def low_rank_kernel(self, op: str, x: Tensor) -> Callable[..., Any] | None:
         """The kernel "lora_down", "lora_up" or "lora_backward", if there is one for this call."""

@@ -18,7 +18,7 @@ from torch import fx
 from .config import QLoRAConfig
 from .errors import ConfigError, PassError, QLoRACompileError, UnknownOptionError
 from .flops import node_flops
-from .fx_utils import add_placeholder, called_graph, module_path, source_line, value
+from .fx_utils import add_placeholder, any_value, called_graph, module_path, source_line
 from .page_plan import PageLink, PageTimeline
 from .param_info import ParamInfo, StateRef
 from .state import ModelEdits
@@ -180,7 +180,7 @@ def _size(gm: fx.GraphModule) -> int:
 
 def record(node: fx.Node) -> NodeRecord:
     """One node as plain values."""
-    example = value(node) if "example_value" in node.meta else node.meta.get("val")  # AOTAutograd's graphs have "val"
+    example = any_value(node)
     is_tensor = isinstance(example, torch.Tensor)
     return NodeRecord(
         name=node.name,

@@ -25,18 +25,18 @@ from .errors import ModelStateError, NoTargetError, QLoRACompileError
 from .fx_utils import copy_graph
 from .kernel_report import KernelReport
 from .lowering import Lowering
-from .memory_plan import MemoryPlan, merge_resident, unroll
-from .modules import adapter_parameters, prepared_state
+from .memory_plan import MemoryPlan, unroll
+from .modules import prepared_state
 from .page_plan import PagedParameter, PlannedOptimizer
 from .page_trace import plan_pages
 from .pass_manager import NodeRecord, PassResult, snapshot
 from .preparation import call_arguments
 from .repetition import Repeat, find_repeats, fold_layers, unfold_name
 from .report import CompileReport, LinearReport, device_kernel_sources, explain, used_kernels
+from .resident import bytes_of, resident_bytes
 from .state import ModelEdits
 from .step_graphs import capture_step
 from .step_plan import Symbols, plan_of
-from .tensor import QuantizedTensor
 
 
 @dataclasses.dataclass
@@ -216,7 +216,7 @@ def _unfolded(traced: _Traced, repeats: list[Repeat]) -> CompileReport:
     after = sum(linear.bytes_after for linear in report.linears)
     count = sum(math.prod(linear.shape) for linear in report.linears)
     frozen = sum(amount for kind, amount in resident.items() if kind != "adapters")
-    buffers = _bytes_of(traced.model.named_buffers(), repeats)
+    buffers = bytes_of(traced.model.named_buffers(), repeats)
     report.memory = {
         "linears_before": before,
         "linears_after": after,
@@ -277,26 +277,6 @@ def _extrapolated(result: PassResult, fewer: PassResult, repeat: Repeat) -> Pass
         nodes_after=result.nodes_after + more * (result.nodes_after - fewer.nodes_after),
         declined=tuple(declined),
     )
-
-
-def resident_bytes(model: nn.Module, repeats: Sequence[Repeat] = ()) -> dict[str, int]:
-    """Bytes that live through a step: "weights" (4-bit and dense, buffers too), "adapters", "trained" in full."""
-    adapters = {id(parameter) for parameter in adapter_parameters(model)}
-    named = list(model.named_parameters())
-    kinds = {"adapters": [], "trained": [], "weights": []}  # type: dict[str, list[tuple[str, torch.Tensor]]]
-    for name, parameter in named:
-        kind = "adapters" if id(parameter) in adapters else "trained" if parameter.requires_grad else "weights"
-        kinds[kind].append((name, parameter))
-    kinds["weights"] += list(model.named_buffers())
-    return merge_resident({kind: _bytes_of(tensors, repeats) for kind, tensors in kinds.items()})
-
-
-def _bytes_of(named: Any, repeats: Sequence[Repeat]) -> int:
-    return sum(_stored_bytes(tensor) * len(unfold_name(name, repeats)) for name, tensor in named)
-
-
-def _stored_bytes(tensor: torch.Tensor) -> int:
-    return tensor.stored_bytes if isinstance(tensor, QuantizedTensor) else tensor.numel() * tensor.element_size()
 
 
 # --- the step ----------------------------------------------------------------------------------------------------

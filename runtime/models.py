@@ -117,7 +117,6 @@ def empty_model(path: Path | str, dtype: torch.dtype = torch.bfloat16) -> Any:
             config = transformers.AutoConfig.from_pretrained(str(named), local_files_only=True)
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # a packed checkpoint's: what it stands for is dense
-        config.use_cache = False
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
 

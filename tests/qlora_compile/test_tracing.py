@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 import qlora_compile as qc
 from qlora_compile.errors import MemoryBudgetError, ModelStateError, NoTargetError, UnknownOptionError
-from qlora_compile.lora_group import release_scratch
 from qlora_compile.memory_plan import Size
 from qlora_compile.page_plan import PlannedOptimizer
 from qlora_compile.repetition import Repeat, find_repeats
+from qlora_compile.resident import measured_peak
 from qlora_compile.step_plan import Symbols
-from qlora_compile.tracing import meta_copy, resident_bytes
+from qlora_compile.tracing import meta_copy
 from qlora_compile.web.page import memory_data
 
 # torch's own kernels on every machine: what a CPU without bf16 instructions does differently is not traced
@@ -84,20 +84,6 @@ def test_folded_is_the_same_as_every_layer_traced(tiny_llama: Callable[..., nn.M
     assert max(abs(ours - theirs) for ours, theirs in zip(*courses)) <= one_state
 
 
-def _measured_peak(model: nn.Module, batch: dict[str, Tensor]) -> int:
-    """Bytes at the widest moment of one compiled training step, counted by the CPU allocator's own events."""
-    resident = sum(resident_bytes(model).values())
-    release_scratch()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        model(**batch).loss.backward()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return resident + peak
-
-
 def _models() -> dict[str, Any]:
     import transformers as t
 
@@ -148,7 +134,7 @@ def test_the_peak_is_the_allocators(
     compiled(**batch).loss.backward()
     for parameter in model.parameters():
         parameter.grad = None
-    measured = _measured_peak(compiled, batch)
+    measured = measured_peak(compiled, batch)
     planned = report.plan.at(3, 64).peak().bytes
     # what the library's products allocate for themselves is not in the plan, and lists of workspaces overlap less than it
     # says: up to 1 %. Layers that are compiled as one region save a little more or less than flat ones: up to 8 %.
