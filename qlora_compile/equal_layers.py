@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch._ops import HigherOrderOperator
 
+from .class_edits import edited_class
 from .modules import QLoRALinear
 
 _LEAST = 4  # layers: two are traced where the embedding is frozen, since the first's x needs no gradient
@@ -45,15 +46,9 @@ def mark_layers(root: nn.Module) -> int:
             equal = [layer for layer in layers if count[type(layer)] >= _LEAST]
             inside.update(id(inner) for layer in equal for inner in layer.modules())
             found += [layer for layer in equal if not hasattr(layer, ORIGINAL)]
-    if not found:
-        return 0
-    from . import layer_tracing
-
-    if not layer_tracing.register():
-        return 0
     for layer in found:
-        layer.__class__ = _marked(type(layer))  # type: ignore[arg-type]
-    return len(found)
+        layer.__class__ = marked_class(type(layer))  # type: ignore[arg-type]
+    return sum(hasattr(layer, ORIGINAL) for layer in found)
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -64,12 +59,17 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 @functools.cache
-def _marked(cls: Any) -> type[nn.Module]:
+def marked_class(cls: Any) -> type[nn.Module]:
+    """The class of a marked layer; `cls` itself where this torch's Dynamo cannot trace one layer for others."""
+    from . import layer_tracing
+
+    if not layer_tracing.register():
+        return cls
     # code of its own for each class: Dynamo counts recompilations by code
     forward = types.FunctionType(_forward.__code__.replace(), _forward.__globals__, "forward")
     functools.update_wrapper(forward, cls.forward)
     body = {"forward": forward, ORIGINAL: cls.forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    return type(cls.__name__, (cls,), body | {"__doc__": cls.__doc__})
+    return edited_class(cls.__name__, (cls,), body | {"__doc__": cls.__doc__}, marked_class, cls)
 
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .class_edits import edited_class
 from .errors import ModelStateError
 from .modules import moved
 from .tensor import QuantizedTensor
@@ -118,4 +119,5 @@ def experts_class(cls: Any, param_name: str) -> type[nn.Module]:
     """The class of a module of fused experts, with adapters on one or more of its matrices."""
     if issubclass(cls, QLoRAExperts):
         return cls
-    return type("QLoRAExperts", (QLoRAExperts, cls), {"__module__": __name__, "__doc__": QLoRAExperts.__doc__})
+    body = {"__module__": __name__, "__doc__": QLoRAExperts.__doc__}
+    return edited_class("QLoRAExperts", (QLoRAExperts, cls), body, experts_class, cls, param_name)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import eager
+from .class_edits import edited_class
 from .config import QLoRAConfig
 from .errors import ModelStateError
 from .sharding import stored_form
@@ -108,7 +109,8 @@ def moved(module: nn.Module) -> nn.Module:
 @functools.cache
 def linear_class(cls: Any, param_name: str) -> type[nn.Module]:
     """The class of a module that is a linear by itself, with adapters."""
-    return type("QLoRALinear", (QLoRALinear, cls), {"__module__": __name__, "__doc__": QLoRALinear.__doc__})
+    body = {"__module__": __name__, "__doc__": QLoRALinear.__doc__}
+    return edited_class("QLoRALinear", (QLoRALinear, cls), body, linear_class, cls, param_name)
 
 
 def _adapted_weight(module: nn.Module, param_name: str) -> Tensor:
@@ -132,9 +134,8 @@ def parameter_class(cls: Any, param_name: str) -> type[nn.Module]:
         "_apply": lambda self, fn, recurse=True: moved(cls._apply(self, fn, recurse)),
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
-        "_qlora_original": cls,
     }
-    return type(cls.__name__, (cls,), body)
+    return edited_class(cls.__name__, (cls,), body, parameter_class, cls, param_name)
 
 
 @dataclass(frozen=True)
@@ -249,8 +250,8 @@ class PreparedState:
     reports: list[Any] = field(default_factory=list)
     complete: bool = False
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PreparedState:
-        return PreparedState(self.config, complete=self.complete)
+    def __reduce__(self) -> Any:
+        return PreparedState, (self.config, [], self.complete)  # the graphs are those of the model that was compiled
 
 
 def prepared_state(model: nn.Module) -> PreparedState | None:

@@ -150,6 +150,10 @@ class FinetuneConfig:
         if self.optimizer == "adamw" and (self.optimizer_budget is not None or self.optimizer_folder is not None):
             raise ConfigError("optimizer_budget and optimizer_folder are for the paged optimizers: choose paged_adamw.")
         if self.optimizer_folder is not None:
+            if self.optimizer_budget is None and self.memory_budget is None:
+                raise ConfigError(
+                    "optimizer_folder keeps what a budget leaves no room for: set optimizer_budget or memory_budget, too."
+                )
             object.__setattr__(self, "optimizer_folder", Path(self.optimizer_folder).expanduser())
         for budget in (self.optimizer_budget, self.memory_budget):
             if budget is not None:

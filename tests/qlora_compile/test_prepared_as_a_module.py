@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from toy_models import FP32, RawParameters, fill, seeded
 
 import qlora_compile as qc
-from qlora_compile.modules import adapter_parameters
+from qlora_compile.modules import adapter_parameters, adapter_sites
 
 transformers = pytest.importorskip("transformers")
 IDS = torch.arange(22).reshape(2, 11) * 7 % 211
@@ -47,6 +51,51 @@ def test_state_moves_to_another_prepared_model(model: Any, tiny_llama: Callable[
     with torch.no_grad():
         other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert torch.equal(logits(other), logits(model))
+
+
+def test_another_process_loads_the_whole_model(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
+    model = qc.prepare(tiny_llama(num_hidden_layers=4), OPTIONS).eval()  # four: marked as equal
+    compiled = torch.compile(model, backend="qlora")
+    torch.save(model, tmp_path / "model.pt")
+    torch.save((compiled(input_ids=IDS).logits.detach(), logits(model)), tmp_path / "expected.pt")
+    code = f"""
+import torch
+model = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+compiled, eager = torch.load({str(tmp_path / "expected.pt")!r})
+ids = torch.arange(22).reshape(2, 11) * 7 % 211
+assert torch.equal(model(input_ids=ids).logits, eager)
+assert torch.equal(torch.compile(model, backend="qlora")(input_ids=ids).logits, compiled)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+
+
+def test_pickle_keeps_adapted_parameters() -> None:
+    model, x = qc.prepare(seeded(RawParameters), FP32, example_inputs=(torch.randn(2, 37),)), torch.randn(3, 37)
+    fill(model)
+    twin = pickle.loads(pickle.dumps(model, protocol=0))
+    assert type(twin) is type(model) and torch.equal(twin(x), model(x))
+    assert list(adapter_sites(twin)) == ["w", "v"]
+
+
+def test_pickle_keeps_experts() -> None:
+    sizes = {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 1, "vocab_size": 211}
+    config = transformers.MixtralConfig(num_attention_heads=4, num_key_value_heads=2, num_local_experts=3, **sizes)
+    model = qc.prepare(transformers.MixtralForCausalLM(config), OPTIONS).eval()
+    twin = pickle.loads(pickle.dumps(model))
+    assert torch.equal(logits(twin), logits(model))
+    assert list(adapter_sites(twin)) == list(adapter_sites(model))
+
+
+def test_a_class_that_pickles_itself_is_refused() -> None:
+    class Rebuilt(torch.nn.Linear):
+        def __reduce__(self) -> Any:
+            return Rebuilt, (self.in_features, self.out_features)
+
+    model = torch.nn.Sequential(Rebuilt(8, 4))
+    qc.prepare(model, OPTIONS)
+    with pytest.raises(qc.errors.ModelStateError, match=r"Rebuilt says by itself how it is pickled .*save_adapter"):
+        pickle.dumps(model)
 
 
 def test_a_copy_stands_alone(model: Any) -> None:

@@ -106,6 +106,14 @@ def test_budgets_are_checked(name: str, value: Any, message: str) -> None:
         FinetuneConfig(**PATHS, fsdp=True, memory_budget="8GiB")
 
 
+def test_a_folder_for_pages_needs_a_budget() -> None:
+    fine = PATHS | {"optimizer": "paged_adamw", "optimizer_folder": "pages"}
+    for budget in ("optimizer_budget", "memory_budget"):
+        FinetuneConfig(**fine, **{budget: "1GiB"})
+    with pytest.raises(ConfigError, match="set optimizer_budget or memory_budget"):
+        FinetuneConfig(**fine)
+
+
 def test_an_unknown_option_names_the_nearest() -> None:
     with pytest.raises(UnknownOptionError, match="grad_accum"):
         FinetuneConfig.from_options(PATHS | {"grad_acum": 2})
