@@ -65,9 +65,11 @@ class MaskReader:
         return self._found[node]
 
     def _read(self, node: fx.Node) -> Meaning:
-        name = getattr(node.target, "__name__", node.target)
-        known = node.op == "call_method" or any(node.target is getattr(m, str(name), None) for m in (torch, operator))
-        example, rule = value(node), _RULES.get(str(name))
+        name = str(getattr(node.target, "__name__", node.target))
+        if node.op == "call_method" and name.startswith("__"):  # `a == b`, as Dynamo of torch 2.11 writes it
+            name = name.strip("_")
+        known = node.op == "call_method" or any(node.target is getattr(m, name, None) for m in (torch, operator))
+        example, rule = value(node), _RULES.get(name)
         if not known or rule is None or not isinstance(example, Tensor) or example.dtype not in _DTYPES:
             return None
         return rule(self, node)

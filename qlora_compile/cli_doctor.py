@@ -6,7 +6,9 @@ import importlib.metadata
 import platform
 from typing import Annotated, Any
 
+import torch
 import typer
+from packaging.requirements import Requirement
 
 from .cli_common import print_json, print_table
 from .errors import KernelError, MissingDependencyError
@@ -50,7 +52,7 @@ def examine() -> dict[str, Any]:
     """Everything that `doctor` shows, JSON-ready. `ok` is whether the base package can compile and train here."""
     from . import __version__
 
-    versions = {name: _version(name) for name in PACKAGES}
+    versions = {name: _version(name) for name in PACKAGES} | {"torch": torch.__version__}  # with its build
     found: dict[str, Any] = {
         "versions": {"qlora-compile": __version__, "python": platform.python_version(), **versions},
         "platform": platform.platform(),
@@ -136,10 +138,25 @@ def _advice(found: dict[str, Any]) -> list[str]:
     for package, (extra, purpose) in OPTIONAL.items():
         if found["versions"][package] is None:
             lines.append(str(MissingDependencyError(package, extra, purpose)))
+    lines += _too_old(found["versions"])
     for kind, ops in found["kernels"].items():
         failed = sorted(op for op, state in ops.items() if state.startswith("failed"))
         lines += [f"The {kind} kernel of {op} does not build: {ops[op]}" for op in failed]
     return lines
+
+
+def _too_old(versions: dict[str, str | None]) -> list[str]:
+    """A sentence for each installed package that is older than what this package declares."""
+    lines = {}
+    for line in importlib.metadata.requires("qlora-compile") or []:
+        need = Requirement(line)
+        installed = versions.get(need.name)
+        if installed is not None and not need.specifier.contains(installed, prereleases=True):
+            lines[need.name] = (
+                f"{need.name} {installed} was not tried, {need.name}{need.specifier} is needed: some of it may not work. "
+                f"pip install '{need.name}{need.specifier}'."
+            )
+    return [*lines.values()]
 
 
 def _rows(found: dict[str, Any]) -> list[tuple[str, object]]:

@@ -19,7 +19,7 @@ from .errors import ModelStateError
 from .modules import moved
 from .tensor import QuantizedTensor
 
-_INTERFACE = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_apply_gate", "num_experts")
+_INTERFACE = ("has_gate", "has_bias", "is_transposed", "_apply_gate", "num_experts")
 
 
 def expert_parameters(module: nn.Module) -> tuple[str, ...]:
@@ -43,7 +43,7 @@ class QLoRAExperts(nn.Module):
     num_experts: int
     has_gate: bool
     has_bias: bool
-    has_post_expert_norm: bool
+    has_post_expert_norm: bool = False  # transformers before 5.20 knows none
     is_transposed: bool
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
     model.layers.0.mlp.experts.gate_up_proj [E, 2I, H]  <->  ...experts.{e}.w1.weight [I, H], ...experts.{e}.w3.weight
 
 transformers' own table says how (`conversion_mapping`), and its own code turns it round. It is asked with a probe whose
-values are row numbers, of the parameter's shape but for one column: what comes out says whose rows each tensor holds.
+values are row numbers, of the parameter's shape but for its few columns: what comes out says whose rows each tensor holds.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, MissingDependencyError
+
+_COLUMNS = 2  # of a probe, equal ones: transformers before 5.23 drops a dimension of size 1
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class ExpertLayout:
             raise CheckpointError(f"{type(model).__name__} has no parameter {parameter}.") from error
         transposed = bool(getattr(module, "is_transposed", False))
         experts, out = weight.shape[0], weight.shape[-1 if transposed else -2]
-        probe = torch.arange(experts * out, dtype=torch.float64).view(experts, 1, out)
+        probe = torch.arange(experts * out, dtype=torch.float64).view(experts, 1, out).repeat(1, _COLUMNS, 1)
         found = self._reverted(parameter, probe if transposed else probe.mT.contiguous())
         held = {key: _read_probe(parameter, transposed, out, tensor) for key, tensor in found.items()}
         if any(rows is None for rows in held.values()):
@@ -99,10 +101,13 @@ class ExpertLayout:
 
 def _read_probe(parameter: str, fused_transposed: bool, out: int, tensor: torch.Tensor) -> ExpertRows | None:
     """A tensor of row numbers -> whose rows it holds: one expert's, or the same ones of all; None for anything else."""
-    if tensor.dim() not in (2, 3) or 1 not in tensor.shape[-2:]:
+    columns = [
+        d for d in (-1, -2) if tensor.dim() in (2, 3) and tensor.shape[d] == _COLUMNS and _is_constant(tensor, d)
+    ]
+    if not columns:
         return None
-    transposed = tensor.shape[-2] == 1 and (tensor.shape[-1] != 1 or fused_transposed)
-    numbers = tensor.long().squeeze(-2 if transposed else -1)
+    transposed = columns == [-2]
+    numbers = tensor.long().select(columns[0], 0)
     experts, rows = numbers // out, numbers % out
     if numbers.dim() == 1:
         one = bool((experts == experts[0]).all())
@@ -110,6 +115,10 @@ def _read_probe(parameter: str, fused_transposed: bool, out: int, tensor: torch.
     in_order = torch.equal(experts, torch.arange(len(experts))[:, None].expand_as(experts))
     same = torch.equal(rows, rows[:1].expand_as(rows))
     return ExpertRows(parameter, fused_transposed, None, rows[0], transposed) if in_order and same else None
+
+
+def _is_constant(tensor: torch.Tensor, dim: int) -> bool:
+    return torch.equal(tensor, tensor.narrow(dim, 0, 1).expand_as(tensor))
 
 
 def _with_siblings(held: Mapping[str, ExpertRows]) -> dict[str, ExpertRows]:

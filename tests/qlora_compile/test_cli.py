@@ -159,6 +159,13 @@ def test_doctor_as_json_and_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"torch {torch.__version__}" in " ".join(capsys.readouterr().out.split())
 
 
+def test_doctor_names_what_is_too_old() -> None:
+    assert cli_doctor._too_old({"transformers": "5.3.0", "torch": "2.13.0+cpu", "triton": None, "gguf": "0.19.0"}) == [
+        "transformers 5.3.0 was not tried, transformers>=5.22 is needed: some of it may not work. "
+        "pip install 'transformers>=5.22'."
+    ]
+
+
 def test_doctor_says_what_to_install(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from qlora_compile.runtime import kernels
 

@@ -16,6 +16,7 @@ import qlora_compile as qc
 from qlora_compile import layer_tracing
 from qlora_compile.equal_layers import ORIGINAL
 
+pytestmark = pytest.mark.skipif(not layer_tracing.KNOWN, reason="this torch's Dynamo traces every layer by itself")
 LAYERS = 4
 OPTIONS = {"block_size": 32, "r": 3, "compute_dtype": "float32", "init_lora_weights": False}
 

@@ -110,18 +110,22 @@ def test_experts_in_one_tensor_of_another_name() -> None:
     assert held.expert is None and not held.transposed and torch.equal(held.rows, torch.arange(152))
 
 
-@pytest.mark.parametrize("shape", [(3, 10, 1), (3, 1, 10)])
-def test_a_probe_is_read_only_where_it_is_understood(shape: tuple[int, ...]) -> None:
-    numbers = torch.arange(30.0).view(shape)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_probe_is_read_only_where_it_is_understood(transposed: bool) -> None:
+    numbers = torch.arange(30.0).view(3, 1, 10).repeat(1, 2, 1)
+    numbers = numbers if transposed else numbers.mT.contiguous()
     held = _read_probe("experts.up_proj", False, 10, numbers)
-    assert held is not None and held.transposed == (shape[1] == 1)
+    assert held is not None and held.transposed == transposed
     a, b = torch.randn(3, 2, 5), torch.randn(3, 10, 2)
     assert all(torch.equal(one, two) for one, two in zip(held.own_part(a, b), (a, b), strict=True))
     assert _read_probe("experts.up_proj", False, 10, numbers.flip(0)) is None  # experts in another order
     mixed = numbers.clone()
-    mixed[1] = numbers[1].roll(1, dims=-1 if shape[1] == 1 else 0)
+    mixed[1] = numbers[1].roll(1, dims=-1 if transposed else 0)
     assert _read_probe("experts.up_proj", False, 10, mixed) is None  # not the same rows of all
-    assert _read_probe("experts.up_proj", False, 10, torch.arange(30.0)[None]) is None  # several experts in a matrix
+    assert (
+        _read_probe("experts.up_proj", False, 10, torch.arange(30.0).repeat(2, 1)) is None
+    )  # several experts in a matrix
+    assert _read_probe("experts.up_proj", False, 10, torch.arange(20.0).view(2, 10)) is None  # columns that differ
 
 
 @pytest.mark.parametrize("method", ["cat", "svd"])
