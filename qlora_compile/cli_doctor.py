@@ -6,9 +6,7 @@ import importlib.metadata
 import platform
 from typing import Annotated, Any
 
-import torch
 import typer
-from packaging.requirements import Requirement
 
 from .cli_common import print_json, print_table
 from .errors import KernelError, MissingDependencyError
@@ -50,6 +48,8 @@ def doctor(
 
 def examine() -> dict[str, Any]:
     """Everything that `doctor` shows, JSON-ready. `ok` is whether the base package can compile and train here."""
+    import torch
+
     from . import __version__
 
     versions = {name: _version(name) for name in PACKAGES} | {"torch": torch.__version__}  # with its build
@@ -147,6 +147,8 @@ def _advice(found: dict[str, Any]) -> list[str]:
 
 def _too_old(versions: dict[str, str | None]) -> list[str]:
     """A sentence for each installed package that is older than what this package declares."""
+    from packaging.requirements import Requirement
+
     lines = {}
     for line in importlib.metadata.requires("qlora-compile") or []:
         need = Requirement(line)
