@@ -51,6 +51,6 @@ def _multiplies(weight: fx.Node) -> bool:
         name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
         if name in _PRODUCTS:
             return True
-        if name in ("transpose", "to", "permute", "getattr"):
+        if name in ("transpose", "to", "permute", "getattr", "mT"):
             queue += user.users
     return False

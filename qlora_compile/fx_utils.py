@@ -22,6 +22,11 @@ _CASTS = ("to", "float", "half", "bfloat16", "type_as")
 _WRITING_OPERATORS = ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul")
 _TRANSPOSE_METHODS = ("t", "transpose", "permute", "swapaxes", "swapdims")
 _TRANSPOSE_FUNCTIONS = (torch.t, torch.transpose, torch.permute)
+_TRANSPOSE_PROPERTIES = (
+    torch.ops.aten.numpy_T,
+    torch.ops.aten.mT,
+)  # `w.T` and `w.mT`, as torch from 2.14 on writes them
+_ROOT = re.compile(r"L\['(self|fn|args)'\](\[0\])?\.?")  # the compiled module in the frame that Dynamo traced
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
@@ -144,6 +149,8 @@ def _is_transpose(node: Any) -> bool:
         return False
     if node.op == "call_function" and node.target is getattr:
         return node.args[1] in ("T", "mT")
+    if is_call(node, *_TRANSPOSE_PROPERTIES):
+        return True
     if not (is_call(node, *_TRANSPOSE_METHODS) or is_call(node, *_TRANSPOSE_FUNCTIONS)):
         return False
     dims = list(node.args[1:]) or list(node.kwargs.values())
@@ -187,10 +194,7 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
     if not stack:
         return ""
-    path = str(next(reversed(stack.values()))[0])
-    for prefix in ("L['self'].", "L['fn']."):
-        path = path.removeprefix(prefix)
-    return "" if path in ("L['self']", "L['fn']") else path
+    return _ROOT.sub("", str(next(reversed(stack.values()))[0]), count=1)
 
 
 def source_line(node: fx.Node) -> str:

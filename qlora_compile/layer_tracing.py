@@ -38,9 +38,13 @@ try:
 
     from .trace_sources import UNREADABLE, Moves, changed_sources, with_bases
 
-    KNOWN = True
-except ImportError:  # an older torch: layers are traced one by one
-    KNOWN = False
+    _FOUND = True
+except ImportError:  # an older torch
+    _FOUND = False
+
+# Much of what follows is no interface that torch promises: with any other version layers are traced one by one.
+TRIED = ("2.13.", "2.14.")
+KNOWN = _FOUND and torch.__version__.startswith(TRIED)
 
 _MOST = 4  # kinds of layer of one class that are kept: sliding and full attention are two
 STACK = "qlora_layer_stack"  # in a body's meta: the nn_module_stack of the call that it was traced for
@@ -68,7 +72,7 @@ def _variable_class() -> Any:
 
         def _call_function(self, tx: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
             layer = args[0].realize() if hasattr(args[0], "realize") else args[0]
-            forward = layer.var_getattr(tx, ORIGINAL)
+            forward = _attribute(tx, layer, ORIGINAL)
             call = _Call.of(tx, layer, args[1:], kwargs)
             if call is None:
                 return forward.call_function(tx, list(args[1:]), kwargs)
@@ -150,6 +154,13 @@ class _Call:
             return ("number", given.source is None, which, str(given.sym_num))
         example = proxy.node.meta["example_value"]
         return ("tensor", given.source is None, which, type(given), *_layout(example), example.requires_grad)
+
+
+def _attribute(tx: Any, variable: Any, name: str) -> Any:
+    """`getattr` while Dynamo traces; torch 2.14 has another name for it."""
+    if hasattr(variable, "var_getattr"):
+        return variable.var_getattr(tx, name)
+    return variable.tp_getattro_impl(tx, name)
 
 
 def _is_special(module: nn.Module) -> bool:

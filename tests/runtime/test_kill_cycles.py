@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+import traceback
 from typing import Any
 
 import pytest
@@ -29,6 +30,9 @@ def killed_after(config: Any, seconds: float) -> bool:
             torch.set_num_threads(1)
             finetune(config, SilentReporter())
             code = 0
+        except BaseException:
+            traceback.print_exc()  # the parent learns no more than that it failed
+            raise
         finally:
             os._exit(code)  # nothing of pytest's may run here
     deadline = time.monotonic() + seconds
