@@ -20,6 +20,7 @@ USES: dict[str, tuple[Use, tuple[int, int]]] = {
     "linear(x, w)": (lambda m, x: F.linear(x, m.w), (OUT, IN)),
     "linear(x, w, b)": (lambda m, x: F.linear(x, m.w, m.b), (OUT, IN)),
     "x @ w.T": (lambda m, x: x @ m.w.T, (OUT, IN)),
+    "x @ w.T, as torch 2.14 traces it": (lambda m, x: x @ torch.ops.aten.numpy_T(m.w), (OUT, IN)),
     "x @ w": (lambda m, x: x @ m.w, (IN, OUT)),
     "matmul(x, w) + b": (lambda m, x: torch.matmul(x, m.w) + m.b, (IN, OUT)),
     "addmm(b, x, w)": (lambda m, x: torch.addmm(m.b, x.reshape(-1, IN), m.w), (IN, OUT)),

@@ -67,6 +67,9 @@ CAUSAL: dict[str, MakeMask] = {
     "query > key - 1": lambda seen: (rows() > keys() - 1).expand(2, 1, L, L),
     "a table of positions": lambda seen: torch.arange(5, 5 + L)[keys()] <= torch.arange(5, 5 + L)[rows()],
     "and what is always true": lambda seen: (keys() <= rows()) & torch.ones((), dtype=torch.bool) & (keys() <= rows()),
+    "a comparison called as a method": lambda seen: (
+        (keys() <= rows()) & torch.diff(keys(), prepend=keys()[:1] - 1).__eq__(1)
+    ),
     "one packed sequence": lambda seen: (keys() <= rows()) & (torch.diff(keys(), prepend=keys()[:1] - 1) == 1),
 }
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from toy_models import MLP, compile_model, seeded
 
 import qlora_compile as qc
 from qlora_compile.adapter_edits import add_adapter
@@ -267,3 +268,14 @@ def test_a_llama(tiny_llama: Callable[..., nn.Module]) -> None:
     assert next(p for p in report.passes if p.name == "quantize_weights").declined == (
         ("model.embed_tokens", "its weight is tied to the embedding 'model.embed_tokens'"),
     )
+
+
+def test_modules_are_named_from_the_model_behind_a_wrapped_forward() -> None:
+    class Wrapped(MLP):
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            return MLP.forward(*args, **kwargs)
+
+    model = seeded(Wrapped)
+    compile_model(model)(torch.randn(2, 37))
+    modules = {record.module for record in qc.explain(model).stages["fuse_lora_linear"]}
+    assert {"up", "down"} <= modules <= {"", "up", "down"}
