@@ -238,7 +238,9 @@ def test_a_marked_region_is_put_in_line_too(traced: Callable[..., Any]) -> None:
     region = torch.compiler.nested_compile_region(lambda layer, x: layer(x))
     t = traced(_model(region), torch.randn(5, WIDTH))
     before = t()
-    assert t.nodes("invoke_subgraph") and t.count(inline_checkpoints) == 2  # Dynamo itself puts the first in line
+    marked = len(t.nodes("invoke_subgraph"))
+    assert marked in (2, 3)  # Dynamo itself puts the first in line (torch 2.11: none)
+    assert t.count(inline_checkpoints) == marked
     assert not t.nodes("invoke_subgraph") and len(t.nodes("linear")) == 9
     assert not recomputed(t.gm)
     torch.testing.assert_close(t(), before, rtol=0, atol=0)

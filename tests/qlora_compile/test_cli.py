@@ -161,8 +161,8 @@ def test_doctor_as_json_and_as_text(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_doctor_names_what_is_too_old() -> None:
     assert cli_doctor._too_old({"transformers": "5.3.0", "torch": "2.13.0+cpu", "triton": None, "gguf": "0.19.0"}) == [
-        "transformers 5.3.0 was not tried, transformers>=5.22 is needed: some of it may not work. "
-        "pip install 'transformers>=5.22'."
+        "transformers 5.3.0 was not tried, transformers>=5.23 is needed: some of it may not work. "
+        "pip install 'transformers>=5.23'."
     ]
 
 
