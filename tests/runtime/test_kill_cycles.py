@@ -48,6 +48,7 @@ def killed_after(config: Any, seconds: float) -> bool:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build starts autograd's threads, which a fork lacks")
 @pytest.mark.parametrize("cycles", [10, pytest.param(200, marks=pytest.mark.slow)])
 def test_killed_runs_go_on_as_if_nothing_had_happened(make_config: Any, cycles: int) -> None:
     torch.set_num_threads(1)  # a forked process must not wait for another one's threads
