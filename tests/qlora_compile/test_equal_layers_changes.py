@@ -180,13 +180,13 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     name: put(name, value)
     for name, value in {
         "norm.eps": 0.5, "rms.eps": 0.5, "batch.eps": 0.3, "batch.training": False, "leaky.negative_slope": 0.7,
-        "gelu.approximate": "tanh", "softmax.dim": 1, "sequence": nn.Sequential(nn.Identity(), nn.LeakyReLU(0.5)),
+        "gelu.approximate": "tanh", "softmax.dim": 1, "sequence": nn.Sequential(nn.Identity(), nn.Tanh()),
         "number": 2.0, "name": "y", "flag": False, "absent": 1, "mode": Mode.B, "pair": Pair(2.0, 1.0), "some": (2.0, 2),
         "settings.scale": 3.0, "slots.value": 3.0, "object.value": 2.0, "doubled._value": 3.0, "function": F.gelu,
         "closure": times(2.0), "partial": functools.partial(times(2.0)), "optional": nn.ReLU(), "count": 5,
         "set": {1, 2, 3}, "frozen": frozenset({2}), "dtype": torch.bfloat16, "range": range(4), "slice": slice(8, 16),
         "complex": 3 + 0j, "factor": 2.0, "extra": 1, "training": False, "q.bias": None, "plain": torch.ones(1) * 2,
-        "buffer": torch.ones(16, dtype=torch.float64),
+        "buffer": torch.ones(16, dtype=torch.float64) * 2,
     }.items()
 }  # fmt: skip
 CHANGES |= {
@@ -200,7 +200,7 @@ CHANGES |= {
     "a global table": lambda layer: (TABLE.update({3: 7.0}), put("key", 3)(layer)),
     "a table that layers share": lambda layer: (layer.shared.update({"3": "b"}), put("key", 3)(layer)),
     "a tensor's values": lambda layer: layer.plain.mul_(3),
-    "a buffer that is the other tensor": lambda layer: put("buffer", layer.plain)(layer),
+    "a buffer that is the other tensor": lambda layer: put("buffer", layer.plain.mul_(3))(layer),
     "one module more": lambda layer: layer.list.append(nn.Identity()),
     "a module's key": lambda layer: (layer.dict.pop("a"), layer.dict.update({"b": nn.Identity()})),
     "an option of a built-in module": lambda layer: put("sequence.1.inplace", True)(layer),
@@ -236,8 +236,8 @@ def test_a_changed_layer_computes_what_it_says(name: str, after: bool, monkeypat
     unchanged = model(x)
     CHANGES[name](model.layers[CHANGED])
     expected = model(x)
-    # another order of fp32 sums; each layer adds a twentieth
-    torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-4)
+    near = {"rtol": 1e-5, "atol": 1e-5}  # fp32 sums of some sixteen terms in another order; a tanh GELU differs by 2e-5
+    torch.testing.assert_close(compiled(x), expected, **near)
     assert moved, "no layer was traced for another: nothing was tried"
     silent = (
         "batch.training",
@@ -245,4 +245,4 @@ def test_a_changed_layer_computes_what_it_says(name: str, after: bool, monkeypat
         "a weight that trains",
         "a function instead of a method",
     )
-    assert name in silent or not torch.allclose(unchanged, expected, rtol=1e-3, atol=1e-3)
+    assert name in silent or not torch.allclose(unchanged, expected, **near)
