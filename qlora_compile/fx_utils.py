@@ -22,10 +22,8 @@ _CASTS = ("to", "float", "half", "bfloat16", "type_as")
 _WRITING_OPERATORS = ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul")
 _TRANSPOSE_METHODS = ("t", "transpose", "permute", "swapaxes", "swapdims")
 _TRANSPOSE_FUNCTIONS = (torch.t, torch.transpose, torch.permute)
-_TRANSPOSE_PROPERTIES = (
-    torch.ops.aten.numpy_T,
-    torch.ops.aten.mT,
-)  # `w.T` and `w.mT`, as torch from 2.14 on writes them
+# `w.T` and `w.mT`, as torch from 2.14 on writes them
+_TRANSPOSE_PROPERTIES = (torch.ops.aten.numpy_T, torch.ops.aten.mT)
 _ROOT = re.compile(r"L\['(self|fn|args)'\](\[0\])?\.?")  # the compiled module in the frame that Dynamo traced
 
 
