@@ -27,9 +27,9 @@ def edited_class(
 
 def _reduce(self: Any, protocol: Any) -> Any:
     cls: Any = type(self)
-    edits: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
     if _EDIT not in cls.__dict__:  # somebody's subclass of an edited class (FSDP2's)
         return object.__reduce_ex__(self, protocol)
+    edits: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
     while _EDIT in cls.__dict__:
         cls, factory, arguments = cls.__dict__[_EDIT]
         edits.append((factory, arguments))

@@ -101,13 +101,13 @@ class ExpertLayout:
 
 def _read_probe(parameter: str, fused_transposed: bool, out: int, tensor: torch.Tensor) -> ExpertRows | None:
     """A tensor of row numbers -> whose rows it holds: one expert's, or the same ones of all; None for anything else."""
-    columns = [
-        d for d in (-1, -2) if tensor.dim() in (2, 3) and tensor.shape[d] == _COLUMNS and _is_constant(tensor, d)
-    ]
-    if not columns:
+    if tensor.dim() not in (2, 3):
         return None
-    transposed = columns == [-2]
-    numbers = tensor.long().select(columns[0], 0)
+    column = next((d for d in (-1, -2) if tensor.shape[d] == _COLUMNS and _is_constant(tensor, d)), None)
+    if column is None:
+        return None
+    transposed = column == -2
+    numbers = tensor.long().select(column, 0)
     experts, rows = numbers // out, numbers % out
     if numbers.dim() == 1:
         one = bool((experts == experts[0]).all())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -237,12 +238,9 @@ def memory_and_traffic(mesh: DeviceMesh) -> dict[str, Any]:
     split_model(model, mesh)
     found["kept"] = on_all_ranks(sum(_bytes(parameter.to_local()) for parameter in model.parameters()))
     found |= {"gathered": 0, "reduced": 0}
-    single = hasattr(dist, "all_gather_single")  # their names from torch 2.12 or 2.13 on
-    names = (
-        ("all_gather_single", "reduce_scatter_single")
-        if single
-        else ("all_gather_into_tensor", "reduce_scatter_tensor")
-    )
+    names = ("all_gather_single", "reduce_scatter_single")
+    if not hasattr(dist, names[0]):  # torch 2.11
+        names = ("all_gather_into_tensor", "reduce_scatter_tensor")
     gather, reduce = (getattr(dist, name) for name in names)
 
     def gathering(output: Tensor, given: Tensor, **options: Any) -> Any:
@@ -253,11 +251,8 @@ def memory_and_traffic(mesh: DeviceMesh) -> dict[str, Any]:
         found["reduced"] += input.numel() * input.element_size()
         return reduce(output, input, **options)
 
-    for replaced in ((gathering, reducing), (gather, reduce)):
-        for name, function in zip(names, replaced, strict=True):
-            setattr(dist, name, function)
-        if replaced[0] is gathering:
-            model(mine(batches(1)[0])).backward()
+    with mock.patch.multiple(dist, **dict(zip(names, (gathering, reducing), strict=True))):
+        model(mine(batches(1)[0])).backward()
     return found | {"formula": {name: getattr(parts, name)(mesh.size()) for name in ("kept", "gathered", "reduced")}}
 
 
