@@ -102,7 +102,7 @@ format: $(VENV)/.stamp-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-BENCHMARKS := codec decode merge paging moe train_step compile_time perplexity long_sequences estimate_peaks
+BENCHMARKS := codec attention decode merge paging moe train_step compile_time perplexity long_sequences estimate_peaks
 
 bench: $(VENV)/.stamp-dev
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done

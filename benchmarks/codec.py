@@ -14,9 +14,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import functools
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,24 +22,10 @@ from bitsandbytes import functional as bnb
 from bitsandbytes.cextension import lib
 from bitsandbytes.nn import Linear4bit, Params4bit
 from bounds import Speeds, Work, best_of
-from common import write_results
+from common import Times, alternate, write_results
 
 from qlora_compile import nf4
 from qlora_compile.runtime.kernels import find
-
-Times = dict[str, tuple[float, float]]  # contestant -> (median, best) in seconds
-
-
-def alternate(contestants: dict[str, Callable[[], object]], repeats: int) -> Times:
-    """Median and best seconds of each contestant, after two warm-up rounds; one call of each per round."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(repeats + 2):
-        for name, run in contestants.items():
-            start = time.perf_counter()
-            run()
-            if turn >= 2:
-                times[name].append(time.perf_counter() - start)
-    return {name: (statistics.median(values), min(values)) for name, values in times.items()}
 
 
 def bench_dequantize(rows: int, columns: int, repeats: int) -> Times:

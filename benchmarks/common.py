@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib.util
 import json
 import platform
+import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+Times = dict[str, tuple[float, float]]  # contestant -> (median, best) in seconds
 
 
 def machine() -> dict[str, Any]:
@@ -41,6 +44,18 @@ def write_results(path: Path | None, setting: dict[str, Any], results: dict[str,
     if path is not None:
         body = {"machine": machine(), "setting": setting, "results": results}
         path.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+
+
+def alternate(contestants: dict[str, Callable[[], object]], repeats: int) -> Times:
+    """Median and best seconds of each contestant, after two warm-up rounds; one call of each per round."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(repeats + 2):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            run()
+            if turn >= 2:
+                times[name].append(time.perf_counter() - start)
+    return {name: (statistics.median(values), min(values)) for name, values in times.items()}
 
 
 def resident_bytes(field: str = "VmRSS") -> int:

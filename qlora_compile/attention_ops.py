@@ -4,7 +4,8 @@
 
 B batch, H query heads, KV key heads (query head h reads key head h // (H / KV)), L queries, S keys, D size of a query and
 key, E of a value. `lower_attention` puts the op into a graph. Its plain-torch body computes in fp32, a bounded number of
-scores at a time, and rounds each result once: the meaning, and what the kernel "fp32" is. "flash" is the generated C++.
+scores at a time, and rounds each result once: the meaning, and what the kernel "fp32" is. "flash" and "flash_fp32" are the
+generated C++, with products in bf16 and in fp32.
 """
 
 from __future__ import annotations
@@ -20,16 +21,21 @@ from .lora_group import kernel_for
 from .ops import define_op
 
 SCORES = 1 << 21  # attention scores at a time (8 MiB): whole heads, or a part of the queries
-FLASH = "flash"
+FLASH, FLASH_FP32 = "flash", "flash_fp32"
+_GENERATED = {  # kernel -> what its two functions' names begin with, and the dtypes that they read
+    FLASH: ("attention", (torch.bfloat16,)),
+    FLASH_FP32: ("wide_attention", (torch.float32, torch.bfloat16, torch.float16)),
+}
 
 
 def _ranges(count: int, step: int) -> Iterator[slice]:
     return (slice(first, min(first + step, count)) for first in range(0, count, step))
 
 
-def _flash(op: str, kernel: str, q: Tensor) -> Callable[..., None] | None:
-    """The generated kernel, where it was chosen and this machine has it."""
-    return kernel_for(op, q.device) if kernel == FLASH and q.dtype == torch.bfloat16 else None
+def _generated(kernel: str, direction: str, q: Tensor) -> Callable[..., None] | None:
+    """The generated function "forward" or "backward", where it was chosen and this machine has it."""
+    name, dtypes = _GENERATED.get(kernel, ("", ()))
+    return kernel_for(f"{name}_{direction}", q.device) if q.dtype in dtypes else None
 
 
 def _like_query(q: Tensor, size: int) -> Tensor:
@@ -85,9 +91,9 @@ def attention(
     out = _like_query(q, v.shape[-1])
     logsumexp = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     mask = _mask_of(mask, q, k)
-    flash = _flash("attention_forward", kernel, q)
-    if flash is not None:
-        flash(_rows(q), _rows(k), _rows(v), mask, causal, scale, out, logsumexp)
+    by_blocks = _generated(kernel, "forward", q)
+    if by_blocks is not None:
+        by_blocks(_rows(q), _rows(k), _rows(v), mask, causal, scale, out, logsumexp)
         return out, logsumexp
     for b, head, h, rows in _blocks(q, k):
         part = None if mask is None else mask[b, h, rows]
@@ -115,10 +121,10 @@ def attention_backward(
     """-> (dq, dk, dv); the probabilities are computed again from the log-sum-exp (Dao et al., arXiv 2205.14135)."""
     dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
     mask = _mask_of(mask, q, k)
-    flash = _flash("attention_backward", kernel, q)
-    if flash is not None and all(t.stride(-1) == 1 or t.shape[-1] <= 1 for t in (dq, dk, dv)):
+    by_blocks = _generated(kernel, "backward", q)
+    if by_blocks is not None and all(t.stride(-1) == 1 or t.shape[-1] <= 1 for t in (dq, dk, dv)):
         q, k, v = _rows(q), _rows(k), _rows(v)
-        flash(_rows(dout), q, k, v, _rows(out), logsumexp, mask, causal, scale, dq, dk, dv)
+        by_blocks(_rows(dout), q, k, v, _rows(out), logsumexp, mask, causal, scale, dq, dk, dv)
         return dq, dk, dv
     wide_dk, wide_dv = (torch.zeros(t.shape, dtype=torch.float32, device=q.device) for t in (k, v))
     for b, head, h, rows in _blocks(q, k):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lora_group import as_rows, kernel_for, scratch
+from .lora_group import as_rows, kernel_for, multiplies_natively, scratch
 from .memory_plan import chunk_rows
 from .ops import define_op
 
@@ -279,19 +279,13 @@ def tile_rows(v: int, k: int) -> int:
 def product_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
     """x's own dtype; fp32 on CPUs without instructions for half precision, where it is several times faster and rounds
     less."""
-    return torch.float32 if device == "cpu" and not _has_fast_half(dtype) else dtype
+    return torch.float32 if device == "cpu" and not multiplies_natively(dtype) else dtype
 
 
 def is_plain(bias: Any, scale: float, soft_cap: float, weight: Tensor, device: str) -> bool:
     """Whether the generated sweep covers it: bf16 products whose plain result the logits are."""
     bf16 = product_dtype(weight.dtype, device) == weight.dtype == torch.bfloat16
     return bias is None and scale == 1 and not soft_cap and bf16
-
-
-def _has_fast_half(dtype: torch.dtype) -> bool:
-    if dtype == torch.bfloat16:
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return dtype != torch.float16 or torch.cpu._is_amx_fp16_supported()
 
 
 def _of_device(by_device: dict[str, int], device: str) -> int:

@@ -35,6 +35,11 @@ def kernel_version() -> int:
     return _kernels().dispatch.version  # type: ignore[no-any-return]
 
 
+def multiplies_natively(dtype: torch.dtype) -> bool:
+    """Whether this CPU has instructions for products in `dtype`: `qlora_compile.runtime.kernels.devices`."""
+    return _kernels().devices.multiplies_natively(dtype)  # type: ignore[no-any-return]
+
+
 def dequantize_into(
     out: Tensor,
     codes: Tensor,

@@ -10,14 +10,24 @@ from typing import Any
 
 import torch
 
-from . import attention_kernels, autotune, cpp_build, cpu, dispatch, gpu, lora_kernels  # two register candidates
+# attention_kernels and lora_kernels register candidates
+from . import attention_kernels, autotune, cpp_build, cpu, devices, dispatch, gpu, lora_kernels
 
 if torch.cuda.is_available() and gpu.is_available():
     from . import triton_lora
 
     triton_lora.register()
 
-__all__ = ["attention_kernels", "choose_kernel", "dispatch", "find", "kernel_source", "lora_kernel", "lora_kernels"]
+__all__ = [
+    "attention_kernels",
+    "choose_kernel",
+    "devices",
+    "dispatch",
+    "find",
+    "kernel_source",
+    "lora_kernel",
+    "lora_kernels",
+]
 
 
 @functools.cache

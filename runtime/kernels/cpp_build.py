@@ -31,6 +31,7 @@ PURPOSES = {
     "linear_4bit_small": "y = x @ W^T for a few rows of x, straight from 4-bit codes",
     "paged_step": "AdamW or Lion over pages of 32-bit or 8-bit optimizer state",
     "attention": "softmax(q k^T + mask) v by blocks, and its gradients",
+    "wide_attention": "softmax(q k^T + mask) v by blocks with fp32 products, and its gradients",
     "cross_entropy": "rows of logits -> their losses, and the gradient in the logits' place",
     "low_rank": "the skinny products of LoRA: x @ A^T, y += h @ B^T, and their gradients",
 }

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import KernelError
 from ...nf4 import QuantizedData, check_format, dynamic_map, pack_scales
 from . import cpp_build, cpu_attention, cpu_cross_entropy, cpu_linear, cpu_low_rank, cpu_paged_step
 from .checks import check, check_scales
-from .cpu_common import DTYPES, QUANT_TYPES
+from .cpu_common import DTYPES, QUANT_TYPES, isa_number
 
 # Outputs at least this large are written past the caches: 15-30% faster here from 8 MiB on, slower where they fit.
 STREAM_BYTES = 16 << 20
@@ -26,16 +25,7 @@ _int, _int64, _pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 def supported_isas() -> tuple[str, ...]:
     """The paths that this machine can run, best first."""
     best = cpp_build.load("dequantize_4bit").qlora_best_isa()
-    return tuple(isa for isa in cpp_build.instruction_sets() if _isa_number(isa) <= best)
-
-
-def _isa_number(isa: str) -> int:
-    if isa == "auto":
-        return -1
-    isas = cpp_build.instruction_sets()
-    if isa not in isas:
-        raise KernelError(f"There is no instruction set {isa!r} here: known are auto, {', '.join(isas)}.")
-    return len(isas) - 1 - isas.index(isa)
+    return tuple(isa for isa in cpp_build.instruction_sets() if isa_number(isa) <= best)
 
 
 def _bind(op: str, *types: Any) -> Any:
@@ -72,7 +62,7 @@ def make_dequantize_4bit() -> Callable[..., None]:
         kernel(
             *(codes.data_ptr(), absmax.data_ptr(), _data(absmax_scale), _data(absmax_offset)),
             *(scale_map.data_ptr(), out.data_ptr(), numel, block_size, STREAM_BYTES),
-            *(QUANT_TYPES[quant_type], DTYPES[out.dtype], _isa_number(isa), torch.get_num_threads()),
+            *(QUANT_TYPES[quant_type], DTYPES[out.dtype], isa_number(isa), torch.get_num_threads()),
         )
 
     return dequantize_4bit
@@ -93,7 +83,7 @@ def make_quantize_4bit() -> Callable[..., QuantizedData]:
         absmax = torch.empty(-(-numel // block_size), dtype=torch.float32, device="cpu")
         kernel(
             *(weight.data_ptr(), codes.data_ptr(), absmax.data_ptr(), numel, block_size),
-            *(QUANT_TYPES[quant_type], DTYPES[weight.dtype], _isa_number(isa), torch.get_num_threads()),
+            *(QUANT_TYPES[quant_type], DTYPES[weight.dtype], isa_number(isa), torch.get_num_threads()),
         )
         return pack_scales(codes, absmax, double_quant)
 
@@ -109,9 +99,15 @@ KERNELS: dict[str, Callable[[], Callable[..., Any] | None]] = {
     "lora_backward": cpu_low_rank.make_lora_backward,
     "attention_forward": cpu_attention.make_attention_forward,
     "attention_backward": cpu_attention.make_attention_backward,
+    "wide_attention_forward": cpu_attention.make_wide_attention_forward,
+    "wide_attention_backward": cpu_attention.make_wide_attention_backward,
     "cross_entropy": cpu_cross_entropy.make_cross_entropy,
     "paged_step": cpu_paged_step.make_paged_step,
 }
 # The template of each kernel: one of its own name, except where a library holds several kernels.
-_SHARED = {"lora": "low_rank", "attention": "attention"}
-TEMPLATES = {op: _SHARED.get(op.partition("_")[0], op) for op in KERNELS}
+_SHARED = {
+    **dict.fromkeys(("lora_down", "lora_up", "lora_backward"), "low_rank"),
+    **dict.fromkeys(("attention_forward", "attention_backward"), "attention"),
+    **dict.fromkeys(("wide_attention_forward", "wide_attention_backward"), "wide_attention"),
+}
+TEMPLATES = {op: _SHARED.get(op, op) for op in KERNELS}

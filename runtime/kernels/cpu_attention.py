@@ -1,8 +1,9 @@
 """The C++ attention as Python functions: out and log-sum-exp, and the gradients of queries, keys and values.
 
 B batch, H query heads, KV key heads (each serves H / KV query heads), L queries, S keys, D size of a query, E of a value.
-All are bf16 with any strides but 1 for the last dimension; sums are fp32, and no result depends on the number of threads.
-Written for AVX-512 BF16 only: on other machines the makers return None.
+All have one dtype and any strides but 1 for the last dimension; sums are fp32, and no result depends on the number of
+threads. There are two: `attention` multiplies in bf16, written for AVX-512 BF16 only (on other machines its makers return
+None); `wide_attention` multiplies in fp32 on any machine what is fp32, bf16 or fp16, and rounds each result once.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from ...errors import KernelError
 from . import cpp_build
+from .cpu_common import DTYPES, isa_number
 
-_MASKS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}  # enum Dtype, and BOOL
+_MASKS = DTYPES | {torch.bool: 3}  # BOOL of attention_call.cpp.jinja
 
 
 class _Heads(ctypes.Structure):
@@ -34,10 +36,10 @@ class _Mask(ctypes.Structure):
 
 
 class _Call(ctypes.Structure):
-    """`Call` of attention_blocks.cpp.jinja."""
+    """`Call` of attention_call.cpp.jinja."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("B", "H", "G", "L", "S", "D", "E", "causal", "threads")),
+        *((name, ctypes.c_int64) for name in ("B", "H", "G", "L", "S", "D", "E", "causal", "threads", "dtype")),
         ("scale", ctypes.c_double),
         *((name, _Heads) for name in ("q", "k", "v", "out")),
         ("logsumexp", ctypes.c_void_p),
@@ -47,7 +49,7 @@ class _Call(ctypes.Structure):
 
 
 def _function(name: str) -> Any:
-    """The C function, or None on a machine that cannot run it."""
+    """The C function of the bf16 kernel, or None on a machine that cannot run it."""
     if "avx512" not in cpp_build.instruction_sets():
         return None
     library = cpp_build.load("attention")
@@ -58,11 +60,18 @@ def _function(name: str) -> Any:
     return function
 
 
-def _heads(name: str, tensor: Tensor, *shape: int) -> _Heads:
-    """A tensor's address and strides, once it is known to be a bf16 CPU tensor of that shape with contiguous rows."""
-    if tensor.dtype is not torch.bfloat16 or tensor.shape != shape or not tensor.is_cpu:
+def _wide_function(name: str) -> Any:
+    function = getattr(cpp_build.load("wide_attention"), name)
+    function.argtypes, function.restype = (ctypes.POINTER(_Call), ctypes.c_int), None
+    return function
+
+
+def _heads(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -> _Heads:
+    """A tensor's address and strides, once it is known to be a CPU tensor of that dtype and shape with contiguous rows."""
+    if tensor.dtype is not dtype or tensor.shape != shape or not tensor.is_cpu:
         raise KernelError(
-            f"{name} must be a bfloat16 {[*shape]} CPU tensor, got {tensor.dtype} {[*tensor.shape]} on {tensor.device}."
+            f"{name} must be a {str(dtype).removeprefix('torch.')} {[*shape]} CPU tensor, "
+            f"got {tensor.dtype} {[*tensor.shape]} on {tensor.device}."
         )
     batch, head, row, last = tensor.stride()
     if last != 1 and shape[3] > 1:
@@ -71,16 +80,17 @@ def _heads(name: str, tensor: Tensor, *shape: int) -> _Heads:
 
 
 def _call(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, mask: Tensor | None, causal: bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, out: Tensor, logsumexp: Tensor
 ) -> _Call:
     (b, h, queries, d), (_, kv, keys, _), e = q.shape, k.shape, v.shape[-1]
     if kv == 0 or h % kv:
         raise KernelError(f"{h} query heads cannot share {kv} key heads equally.")
     if logsumexp.dtype != torch.float32 or logsumexp.shape != (b, h, queries) or not logsumexp.is_contiguous():
         raise KernelError(f"logsumexp must be contiguous fp32 {[b, h, queries]}, got {[*logsumexp.shape]}.")
-    call = _Call(b, h, h // kv, queries, keys, d, e, causal, torch.get_num_threads(), scale)
-    call.q, call.k = _heads("q", q, b, h, queries, d), _heads("k", k, b, kv, keys, d)
-    call.v, call.out = _heads("v", v, b, kv, keys, e), _heads("out", out, b, h, queries, e)
+    dtype = q.dtype
+    call = _Call(b, h, h // kv, queries, keys, d, e, causal, torch.get_num_threads(), DTYPES[dtype], scale)
+    call.q, call.k = _heads("q", q, dtype, b, h, queries, d), _heads("k", k, dtype, b, kv, keys, d)
+    call.v, call.out = _heads("v", v, dtype, b, kv, keys, e), _heads("out", out, dtype, b, h, queries, e)
     call.logsumexp = logsumexp.data_ptr()
     if mask is not None:
         if mask.dtype not in _MASKS or not mask.is_cpu or mask.shape != (b, h, queries, keys):
@@ -92,6 +102,20 @@ def _call(
             raise KernelError(f"mask must have contiguous rows, its elements are {last} apart.")
         call.mask = _Mask(mask.data_ptr(), *strides, _MASKS[mask.dtype])
     return call
+
+
+def _add_gradients(call: _Call, dout: Tensor, out: Tensor, *pairs: tuple[Tensor, Tensor]) -> _Call:
+    """The backward's part of a call. pairs: (gradient, its tensor) for q, k and v."""
+    call.dout = _heads("dout", dout, out.dtype, *out.shape)
+    for name, (grad, tensor) in zip(("dq", "dk", "dv"), pairs, strict=True):
+        setattr(call, name, _heads(name, grad, tensor.dtype, *tensor.shape))
+    return call
+
+
+def _check_dtype(q: Tensor, *dtypes: torch.dtype) -> None:
+    if q.dtype not in dtypes:
+        names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise KernelError(f"q must be {names}, got {q.dtype}.")
 
 
 def make_attention_forward() -> Callable[..., None] | None:
@@ -108,7 +132,8 @@ def make_attention_forward() -> Callable[..., None] | None:
         mask [B, H, L, S] (strides may be 0): boolean, True where a key is seen, or added. A query that sees no key gets
         zeros and minus infinity. causal: query i sees the keys up to i.
         """
-        kernel(_call(q, k, v, out, logsumexp, mask, causal, scale))
+        _check_dtype(q, torch.bfloat16)
+        kernel(_call(q, k, v, mask, causal, scale, out, logsumexp))
 
     return attention_forward
 
@@ -124,9 +149,39 @@ def make_attention_backward() -> Callable[..., None] | None:
         scale: float, dq: Tensor, dk: Tensor, dv: Tensor,
     ) -> None:  # fmt: skip
         """dq, dk and dv, each of its tensor's shape, for the forward's out and logsumexp."""
-        call = _call(q, k, v, out, logsumexp, mask, causal, scale)
-        call.dout = _heads("dout", dout, *out.shape)
-        call.dq, call.dk, call.dv = _heads("dq", dq, *q.shape), _heads("dk", dk, *k.shape), _heads("dv", dv, *v.shape)
-        kernel(call)
+        _check_dtype(q, torch.bfloat16)
+        call = _call(q, k, v, mask, causal, scale, out, logsumexp)
+        kernel(_add_gradients(call, dout, out, (dq, q), (dk, k), (dv, v)))
 
     return attention_backward
+
+
+def make_wide_attention_forward() -> Callable[..., None]:
+    """Builds the library and returns `wide_attention_forward`. Raises KernelError."""
+    kernel = _wide_function("qlora_wide_attention_forward")
+
+    def wide_attention_forward(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, out: Tensor, logsumexp: Tensor,
+        isa: str = "auto",
+    ) -> None:  # fmt: skip
+        """As `attention_forward`, for fp32, bf16 or fp16, with products in fp32."""
+        _check_dtype(q, *DTYPES)
+        kernel(_call(q, k, v, mask, causal, scale, out, logsumexp), isa_number(isa))
+
+    return wide_attention_forward
+
+
+def make_wide_attention_backward() -> Callable[..., None]:
+    """Builds the library and returns `wide_attention_backward`. Raises KernelError."""
+    kernel = _wide_function("qlora_wide_attention_backward")
+
+    def wide_attention_backward(
+        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, mask: Tensor | None, causal: bool,
+        scale: float, dq: Tensor, dk: Tensor, dv: Tensor, isa: str = "auto",
+    ) -> None:  # fmt: skip
+        """As `attention_backward`, for fp32, bf16 or fp16, with products in fp32."""
+        _check_dtype(q, *DTYPES)
+        call = _call(q, k, v, mask, causal, scale, out, logsumexp)
+        kernel(_add_gradients(call, dout, out, (dq, q), (dk, k), (dv, v)), isa_number(isa))
+
+    return wide_attention_backward

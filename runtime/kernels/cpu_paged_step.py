@@ -12,6 +12,7 @@ from torch import Tensor
 from ...errors import KernelError
 from ...nf4 import dynamic_map
 from . import cpp_build
+from .cpu_common import isa_number
 
 _int, _int64, _pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 PIECE_FIELDS = 6  # struct Piece of paged_step.cpp.jinja
@@ -90,11 +91,9 @@ def make_paged_step() -> Callable[..., None]:
             raise KernelError(
                 f"numbers must be contiguous fp32 [G, {NUMBERS}], got {numbers.dtype} {[*numbers.shape]}."
             )
-        isas = cpp_build.instruction_sets()
-        number = -1 if isa == "auto" else len(isas) - 1 - isas.index(isa)
         kernel(
             *(pieces.data_ptr(), pieces.shape[0], numbers.data_ptr(), *(m.data_ptr() for m in maps)),
-            *(int(lion), int(narrow), number, torch.get_num_threads()),
+            *(int(lion), int(narrow), isa_number(isa), torch.get_num_threads()),
         )
 
     return paged_step

@@ -20,13 +20,24 @@ def kind(device: str) -> str:
         return device
     if platform.machine() not in ("x86_64", "AMD64"):
         return "cpu-arm_bf16" if multiplies_natively(torch.bfloat16) else "cpu"
-    if torch.cpu._is_amx_tile_supported():
-        return "cpu-amx"
-    if torch.cpu._is_avx512_bf16_supported():
-        return "cpu-avx512_bf16"
-    if torch.cpu._is_avx512_supported():
-        return "cpu-avx512"
-    return "cpu-avx2" if torch.cpu._is_avx2_supported() else "cpu"
+    if _allows_avx512():
+        if torch.cpu._is_amx_tile_supported():
+            return "cpu-amx"
+        if torch.cpu._is_avx512_bf16_supported():
+            return "cpu-avx512_bf16"
+        if torch.cpu._is_avx512_supported():
+            return "cpu-avx512"
+    return "cpu-avx2" if torch.backends.cpu.get_cpu_capability() != "DEFAULT" else "cpu"
+
+
+def has_avx512_bf16() -> bool:
+    """Machines with AMX too."""
+    return _allows_avx512() and torch.cpu._is_avx512_bf16_supported()
+
+
+def _allows_avx512() -> bool:
+    """On x86: ATEN_CPU_CAPABILITY holds torch's own kernels, and so ours, to AVX2 or to no vectors at all."""
+    return torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
 
 
 @functools.cache
@@ -35,8 +46,10 @@ def multiplies_natively(dtype: torch.dtype) -> bool:
     x86 = platform.machine() in ("x86_64", "AMD64")
     if dtype == torch.bfloat16:
         if x86:  # mkldnn's own answer is yes on AVX-512 without BF16 too, where it emulates
-            return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+            return kind("cpu") in ("cpu-amx", "cpu-avx512_bf16")
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     if dtype == torch.float16:
-        return torch.cpu._is_amx_fp16_supported() if x86 else bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+        if x86:
+            return _allows_avx512() and torch.cpu._is_amx_fp16_supported()
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
     return True

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from qlora_compile import attention_ops
 from qlora_compile.runtime import kernels
+from qlora_compile.runtime.kernels import cpp_build, devices, dispatch
 
 OPS = torch.ops.qlora
-KERNELS = ["fp32", "flash"]  # "flash" runs the plain-torch body where the machine has no kernel
+KERNELS = ["fp32", "flash", "flash_fp32"]  # the generated ones are the plain-torch body where the machine has none
 HALVES = [torch.bfloat16, torch.float16]
 
 
@@ -106,11 +107,12 @@ def test_opcheck(kernel: str) -> None:
     )
 
 
-def test_fp32_gradients_by_gradcheck() -> None:
-    """The plain-torch body on fp32 tensors: its backward is the derivative of its forward."""
+@pytest.mark.parametrize("kernel", ["fp32", "flash_fp32"])
+def test_fp32_gradients_by_gradcheck(kernel: str) -> None:
+    """On fp32 tensors: its backward is the derivative of its forward."""
     inputs = [t.detach().float().requires_grad_() for t in case("none")[0]]
     assert torch.autograd.gradcheck(
-        lambda q, k, v: OPS.attention(q, k, v, None, True, 0.3, "fp32")[0],
+        lambda q, k, v: OPS.attention(q, k, v, None, True, 0.3, kernel)[0],
         inputs, eps=1e-2, atol=2e-3, rtol=2e-2, fast_mode=True,  # fp32: differences of 1e-2 lose 5 of 24 bits
     )  # fmt: skip
 
@@ -130,8 +132,6 @@ def test_saved_are_the_key_heads_before_they_are_shared() -> None:
 
 
 def test_flash_is_the_default_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora_compile.runtime.kernels import attention_kernels, devices, dispatch
-
     if kernels.find("attention_forward", "cpu") is None:
         pytest.skip("needs a C++ compiler and AVX-512 BF16")
     sizes = {"n": (256,), "k": 64, "device": "cpu"}
@@ -140,11 +140,44 @@ def test_flash_is_the_default_where_it_was_measured(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(devices, "kind", lambda device, kind=kind: kind)
         dispatch.forget_choices()
         assert kernels.choose_kernel("attention", rows=256, dtype=torch.bfloat16, **sizes).name == name
-    for dtype, rows, size, reason in (
-        (torch.float16, 256, 64, "for bf16 only"),
-        (torch.bfloat16, 8, 64, "for 16 queries or more"),
-        (torch.bfloat16, 256, 1024, "heads of at most 512"),
-    ):
-        problem = dispatch.Problem("attention", rows, (256,), size, 0, dtype)
-        assert reason in str(attention_kernels._declines_flash(problem))
     dispatch.forget_choices()
+
+
+def test_fp32_products_by_blocks_are_the_default_where_nothing_narrower_is_multiplied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if cpp_build.find_compiler() is None:
+        pytest.skip("needs a C++ compiler")
+    monkeypatch.setattr(dispatch, "table", lambda device: ())
+    for kind, native, dtype, name in (
+        ("cpu-avx2", False, torch.bfloat16, "flash_fp32"),
+        ("cpu-avx512", False, torch.float16, "flash_fp32"),
+        ("cpu-avx512_bf16", True, torch.float32, "flash_fp32"),
+        ("cpu-amx", True, torch.bfloat16, "library"),
+        ("cpu", False, torch.bfloat16, "fp32"),  # the portable path is slower than torch's own products may be
+        ("cpu", False, torch.float32, "library"),
+        ("cpu-avx2", False, torch.float64, "library"),
+    ):
+        monkeypatch.setattr(devices, "kind", lambda device, kind=kind: kind)
+        monkeypatch.setattr(devices, "multiplies_natively", lambda dtype, native=native: native)
+        dispatch.forget_choices()
+        chosen = kernels.choose_kernel("attention", rows=256, dtype=dtype, n=(256,), k=64, device="cpu")
+        assert chosen.name == name, (kind, dtype)
+    dispatch.forget_choices()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "rows", "size", "reason"),
+    [
+        ("flash", torch.float16, 256, 64, "for bf16 only"),
+        ("flash", torch.bfloat16, 8, 64, "for 16 queries or more"),
+        ("flash", torch.bfloat16, 256, 1024, "heads of at most 512"),
+        ("flash_fp32", torch.float64, 256, 64, "for fp32, bf16 and fp16"),
+        ("flash_fp32", torch.float32, 8, 64, "for 16 queries or more"),
+        ("flash_fp32", torch.float16, 256, 1024, "heads of at most 512"),
+    ],
+)
+def test_why_a_generated_kernel_declines(kernel: str, dtype: torch.dtype, rows: int, size: int, reason: str) -> None:
+    (candidate,) = (c for c in dispatch.candidates("attention", "cpu") if c.name == kernel)
+    problem = dispatch.Problem("attention", rows, (256,), size, 0, dtype)
+    assert reason in str(candidate.declines(problem))

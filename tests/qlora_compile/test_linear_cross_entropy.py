@@ -128,7 +128,7 @@ def test_many_chunks_tiles_and_blocks(monkeypatch: pytest.MonkeyPatch, name: str
     monkeypatch.setattr(module, "CHUNK_BYTES", {"cpu": 7 * 211 * 4 + 3})
     monkeypatch.setattr(module, "BLOCK_BYTES", {"cpu": 3 * 211 * 4})
     monkeypatch.setattr(module, "TILE_BYTES", 60 * 45 * 4)
-    monkeypatch.setattr(module, "_has_fast_half", lambda dtype: half_products)
+    monkeypatch.setattr(module, "multiplies_natively", lambda dtype: half_products)
     check(CASES[name])
 
 

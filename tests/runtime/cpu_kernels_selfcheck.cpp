@@ -25,7 +25,7 @@ extern "C" void qlora_lora_backward(
     const uint16_t*, int64_t, const uint16_t*, int64_t, const uint16_t*, int64_t, const void*, int, float, uint16_t*,
     int64_t, void*, int, void*, int, int64_t, int64_t, int64_t, int64_t, int
 ) __attribute__((weak));
-struct Heads {  // these three as in attention_blocks.cpp.jinja
+struct Heads {  // these three as in attention_call.cpp.jinja
     const uint16_t* data;
     int64_t batch, head, row;
 };
@@ -34,7 +34,7 @@ struct Mask {
     int64_t batch, head, query, dtype;
 };
 struct Call {
-    int64_t B, H, G, L, S, D, E, causal, threads;
+    int64_t B, H, G, L, S, D, E, causal, threads, dtype;
     double scale;
     Heads q, k, v, out;
     float* logsumexp;
@@ -44,6 +44,9 @@ struct Call {
 extern "C" int qlora_has_attention() __attribute__((weak));
 extern "C" void qlora_attention_forward(const Call*) __attribute__((weak));
 extern "C" void qlora_attention_backward(const Call*) __attribute__((weak));
+extern "C" int qlora_wide_attention_best_isa();
+extern "C" void qlora_wide_attention_forward(const Call*, int);
+extern "C" void qlora_wide_attention_backward(const Call*, int);
 extern "C" int qlora_has_cross_entropy() __attribute__((weak));
 extern "C" void qlora_cross_entropy(uint16_t*, const int64_t*, float*, int64_t, int64_t, int, int) __attribute__((weak));
 extern "C" void qlora_quantize_4bit(const void*, uint8_t*, float*, int64_t, int64_t, int, int, int, int);
@@ -187,26 +190,27 @@ bool check_low_rank(int64_t M, int64_t N, int64_t K, int64_t R, int dtype) {
 
 // Attention on buffers of exactly their sizes, two query heads to a key head: 1 and 3 threads give the same bytes. That
 // they are the right ones is what tests/runtime/test_cpu_attention.py checks.
-bool check_attention(int64_t L, int64_t S, int64_t D, int64_t E, int64_t mask_dtype, bool causal) {
-    const int64_t KV = 2, H = 4;
-    const auto q = weights(H * L * D, 1), k = weights(KV * S * D, 1), v = weights(KV * S * E, 1);
-    const auto dout = weights(H * L * E, 1);
+// `run` calls forward and backward.
+template <typename Run>
+bool check_attention(int64_t L, int64_t S, int64_t D, int64_t E, int64_t mask_dtype, bool causal, int dtype, Run run_both) {
+    const int64_t KV = 2, H = 4, item = size_of(dtype);
+    const auto q = weights(H * L * D, dtype), k = weights(KV * S * D, dtype), v = weights(KV * S * E, dtype);
+    const auto dout = weights(H * L * E, dtype);
     auto mask = mask_dtype == 3 ? buffer<uint8_t>(L * S) : weights(L * S, mask_dtype == 0 ? 0 : 1);
     if (mask_dtype == 3)
         for (int64_t i = 0; i < L * S; ++i) mask[i] = random_bits() >> 31;
-    const int64_t sizes[] = {H * L * E * 2, H * L * 4, H * L * D * 2, KV * S * D * 2, KV * S * E * 2};
+    const int64_t sizes[] = {H * L * E * item, H * L * 4, H * L * D * item, KV * S * D * item, KV * S * E * item};
     std::unique_ptr<uint8_t[]> o[2][5];
     for (int run = 0; run < 2; ++run) {
         for (int i = 0; i < 5; ++i) o[run][i] = buffer<uint8_t>(sizes[i]);
         const auto heads = [](const std::unique_ptr<uint8_t[]>& data, int64_t rows, int64_t size) {
             return Heads{reinterpret_cast<const uint16_t*>(data.get()), 0, rows * size, size};
         };
-        Call call{1, H, H / KV, L, S, D, E, causal, 1 + 2 * run, 0.3, heads(q, L, D), heads(k, S, D), heads(v, S, E),
+        Call call{1, H, H / KV, L, S, D, E, causal, 1 + 2 * run, dtype, 0.3, heads(q, L, D), heads(k, S, D), heads(v, S, E),
                   heads(o[run][0], L, E), reinterpret_cast<float*>(o[run][1].get()), {}, heads(dout, L, E),
                   heads(o[run][2], L, D), heads(o[run][3], S, D), heads(o[run][4], S, E)};
         if (mask_dtype >= 0) call.mask = {mask.get(), 0, 0, S, mask_dtype};
-        qlora_attention_forward(&call);
-        qlora_attention_backward(&call);
+        run_both(&call);
     }
     for (int i = 0; i < 5; ++i)
         if (std::memcmp(o[0][i].get(), o[1][i].get(), static_cast<size_t>(sizes[i])) != 0) return false;
@@ -241,17 +245,29 @@ int main() {
                     std::printf("cross-entropy, M %d V %d: threads differ\n", static_cast<int>(M), static_cast<int>(V));
                     return 1;
                 }
-    if (qlora_has_attention && qlora_has_attention())
-        for (const int64_t L : {1, 33, 130})
-            for (const int64_t S : {1, 64, 67})
-                for (const int64_t D : {1, 32, 35})
-                    for (const int64_t E : {1, 33})
-                        for (const int64_t mask_dtype : {-1, 0, 1, 2, 3})
-                            if (!check_attention(L, S, D, E, mask_dtype, L % 2 == 0)) {
-                                std::printf("attention, L %d S %d D %d E %d: threads differ\n", static_cast<int>(L),
-                                            static_cast<int>(S), static_cast<int>(D), static_cast<int>(E));
-                                return 1;
-                            }
+    const auto bf16_attention = [](const Call* call) {
+        qlora_attention_forward(call);
+        qlora_attention_backward(call);
+    };
+    const bool has_bf16 = qlora_has_attention && qlora_has_attention();
+    for (const int64_t L : {1, 33, 130})
+        for (const int64_t S : {1, 64, 67})
+            for (const int64_t D : {1, 32, 35})
+                for (const int64_t E : {1, 33})
+                    for (const int64_t mask_dtype : {-1, 0, 1, 2, 3}) {
+                        bool same = !has_bf16 || check_attention(L, S, D, E, mask_dtype, L % 2 == 0, 1, bf16_attention);
+                        const int dtype = static_cast<int>((L + S + mask_dtype + 1) % 3);
+                        for (int isa = 0; isa <= qlora_wide_attention_best_isa(); ++isa)
+                            same = same && check_attention(L, S, D, E, mask_dtype, L % 2 == 0, dtype, [=](const Call* call) {
+                                qlora_wide_attention_forward(call, isa);
+                                qlora_wide_attention_backward(call, isa);
+                            });
+                        if (!same) {
+                            std::printf("attention, L %d S %d D %d E %d: threads differ\n", static_cast<int>(L),
+                                        static_cast<int>(S), static_cast<int>(D), static_cast<int>(E));
+                            return 1;
+                        }
+                    }
 
     if (qlora_has_low_rank && qlora_has_low_rank())
         for (const int64_t M : {0, 1, 130})

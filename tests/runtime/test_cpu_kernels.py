@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,25 @@ def test_bad_arguments_never_reach_c() -> None:
         quantize(weight, "nf4", 65, True)
     with pytest.raises(KernelError, match="no instruction set 'sse9'"):
         quantize(weight, "nf4", 64, True, isa="sse9")
+
+
+@needs_compiler
+@pytest.mark.parametrize("allowed", ["avx2", "default"])
+def test_torch_s_variable_holds_ours_to_an_instruction_set(allowed: str) -> None:
+    """ATEN_CPU_CAPABILITY, by which users hold torch's kernels to less than the machine has: read at the start."""
+    if "avx2" not in cpu.supported_isas():
+        pytest.skip("this machine has no AVX2")
+    program = """
+import torch
+from qlora_compile.runtime import kernels
+from qlora_compile.runtime.kernels import cpu, devices
+print(devices.kind("cpu"), cpu.supported_isas()[0], devices.multiplies_natively(torch.bfloat16))
+print([kernels.find(op, "cpu") for op in ("lora_down", "attention_forward", "cross_entropy")])
+"""
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": allowed}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    kind = {"avx2": "cpu-avx2 avx2 False", "default": "cpu portable False"}[allowed]
+    assert done.stdout.splitlines() == [kind, "[None, None, None]"], done.stdout + done.stderr
 
 
 def test_no_kernel_for_other_devices_and_ops() -> None:
