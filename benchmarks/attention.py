@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bounds import best_of
+from bounds import best_of, product_speed
 from common import Times, alternate, write_results
 
 from qlora_compile.runtime.kernels import devices, dispatch
@@ -55,13 +55,6 @@ def operations(shape: tuple[int, ...]) -> float:
     return 7 * 2 * batch * heads * size * tokens**2 / 2
 
 
-def product_speed(dtype: torch.dtype, repeats: int) -> float:
-    """Operations a second of one large product."""
-    side = 2048
-    square = torch.randn(side, side).to(dtype)
-    return 2 * side**3 / best_of(repeats)(lambda: square @ square)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -70,9 +63,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the times (seconds) here too")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    # fp32's speed stands for bf16 too where nothing narrower is multiplied
-    widest = {name: dtype if devices.multiplies_natively(dtype) else torch.float32 for name, dtype in DTYPES.items()}
-    speeds = {name: product_speed(dtype, args.repeats) for name, dtype in widest.items()}
+    speeds = {name: product_speed(best_of(args.repeats), dtype=dtype) for name, dtype in DTYPES.items()}
     found: dict[str, dict[str, object]] = {}
     for text in args.shapes.split(","):
         shape = tuple(map(int, text.split("x")))

@@ -1,6 +1,7 @@
 """What a piece of work cannot be faster than on this machine, by speeds that are measured in the same run.
 
-Bytes at the speed of a read or a copy larger than the caches, operations at the speed of the library's bf16 product.
+Bytes at the speed of a read or a copy larger than the caches, operations at the speed of the library's bf16 product (fp32
+where the CPU has no instructions for bf16, and that is the faster one).
 What is far from both is bound by latency: launches, Python, a chain of small steps.
 """
 
@@ -11,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from qlora_compile.runtime.kernels import devices
 
 NEAR = 0.5  # of the time: below it, neither bytes nor operations explain the time
 
@@ -32,9 +35,20 @@ class Work:
         return Work(read, 2 * m * n, 2 * m * (numel + ranks * (n + k)))
 
 
+def product_speed(
+    seconds: Callable[[Callable[[], object]], float], side: int = 2048, device: str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+) -> float:  # fmt: skip
+    """Operations a second of the library's product of two square matrices, in fp32 where the CPU multiplies no `dtype`."""
+    if device == "cpu" and not devices.multiplies_natively(dtype):
+        dtype = torch.float32
+    square = torch.randn(side, side, device=device).to(dtype)
+    return 2 * side**3 / seconds(lambda: square @ square)
+
+
 @dataclass(frozen=True)
 class Speeds:
-    """Measured: bytes/s of a read and of a copy (read + written), bf16 operations/s."""
+    """Measured: bytes/s of a read and of a copy (read + written), operations/s of a product."""
 
     read: float
     copy: float
@@ -48,11 +62,10 @@ class Speeds:
         count = 1 << 16 if small else 1 << (25 if device == "cpu" else 28)
         source = torch.zeros(count, dtype=torch.int64, device=device)
         target, side = torch.empty_like(source), 64 if small else 2048 if device == "cpu" else 8192
-        square = torch.randn(side, side, device=device).bfloat16()
         return Speeds(
             source.nbytes / seconds(source.sum),
             2 * source.nbytes / seconds(lambda: target.copy_(source)),
-            2 * side**3 / seconds(lambda: square @ square),
+            product_speed(seconds, side, device),
         )
 
     def bounds(self, work: Work) -> tuple[float, float]:

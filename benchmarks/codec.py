@@ -1,4 +1,4 @@
-"""NF4 kernels on this CPU: our generated C++ against bitsandbytes, a plain copy of as many bytes, and bf16 linears.
+"""NF4 kernels on this CPU: our generated C++ against bitsandbytes, a plain copy of as many bytes, and dense linears.
 
     python benchmarks/codec.py [--threads 2] [--repeats 15] [--shapes 4096x4096,11008x4096] [--json FILE]
 
@@ -22,10 +22,10 @@ from bitsandbytes import functional as bnb
 from bitsandbytes.cextension import lib
 from bitsandbytes.nn import Linear4bit, Params4bit
 from bounds import Speeds, Work, best_of
-from common import Times, alternate, write_results
+from common import Times, alternate, hold_peer, write_results
 
 from qlora_compile import nf4
-from qlora_compile.runtime.kernels import find
+from qlora_compile.runtime.kernels import devices, find, lora_kernels
 
 
 def bench_dequantize(rows: int, columns: int, repeats: int) -> Times:
@@ -70,33 +70,42 @@ def bench_quantize(rows: int, columns: int, repeats: int) -> Times:
     )
 
 
-def bench_linear(rows: int, columns: int, tokens: int, repeats: int) -> Times | None:
-    """Times in seconds of a product with `tokens` rows: from the codes up to 64, else by dequantizing first.
+def bench_linear(rows: int, columns: int, tokens: int, repeats: int) -> Times:
+    """Times in seconds of a product with `tokens` rows: from the codes for few, else by dequantizing first.
 
-    None on a machine that has no kernel for the former.
+    Where the CPU multiplies no bf16, ours has fp32 products, and a dense fp32 linear is the one to compare with.
     """
-    kernel, dequantize = find("linear_4bit_small", "cpu"), find("dequantize_4bit", "cpu")
+    bf16 = devices.multiplies_natively(torch.bfloat16)
+    kernel = find("linear_4bit_small" if bf16 else "wide_linear_4bit_small", "cpu")
+    dequantize = find("dequantize_4bit", "cpu")
     if kernel is None or dequantize is None:
-        return None
+        raise SystemExit("There is no kernel to measure: install a C++ compiler.")
     weight = torch.randn(rows, columns, dtype=torch.bfloat16)
     x = torch.randn(tokens, columns, dtype=torch.bfloat16)
     data = nf4.quantize_reference(weight, "nf4", 64, True)
-    out, dense = torch.empty(tokens, rows, dtype=torch.bfloat16), torch.empty_like(weight)
+    out = torch.empty(tokens, rows, dtype=torch.bfloat16)
+    ours = torch.empty(rows, columns, dtype=torch.bfloat16 if bf16 else torch.float32)
+    wide, x_wide = weight.float(), x.float()
     layer = Linear4bit(columns, rows, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
     layer.weight = Params4bit(weight, requires_grad=False, quant_type="nf4")
     layer = layer.to("cpu").eval()
 
     def by_dequantizing() -> torch.Tensor:
-        dequantize(*data, weight.numel(), "nf4", 64, dense)
-        return torch.nn.functional.linear(x, dense)
+        dequantize(*data, weight.numel(), "nf4", 64, ours)
+        return torch.nn.functional.linear(x.to(ours.dtype), ours).to(x.dtype)
 
     from_codes = functools.partial(kernel, x, *data, rows, columns, "nf4", 64, out)
+    few = lora_kernels.SMALL_M if bf16 else lora_kernels.SMALL_WIDE_M
+    linear = torch.nn.functional.linear
+    dense_linears = (
+        {"bf16 linear": lambda: linear(x, weight)} if bf16 else {"fp32 linear": lambda: linear(x_wide, wide)}
+    )
     with torch.no_grad():
         return alternate(
             {
-                "ours": from_codes if tokens <= 64 else by_dequantizing,
+                "ours": from_codes if tokens <= few else by_dequantizing,
                 "bitsandbytes": lambda: layer(x),
-                "bf16 linear": lambda: torch.nn.functional.linear(x, weight),
+                **dense_linears,
             },
             repeats,
         )
@@ -130,15 +139,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the times (seconds) here too")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    hold_peer()
     results: dict[str, Times] = {}
     for shape in args.shapes.split(","):
         rows, columns = map(int, shape.split("x"))
         results[f"dequantize {shape}"] = bench_dequantize(rows, columns, args.repeats)
         results[f"quantize {shape}"] = bench_quantize(rows, columns, max(3, args.repeats // 3))
         for tokens in (1, 8, 16, 512):
-            times = bench_linear(rows, columns, tokens, args.repeats)
-            if times is not None:
-                results[f"linear {shape}, {tokens} rows of x"] = times
+            results[f"linear {shape}, {tokens} rows of x"] = bench_linear(rows, columns, tokens, args.repeats)
     speeds = Speeds.measure(best_of(args.repeats))
     for title, times in results.items():
         show(title, times, speeds)

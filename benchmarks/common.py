@@ -127,6 +127,17 @@ def speeches(years: range) -> str:
     return "\n\n".join(path.read_text(encoding="utf-8") for path in chosen)
 
 
+def hold_peer() -> None:
+    """Where ATEN_CPU_CAPABILITY holds torch and us to less than AVX-512, so it shall bitsandbytes, which knows no such
+    variable: as on a processor without AVX-512 BF16, its linears dequantize. (Its dequantizing keeps what it has.)"""
+    import bitsandbytes.nn.modules as theirs
+
+    from qlora_compile.runtime.kernels import devices
+
+    if not devices.has_avx512_bf16():
+        theirs.has_avx512bf16 = lambda: False
+
+
 def load_peer(
     model_dir: str,
     rank: int,
@@ -145,6 +156,7 @@ def load_peer(
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    hold_peer()
     dtype = dtype or torch.bfloat16
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,

@@ -2,6 +2,8 @@
 
     python benchmarks/decode.py [--tokens 64] [--turns 5] [--contenders ours,bitsandbytes,dense] [--threads 2] [--json FILE]
 
+"bitsandbytes_fp32" and "dense_fp32" are the same models loaded in fp32, which is faster on a CPU without bf16 instructions.
+
 SmolLM2-135M, one sequence, r=16 on all linears but the head, dynamic cache. A token's time is that of `tokens` further
 tokens after the first, so that the prompt is not in it. Contenders take turns in one process. The limit of each is the
 bytes of weights that a token has to read (codes, scales, adapters, the head's bf16 matrix), at the speed of a read that
@@ -30,13 +32,14 @@ def load(name: str, model_dir: str) -> Any:
     torch.manual_seed(0)
     if name == "ours":
         return load_ours(model_dir, RANK).eval()
-    if name == "bitsandbytes":
-        return load_peer(model_dir, RANK).eval()
+    dtype = torch.float32 if name.endswith("_fp32") else torch.bfloat16
+    if name.startswith("bitsandbytes"):
+        return load_peer(model_dir, RANK, dtype=dtype).eval()
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16), lora).eval()
+    return get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype), lora).eval()
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
@@ -70,10 +73,10 @@ def median_s(call: Callable[[], object], count: int) -> float:
     return statistics.median(times[1:])
 
 
-def linear_call_us(model: torch.nn.Module) -> float:
+def linear_call_us(model: Any) -> float:
     """One call of the first query projection with one row."""
     module = next(module for name, module in model.named_modules() if name.endswith("self_attn.q_proj"))
-    x = torch.randn(1, 1, 576, dtype=torch.bfloat16)
+    x = torch.randn(1, 1, 576, dtype=model.dtype)
     return 1e6 * median_s(lambda: module(x), 100)
 
 

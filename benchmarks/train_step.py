@@ -15,7 +15,7 @@ same models loaded in fp32: "bitsandbytes_fp32", "floor_fp32") are what a user w
 
 What bounds the ratios is measured in the same run: after the turns each contender takes one more step under torch's
 profiler, for the share of it that are matrix products and their rate (operations of the model's dense linears, forward
-and dX, and of the adapters; without attention), beside the rate of one large bf16 product here, alone; and the floor
+and dX, and of the adapters; without attention), beside the rate of one large product here, alone; and the floor
 says how small any contender's ratio could be.
 """
 
@@ -31,7 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bounds import best_of
+from bounds import best_of, product_speed
 from common import cut, llama_shape, load_ours, load_peer, resident_bytes, smollm2, write_results
 
 OURS = ("ours", "ours_no_logits")
@@ -216,11 +216,9 @@ def bounds_of(
     results: dict[str, dict[str, float]], profiles: dict[str, dict[str, float]], arguments: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
     """What bounds each contender's step, printed and returned. The processes have ended: the machine is free to measure."""
-    import torch
-
-    square = torch.randn(2048, 2048).bfloat16()
-    peak = 2 * 2048**3 / best_of(10)(lambda: square @ square)
-    floor, found = results.get("floor"), {}
+    peak = product_speed(best_of(10))
+    peer, floor = (results.get(name, results.get(f"{name}_fp32")) for name in ("bitsandbytes", "floor"))
+    found = {}
     for name, profile in profiles.items():
         rate = operations(arguments, name) / profile["products_s"] if profile["products_s"] else float("nan")
         found[name] = {
@@ -233,8 +231,8 @@ def bounds_of(
             found[name]["of_floor"] = results[name]["step_s"] / floor["step_s"]
         print(f"{name}: " + ", ".join(f"{key} {value:.3g}" for key, value in found[name].items()))
     print(f"one product of 2048 x 2048 alone: {peak / 1e9:.0f} GFLOP/s")
-    if floor is not None and "bitsandbytes" in results:
-        least = floor["step_s"] / results["bitsandbytes"]["step_s"]
+    if floor is not None and peer is not None:
+        least = floor["step_s"] / peer["step_s"]
         print(f"the floor is {least:.2f} of bitsandbytes + PEFT: nobody with these products can be below it")
     return found
 
@@ -244,7 +242,7 @@ def report(results: dict[str, dict[str, float]], arguments: argparse.Namespace) 
     from rich.console import Console
     from rich.table import Table
 
-    peer = results.get("bitsandbytes")
+    peer = results.get("bitsandbytes", results.get("bitsandbytes_fp32"))
     table = Table(title=f"training step, {arguments.batch}x{arguments.seq_len} tokens, r={arguments.rank}, all linears")
     for column in ("", "step s (median)", "min .. max", "first step s", "peak MB", "step / bnb", "memory / bnb"):
         table.add_column(column)

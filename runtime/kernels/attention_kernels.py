@@ -16,7 +16,7 @@ from ... import attention_ops
 from . import cpp_build, devices, dispatch
 from .cpu_common import DTYPES
 from .dispatch import Candidate, Problem
-from .lora_kernels import declines_fp32, prefers_fp32
+from .lora_kernels import declines_fp32, prefers_fp32, prefers_fp32_products
 
 FEWEST_QUERIES = 16  # lanes of a register: with fewer most of the work is on zeros
 LARGEST_HEAD = 512  # a block of queries and its gradient must fit the second-level cache
@@ -47,10 +47,9 @@ def _declines_flash_fp32(problem: Problem) -> str | None:
 
 
 def _prefers_flash_fp32(problem: Problem) -> bool:
-    """By default on AVX2 and above, for fp32 and for what the CPU does not multiply itself. The portable path is for
-    those who measure that it gains there."""
-    fp32 = problem.dtype == torch.float32 or prefers_fp32(problem)
-    return fp32 and devices.kind(problem.device) in ("cpu-avx2", "cpu-avx512", "cpu-avx512_bf16", "cpu-amx")
+    """From AVX2 on. The portable path is for those who measure that it gains there."""
+    vectors = devices.kind(problem.device) in ("cpu-avx2", "cpu-avx512", "cpu-avx512_bf16", "cpu-amx")
+    return vectors and prefers_fp32_products(problem)
 
 
 def _op(

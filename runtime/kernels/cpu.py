@@ -94,6 +94,7 @@ KERNELS: dict[str, Callable[[], Callable[..., Any] | None]] = {
     "dequantize_4bit": make_dequantize_4bit,
     "quantize_4bit": make_quantize_4bit,
     "linear_4bit_small": cpu_linear.make_linear_4bit_small,
+    "wide_linear_4bit_small": cpu_linear.make_wide_linear_4bit_small,
     "lora_down": cpu_low_rank.make_lora_down,
     "lora_up": cpu_low_rank.make_lora_up,
     "lora_backward": cpu_low_rank.make_lora_backward,

@@ -1,6 +1,7 @@
-"""The C++ product of a few rows with a 4-bit weight, straight from its codes, as Python objects on tensors.
+"""The C++ products of a few rows with a 4-bit weight, straight from its codes, as Python objects on tensors.
 
-M rows of x, N output features, K input features, R the rank of one adapter.
+There are two: `linear_4bit_small` multiplies in bf16, written for AVX-512 BF16 only; `wide_linear_4bit_small` in fp32 on any
+machine. M rows of x, N output features, K input features, R the rank of one adapter.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from ...errors import KernelError
 from ...nf4 import check_format, dynamic_map
 from . import cpp_build
 from .checks import check, check_scales
-from .cpu_common import DTYPES, QUANT_TYPES
+from .cpu_common import DTYPES, QUANT_TYPES, isa_number
+
+_BF16 = {torch.bfloat16: DTYPES[torch.bfloat16]}
 
 
 class Adapter(NamedTuple):
@@ -33,7 +36,8 @@ class SmallLinear:
     """y = x W^T + bias + sum_j alpha_j scaling_j (x A_j^T) B_j^T for a few rows of x, in one C call with one rounding.
 
     Made once for a weight and its adapters: everything but x is checked here. A call reads pointers only, so tensors may
-    be written and their storage replaced in between, but not their shapes, dtypes and strides.
+    be written and their storage replaced in between, but not their shapes, dtypes and strides. wide: the product in fp32,
+    else in bf16.
     """
 
     def __init__(
@@ -45,6 +49,8 @@ class SmallLinear:
         bias: Tensor | None = None,
         adapters: Sequence[Adapter] = (),
         out_dtype: torch.dtype = torch.bfloat16,
+        wide: bool = False,
+        isa: str = "auto",
     ) -> None:
         codes, absmax, absmax_scale, absmax_offset = data
         n, k = shape
@@ -58,10 +64,11 @@ class SmallLinear:
             check("bias", bias, (torch.float32, torch.bfloat16), n)
         for adapter in adapters:
             _check_adapter(adapter, n, k)
-        kernel = _function()
+        kernel = _wide_function() if wide else _function()
         if kernel is None:
             raise KernelError("linear_4bit_small needs AVX-512 BF16, which this machine has not.")
         self._kernel, self.shape, self.out_dtype = kernel, shape, out_dtype
+        self._dtypes, self._isa = (DTYPES, [isa_number(isa)]) if wide else (_BF16, [])
         weights = (codes, absmax, absmax_scale, absmax_offset, dynamic_map(), bias)
         tables = [t for adapter in adapters for t in (adapter.a, adapter.b, adapter.scaling)]
         self._weights = [_pointer(t) for t in weights]
@@ -71,26 +78,34 @@ class SmallLinear:
         self._factors: list[float] = []
         for a, b, alpha, _ in adapters:
             self._factors += [DTYPES[a.dtype], DTYPES[b.dtype], a.shape[0], alpha]
-        self._pack = struct.Struct(f"=20q{3 * len(adapters)}q" + "3qd" * len(adapters)).pack
+        self._pack = struct.Struct(f"=21q{3 * len(adapters)}q" + "3qd" * len(adapters)).pack
 
     def __call__(self, x: Tensor, out: Tensor, h: Tensor | None = None) -> None:
-        """x bf16 [M, K] with contiguous rows -> out [M, N] contiguous; h bf16 [M, sum R], contiguous rows, if wanted."""
-        if not x.is_cpu or x.dtype is not torch.bfloat16 or x.dim() != 2 or x.shape[1] != self.shape[1]:
+        """x [M, K] with contiguous rows -> out [M, N] contiguous; h [M, sum R] of x's dtype, contiguous rows, if wanted.
+
+        x is bf16; wide: fp32, bf16 or fp16.
+        """
+        dtype = self._dtypes.get(x.dtype)
+        if not x.is_cpu or dtype is None or x.dim() != 2 or x.shape[1] != self.shape[1]:
+            names = " or ".join(str(d).removeprefix("torch.") for d in self._dtypes)
             raise KernelError(
-                f"x must be a bfloat16 [M, {self.shape[1]}] CPU tensor with contiguous rows, got {x.dtype} {[*x.shape]}."
+                f"x must be a {names} [M, {self.shape[1]}] CPU tensor with contiguous rows, got {x.dtype} {[*x.shape]}."
             )
         m, (row, column) = x.shape[0], x.stride()
         if column != 1:
             raise KernelError(f"x must have contiguous rows, its columns are {column} elements apart.")
+        if h is not None and h.dtype is not x.dtype:
+            raise KernelError(f"h must have x's dtype {x.dtype}, got {h.dtype}.")
         columns = (0, 0) if h is None else (h.data_ptr(), h.stride(0))
         self._kernel(
             self._pack(
-                *(x.data_ptr(), row, *columns, out.data_ptr(), m, torch.get_num_threads()),
+                *(x.data_ptr(), row, *columns, out.data_ptr(), m, torch.get_num_threads(), dtype),
                 *[pointer() for pointer in self._weights],
                 *self._numbers,
                 *[pointer() for pointer in self._tables],
                 *self._factors,
-            )
+            ),
+            *self._isa,
         )
 
 
@@ -115,7 +130,7 @@ def _check_adapter(adapter: Adapter, n: int, k: int) -> None:
 
 def declines_small(dtype: torch.dtype) -> str | None:
     """Why `linear_4bit_small` cannot run here, or None."""
-    if dtype != torch.bfloat16:
+    if dtype not in _BF16:
         return "for bf16 only"
     return None if _function() is not None else "this machine has no AVX-512 BF16"
 
@@ -132,6 +147,16 @@ def _function() -> Any:
         return None
     function = library.qlora_linear_4bit_small
     function.argtypes, function.restype = [ctypes.c_char_p], None
+    return function
+
+
+@functools.cache
+def _wide_function() -> Any:
+    """The C function of the fp32 product, built on first use. Raises KernelError."""
+    import ctypes
+
+    function = cpp_build.load("wide_linear_4bit_small").qlora_wide_linear_4bit_small
+    function.argtypes, function.restype = [ctypes.c_char_p, ctypes.c_int], None
     return function
 
 
@@ -164,4 +189,34 @@ def linear_4bit_small(
     data = codes, absmax, absmax_scale, absmax_offset
     call = SmallLinear(data, (N, K), quant_type, block_size, bias, adapters, out.dtype)
     check("out", out, (torch.float32, torch.bfloat16), x.shape[0] * N, who="the product")
+    call(x, out, h)
+
+
+def make_wide_linear_4bit_small() -> Callable[..., None]:
+    """Builds the kernel and returns `wide_linear_4bit_small`. Raises KernelError."""
+    _wide_function()
+    return wide_linear_4bit_small
+
+
+def wide_linear_4bit_small(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    N: int,
+    K: int,
+    quant_type: str,
+    block_size: int,
+    out: Tensor,
+    bias: Tensor | None = None,
+    adapters: Sequence[Adapter] = (),
+    h: Tensor | None = None,
+    isa: str = "auto",
+) -> None:
+    """As `linear_4bit_small`, for x and out in fp32, bf16 or fp16, with the weights that dequantizing to fp32 gives and all
+    products in fp32. `h` is of x's dtype."""
+    data = codes, absmax, absmax_scale, absmax_offset
+    call = SmallLinear(data, (N, K), quant_type, block_size, bias, adapters, out.dtype, wide=True, isa=isa)
+    check("out", out, tuple(DTYPES), x.shape[0] * N, who="the product")
     call(x, out, h)

@@ -3,6 +3,7 @@ the dense products that stay in the graph."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -12,28 +13,37 @@ from ... import wide_ops  # noqa: F401  defines its ops
 from ...lora_gradients import backward
 from ...lora_group import LoRAGroup, forward
 from . import cpp_build, cpu_linear, devices, dispatch, fp32_linear
+from .cpu_common import DTYPES
 from .cpu_linear import Adapter, SmallLinear
 from .dispatch import Candidate, Problem
 
-SMALL_M = 64  # above it dequantizing once is cheaper
+SMALL_M, SMALL_WIDE_M = 64, 16  # above it dequantizing once is cheaper
 
 
 def _declines_codes(problem: Problem) -> str | None:
-    if problem.m > SMALL_M:
-        return f"for at most {SMALL_M} rows"
+    return _declines_from_codes(problem, SMALL_M) or cpu_linear.declines_small(problem.dtype)
+
+
+def _declines_codes_fp32(problem: Problem) -> str | None:
+    return _declines_from_codes(problem, SMALL_WIDE_M) or (
+        None if problem.dtype in DTYPES else "for fp32, bf16 and fp16"
+    )
+
+
+def _declines_from_codes(problem: Problem, most_rows: int) -> str | None:
+    if problem.m > most_rows:
+        return f"for at most {most_rows} rows"
     if problem.quant_type == "none":
         return "the weight is dense"
     if problem.dropout:
         return "of what adapters drop"
     if problem.k % problem.block_size:
         return f"K is no multiple of the block of {problem.block_size}"
-    if cpp_build.find_compiler() is None:
-        return "there is no C++ compiler"
-    return cpu_linear.declines_small(problem.dtype)
+    return None if cpp_build.find_compiler() is not None else "there is no C++ compiler"
 
 
-def _from_codes(group: LoRAGroup, x: Tensor, bias: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    calls, ranks = group.kept.get("codes") or _small_linears(group, x.shape[1], bias)
+def _from_codes(group: LoRAGroup, x: Tensor, bias: Sequence[Tensor], wide: bool = False) -> tuple[list[Tensor], Tensor]:
+    calls, ranks = group.kept.get(_kept_name(wide)) or _small_linears(group, x.shape[1], bias, wide)
     m, first = x.shape[0], 0
     h = x.new_empty((m, sum(ranks)))
     outs = []
@@ -45,7 +55,11 @@ def _from_codes(group: LoRAGroup, x: Tensor, bias: Sequence[Tensor]) -> tuple[li
     return outs, h
 
 
-def _small_linears(group: LoRAGroup, k: int, bias: Sequence[Tensor]) -> tuple[list[SmallLinear], list[int]]:
+def _kept_name(wide: bool) -> str:
+    return "codes_fp32" if wide else "codes"
+
+
+def _small_linears(group: LoRAGroup, k: int, bias: Sequence[Tensor], wide: bool) -> tuple[list[SmallLinear], list[int]]:
     """The C call of each linear, and how many columns of h it writes."""
     double, calls, ranks = bool(group.absmax_scale), list[SmallLinear](), list[int]()
     for i, mine in enumerate(group.adapters_of()):
@@ -56,11 +70,11 @@ def _small_linears(group: LoRAGroup, k: int, bias: Sequence[Tensor]) -> tuple[li
             adapters.append(Adapter(_readable(group.lora_a[j]), _readable(group.lora_b[j]), group.alpha[j], scaling))
         data, shape = (group.weight[i], group.absmax[i], *scales), (group.out_features[i], k)
         b = _readable(bias[i]) if bias else None
-        calls.append(SmallLinear(data, shape, group.quant_type, group.block_size, b, adapters, group.dtype))
+        calls.append(SmallLinear(data, shape, group.quant_type, group.block_size, b, adapters, group.dtype, wide))
         ranks.append(sum(group.lora_a[j].shape[0] for j in mine))
     read = (*group.lora_a, *group.lora_b, *bias)
     if all(_readable(t) is t for t in read) and all(t.dtype == torch.float32 for t in group.scaling):
-        group.kept["codes"] = calls, ranks  # a copy would not follow what is written into the parameter
+        group.kept[_kept_name(wide)] = calls, ranks  # a copy would not follow what is written into the parameter
     return calls, ranks
 
 
@@ -74,6 +88,12 @@ def prefers_fp32(problem: Problem) -> bool:
     return not devices.multiplies_natively(problem.dtype)
 
 
+def prefers_fp32_products(problem: Problem) -> bool:
+    """Where generated C++ with fp32 products has nothing faster beside it: the CPU multiplies nothing narrower, or the
+    tensors are fp32."""
+    return problem.dtype == torch.float32 or prefers_fp32(problem)
+
+
 def declines_fp32(problem: Problem) -> str | None:
     return "products are in fp32 already" if problem.dtype.itemsize >= 4 else None
 
@@ -84,6 +104,8 @@ LOW_RANK = ("lora_down",)  # one source for all three
 dispatch.register(
     Candidate("lora_linear", "codes", _from_codes, ("cpu",), _declines_codes, kernels=("linear_4bit_small",))
 )
+_wide = functools.partial(_from_codes, wide=True), ("cpu",), _declines_codes_fp32, prefers_fp32_products
+dispatch.register(Candidate("lora_linear", "codes_fp32", *_wide, ("wide_linear_4bit_small",)))
 dispatch.register(
     Candidate("lora_linear", "fp32_gemm", fp32_linear.lora_forward, ("cpu",), declines_fp32, prefers_fp32, DEQUANTIZE)
 )

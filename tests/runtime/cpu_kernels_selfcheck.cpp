@@ -14,6 +14,7 @@ extern "C" void qlora_dequantize_4bit(
 );
 extern "C" int qlora_has_linear_4bit_small() __attribute__((weak));
 extern "C" void qlora_linear_4bit_small(const int64_t*) __attribute__((weak));
+extern "C" void qlora_wide_linear_4bit_small(const int64_t*, int);
 extern "C" int qlora_has_low_rank() __attribute__((weak));
 extern "C" void qlora_lora_down(
     const uint16_t*, int64_t, int64_t, int64_t, const int64_t*, int64_t, uint16_t*, int
@@ -119,8 +120,9 @@ double value_of(uint16_t bf16) {
 }
 
 // y = x W^T + bias + 2 h B^T, h = x A^T, against fp64 sums over the decoded weight; weights, A and h are bf16-rounded on
-// one side only: 2^-8 of the sum of magnitudes is more than they can differ by.
-bool check_linear(int64_t M, int64_t N, int64_t K, int64_t block_size) {
+// one side only: 2^-8 of the sum of magnitudes is more than they can differ by. `run` calls one of the kernels.
+template <typename Run>
+bool check_linear(int64_t M, int64_t N, int64_t K, int64_t block_size, Run run) {
     const int64_t numel = N * K, blocks = numel / block_size, stride = K + 3;
     const auto weight = weights(numel, 0), x_bytes = weights(M * stride, 1);
     auto codes = buffer<uint8_t>(numel / 2);
@@ -137,11 +139,11 @@ bool check_linear(int64_t M, int64_t N, int64_t K, int64_t block_size) {
     );
     const auto at = [](const void* p) { return static_cast<int64_t>(reinterpret_cast<intptr_t>(p)); };
     const double alpha = 2.0;
-    int64_t call[27] = {at(x.get()), stride, at(h.get()), R, at(y.get()), M, 2,  // as cpu_linear.py packs it
+    int64_t call[28] = {at(x.get()), stride, at(h.get()), R, at(y.get()), M, 2, 1,  // as cpu_linear.py packs it
                         at(codes.get()), at(absmax.get()), 0, 0, at(map.get()), at(bias.get()),
                         N, K, block_size, 0, 0, 0, 1, at(a.get()), at(b.get()), 0, 0, 1, R, 0};
-    std::memcpy(call + 26, &alpha, 8);
-    qlora_linear_4bit_small(call);
+    std::memcpy(call + 27, &alpha, 8);
+    run(call);
     const auto* a_values = reinterpret_cast<const float*>(a.get());
     const auto* bias_values = reinterpret_cast<const float*>(bias.get());
     for (int64_t m = 0; m < M; ++m)
@@ -280,15 +282,21 @@ int main() {
                                             static_cast<int>(N), static_cast<int>(K), static_cast<int>(R));
                                 return 1;
                             }
-    if (qlora_has_linear_4bit_small && qlora_has_linear_4bit_small())
-        for (const int64_t M : {1, 3, 8, 9, 17})
-            for (const int64_t N : {1, 5, 21})
-                for (const int64_t block_size : {32, 64, 256})
-                    for (const int64_t K : {1, 3, 4})
-                        if (!check_linear(M, N, K * block_size, block_size)) {
-                            std::printf("linear, M %d N %d: wrong\n", static_cast<int>(M), static_cast<int>(N));
-                            return 1;
-                        }
+    const bool has_linear = qlora_has_linear_4bit_small && qlora_has_linear_4bit_small();
+    for (const int64_t M : {1, 3, 8, 9, 17})
+        for (const int64_t N : {1, 5, 21})
+            for (const int64_t block_size : {32, 64, 256})
+                for (const int64_t K : {1, 3, 4}) {
+                    bool right = !has_linear || check_linear(M, N, K * block_size, block_size, qlora_linear_4bit_small);
+                    for (int isa = qlora_best_isa(); isa >= 0; --isa)
+                        right = right && check_linear(M, N, K * block_size, block_size, [=](const int64_t* call) {
+                            qlora_wide_linear_4bit_small(call, isa);
+                        });
+                    if (!right) {
+                        std::printf("linear, M %d N %d: wrong\n", static_cast<int>(M), static_cast<int>(N));
+                        return 1;
+                    }
+                }
     for (int isa = qlora_best_isa(); isa >= 0; --isa)
         for (int dtype = 0; dtype < 3; ++dtype)
             for (int quant_type = 0; quant_type < 2; ++quant_type)

@@ -1,4 +1,5 @@
-"""lora_linear and its backward computed in fp32 (the kernel `fp32_gemm`), against fp64 sums over the same 4-bit weight."""
+"""lora_linear and its backward computed in fp32 (the kernels `fp32_gemm` and, for few rows, `codes_fp32`), against fp64 sums
+over the same 4-bit weight."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qlora_compile import nf4, ops  # noqa: F401  defines torch.ops.qlora
-from qlora_compile.runtime.kernels import fp32_linear
+from qlora_compile.runtime.kernels import cpp_build, devices, dispatch, fp32_linear, lora_kernels
 
 K, NS, RANKS = 192, (320, 72), (8, 5)
 
@@ -54,7 +55,7 @@ def reference(x: Tensor, a: list[Tensor], b: list[Tensor], weights: list[list[Te
 
 def close(got: Tensor, expected: Tensor, dtype: torch.dtype, extra: float = 0.0) -> None:
     """One rounding to `dtype` (2^-8, or 2^-11 for fp16) of values up to `expected`'s largest, and fp32 sums below that."""
-    unit = 2**-8 if dtype == torch.bfloat16 else 2**-11
+    unit = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}[dtype]
     tolerance = expected.abs() * (unit + extra) + expected.abs().max() * (2**-16 + extra)
     assert ((got.double() - expected).abs() <= tolerance).all(), float((got.double() - expected).abs().max())
 
@@ -84,6 +85,46 @@ def test_forward_and_gradients_are_rounded_once(
         close(got, want, torch.float16)
     for got, want in zip(grads[3:], wanted[3:]):  # dB: h was stored in `dtype`
         close(got, want, dtype, extra=2**-8)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_few_rows_straight_from_the_codes(dtype: torch.dtype, quant_type: str) -> None:
+    if cpp_build.find_compiler() is None:
+        pytest.skip("needs a C++ compiler")
+    x, a, b, weights = case(dtype, quant_type, seed=1)
+    x = x.detach()[:1, :9].requires_grad_()
+    bias = [torch.randn(n).to(dtype) for n in NS]
+    *ys, h = run("codes_fp32", x, a, b, weights, bias, dtype, quant_type)
+    assert h.dtype == dtype and h.shape == (9, sum(RANKS))
+    wide = [t.detach().double().requires_grad_() for t in (x, *a, *b)]
+    expected = reference(wide[0], wide[1:3], wide[3:], weights, bias, quant_type)
+    for got, want in zip(ys, expected):
+        close(got, want.detach(), dtype)
+    dys = [torch.randn_like(y) for y in ys]
+    grads = torch.autograd.grad(ys, [x, *a, *b], dys)  # by the kernel that backward has: it reads h as it was stored
+    wanted = torch.autograd.grad(expected, wide, [dy.double() for dy in dys])
+    for got, want in zip(grads, wanted):
+        close(got, want, dtype, extra=2**-6 if dtype != torch.float32 else 2**-18)
+
+
+def test_it_is_the_choice_for_few_rows_where_nothing_narrower_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    if cpp_build.find_compiler() is None:
+        pytest.skip("needs a C++ compiler")
+    monkeypatch.setattr(dispatch, "table", lambda device: ())
+    problem = dispatch.Problem("lora_linear", 1, (320,), K, 8, torch.bfloat16, "nf4", 64)
+    monkeypatch.setattr(devices, "multiplies_natively", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(lora_kernels.cpu_linear, "declines_small", lambda dtype: "this machine has no AVX-512 BF16")
+    try:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            dispatch.forget_choices()
+            assert dispatch.choose(problem._replace(dtype=dtype)).name == "codes_fp32"
+            assert dispatch.choose(problem._replace(dtype=dtype, m=16)).name == "codes_fp32"
+            assert dispatch.choose(problem._replace(dtype=dtype, m=32)).name != "codes_fp32"
+            assert dispatch.choose(problem._replace(dtype=dtype, k=200)).name != "codes_fp32"  # no whole blocks
+            assert dispatch.choose(problem._replace(dtype=dtype, dropout=True)).name != "codes_fp32"
+    finally:
+        dispatch.forget_choices()
 
 
 def test_it_agrees_with_the_library_under_dropout() -> None:
