@@ -165,6 +165,12 @@ def make_linear_4bit_small() -> Callable[..., None] | None:
     return None if _function() is None else linear_4bit_small
 
 
+def make_wide_linear_4bit_small() -> Callable[..., None]:
+    """Builds the kernel and returns `linear_4bit_small` with `wide`. Raises KernelError."""
+    _wide_function()
+    return functools.partial(linear_4bit_small, wide=True)
+
+
 def linear_4bit_small(
     x: Tensor,
     codes: Tensor,
@@ -179,44 +185,17 @@ def linear_4bit_small(
     bias: Tensor | None = None,
     adapters: Sequence[Adapter] = (),
     h: Tensor | None = None,
-) -> None:
-    """out [M, N] (bf16 or fp32) = x [M, K] (bf16, rows contiguous) W^T + bias + adapters, straight from W's codes [N, K].
-
-    Meant for M of at most 64; right for any M. Needs K % block_size == 0. Sums are fp32 with one rounding; a weight is
-    bf16(book value) * fp32 scale, so it differs from the dequantized bf16 weight by about its rounding. `h` [M, sum R]
-    gets the x A_j^T side by side, in bf16.
-    """
-    data = codes, absmax, absmax_scale, absmax_offset
-    call = SmallLinear(data, (N, K), quant_type, block_size, bias, adapters, out.dtype)
-    check("out", out, (torch.float32, torch.bfloat16), x.shape[0] * N, who="the product")
-    call(x, out, h)
-
-
-def make_wide_linear_4bit_small() -> Callable[..., None]:
-    """Builds the kernel and returns `wide_linear_4bit_small`. Raises KernelError."""
-    _wide_function()
-    return wide_linear_4bit_small
-
-
-def wide_linear_4bit_small(
-    x: Tensor,
-    codes: Tensor,
-    absmax: Tensor,
-    absmax_scale: Tensor | None,
-    absmax_offset: Tensor | None,
-    N: int,
-    K: int,
-    quant_type: str,
-    block_size: int,
-    out: Tensor,
-    bias: Tensor | None = None,
-    adapters: Sequence[Adapter] = (),
-    h: Tensor | None = None,
+    wide: bool = False,
     isa: str = "auto",
 ) -> None:
-    """As `linear_4bit_small`, for x and out in fp32, bf16 or fp16, with the weights that dequantizing to fp32 gives and all
-    products in fp32. `h` is of x's dtype."""
+    """out [M, N] = x [M, K] (rows contiguous) W^T + bias + adapters, straight from W's codes [N, K], for few rows.
+
+    Meant for M of at most 64 (wide: 16); right for any M. Needs K % block_size == 0. Sums are fp32 with one rounding. x is
+    bf16 and out bf16 or fp32, and a weight is bf16(book value) * fp32 scale, so it differs from the dequantized bf16 weight
+    by about its rounding. wide: x and out are fp32, bf16 or fp16, weights are what dequantizing to fp32 gives, and `isa`
+    holds the kernel to an instruction set. `h` [M, sum R] of x's dtype gets the x A_j^T side by side.
+    """
     data = codes, absmax, absmax_scale, absmax_offset
-    call = SmallLinear(data, (N, K), quant_type, block_size, bias, adapters, out.dtype, wide=True, isa=isa)
-    check("out", out, tuple(DTYPES), x.shape[0] * N, who="the product")
+    call = SmallLinear(data, (N, K), quant_type, block_size, bias, adapters, out.dtype, wide, isa)
+    check("out", out, tuple(DTYPES) if wide else (torch.float32, torch.bfloat16), x.shape[0] * N, who="the product")
     call(x, out, h)
