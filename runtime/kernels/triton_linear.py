@@ -146,29 +146,37 @@ def vector_launch(
         _check_adapters(mine, weight.rows, 0, x)
     rows, counts = next_power_of_2(max(m, 1)), tuple(len(mine) for mine in adapters)
     spec = _spec(first, flat, rows=rows, bias=bool(bias), adapters=counts, dropout=False)
-    chunk = chunk_of(k, first.block_size, 256)
-    chunks = max(1, min(next_power_of_2(cdiv(k, chunk)), 4096 // chunk))
-    block_n = 2
-    fixed: list[tuple[list[Any], list[Any]]] = []  # what stands before and after each out
+    block_n = vector_rows(sum(weight.rows for weight in weights), rows, x.device)
+    fixed: list[tuple[Tensor, list[Any], list[Any]]] = []  # the codes, what stands between them and each out, and after
     for i, (weight, mine) in enumerate(zip(weights, adapters)):
         after: list[Any] = [weight.rows]
         for adapter in mine:
             rank = adapter.factor.shape[1]
             after += [*_rank_arguments(adapter, True), rank, next_power_of_2(rank)]
-        fixed.append(([*weight.arguments(), *bias[i : i + 1]], after))
+        codes, *scales = weight.arguments()
+        fixed.append((codes, [*scales, *bias[i : i + 1]], after))
     grid = (sum(cdiv(weight.rows, block_n) for weight in weights),)
     kernel = triton_build.load("lora_linear_small", **spec).lora_linear_small[grid]
-    blocks = {"BLOCK_SIZE": first.block_size, "BLOCK_N": block_n, "CHUNK": chunk, "CHUNKS": chunks}
+    words = min(max(next_power_of_2(k // 8), 4), 128)  # 32 threads with four each
+    blocks = {"BLOCK_SIZE": first.block_size, "BLOCK_N": block_n, "WORDS": words, "STAGES": 3}
     options = blocks | {"TYPE": TYPES[x.dtype], "num_warps": 4} | _LAUNCH
 
     def launch(x: Tensor, h: Tensor, outs: Sequence[Tensor]) -> None:
         arguments: list[Any] = [x, x.stride(0), *([h, h.stride(0)] if flat else []), m, k, k // 2]
-        for out, (before, after) in zip(outs, fixed, strict=True):
-            arguments += [*before, out, out.stride(0), *after]
+        for out, (codes, between, after) in zip(outs, fixed, strict=True):
+            # read as words of four bytes; a slice of a gathered buffer (FSDP2) may begin between two
+            words = codes if codes.data_ptr() % 4 == 0 else codes.clone()
+            arguments += [words, *between, out, out.stride(0), *after]
         with on_device(x):
             kernel(*arguments, **options)
 
     return launch
+
+
+def vector_rows(n: int, rows: int, device: torch.device) -> int:
+    """How many of a group's N weight rows a program takes, 4 or 8: with 8 x is read and laid out half as often, but eight
+    programs a multiprocessor have to be left to wait for memory together, and more rows of x take the registers."""
+    return 8 if rows <= 2 and n >= 8 * 8 * multiprocessors(device) else 4
 
 
 @dataclass(frozen=True)
@@ -213,6 +221,7 @@ def lora_linear_gemm(
     cores = multiprocessors(x.device)
     steps = cdiv(k, tiles.block_k)
     splits = max(1, min(2 * cores // count, steps // 4, 16)) if m <= 64 else 1
+    programs = 2 * cores if m <= 64 else cores  # decoding waits for memory: the registers hold a second one's tile
     target = out if splits == 1 else torch.empty(splits, m, weight.rows, dtype=torch.float32, device=x.device)
     here = adapters if splits == 1 else ()
     spec = _spec(weight, here, adapters=len(here), bias=bias is not None and splits == 1, splits=splits > 1)
@@ -223,7 +232,7 @@ def lora_linear_gemm(
         rank = adapter.factor.shape[1]
         arguments += [adapter.low, adapter.low.stride(0), *_rank_arguments(adapter, True), rank, padded(rank)]
     with on_device(x):
-        module.lora_linear_gemm[(min(count, cores) if splits == 1 else count, splits)](
+        module.lora_linear_gemm[(min(count, programs) if splits == 1 else count, splits)](
             *arguments,
             BLOCK_SIZE=weight.block_size,
             BLOCK_M=tiles.block_m,

@@ -112,6 +112,22 @@ def test_a_few_rows_of_a_group(m: int, double_quant: bool) -> None:
         _close(out, x.double() @ _dense(weight).double().t() + _low_rank(mine) + b.double(), 110)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block_size", [32, 64, 128])
+def test_rows_longer_than_a_step_whose_codes_begin_anywhere(dtype: torch.dtype, block_size: int) -> None:
+    """Two steps over K, more weight rows than four a program, and codes that are a slice from an odd address."""
+    m, n, k = 2, 261, 1056
+    weight = _weight(n, k, "fp4", block_size)
+    buffer = torch.zeros(weight.data.codes.numel() + 5, dtype=torch.uint8)
+    assert buffer.data_ptr() % 4 == 0
+    codes = buffer[5:]
+    codes.copy_(weight.data.codes)
+    x, out = _randn(m, k).to(dtype), torch.empty(m, n)
+    sliced = Weight(weight.data._replace(codes=codes), n, k, "fp4", block_size)
+    triton_linear.lora_linear_vector(x, [sliced], [out], _randn(m, 0), [[]], [])
+    _close(out, x.double() @ _dense(weight).double().t(), k)
+
+
 @pytest.mark.parametrize(("m", "n", "k"), [(5, 37, 96), (17, 70, 160), (70, 33, 64)])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_gemm_with_adapters_and_bias(m: int, n: int, k: int, quant_type: str) -> None:
