@@ -78,6 +78,7 @@ def kernel_parts(run: Run, small: bool) -> list[str]:
         times = ", ".join(f"{name} {us:,.0f}" for name, us in r["us"].items())
         print(f"{r['op']} M={r['m']} N={r['n']} K={r['k']}: dense bf16 {r['dense_bf16_us']:,.0f} us; {times}")
         print(f"    {r['best']}: {explained(r['bound'])}")
+    print("\n".join(gpu_kernels.shares_of_the_library(rows)))
     entries = gpu_kernels.table_entries(rows, run.device)
     path = run.out / f"table-{devices.kind(run.device)}.json"
     body = {"about": tuning.about(run.device), "entries": [entry._asdict() for entry in entries]}
@@ -109,7 +110,10 @@ def model_parts(run: Run, arguments: argparse.Namespace) -> None:
                 result = gpu_models.decoding(name, shape, layers, run.device, 4 if arguments.small else 64)
             found[part][name] = result
             run.keep("model", found)
-            print(f"{part} {name}: " + ", ".join(f"{key} {value:.4g}" for key, value in result.items()), flush=True)
+            numbers = [f"{key} {value:.4g}" for key, value in result.items() if key != "profile"]
+            if "profile" in result:
+                numbers.append(f"device works {result['profile']['device_ms']:.4g} ms")
+            print(f"{part} {name}: {', '.join(numbers)}", flush=True)
     for reason, why in found["skipped"].items():
         print(f"not measured: {reason}: {why}")
     run.keep("model", found)
@@ -121,7 +125,7 @@ def paging_part(run: Run, small: bool) -> None:
         print("not measured: paging: no time left")
         return
     shape, layers = (gpu_models.SMALL, 2) if small else (gpu_paging.NARROW, gpu_paging.LAYERS)
-    batches, steps = (2, 2) if small else (gpu_paging.MICRO_BATCHES, 6)
+    batches, steps = (2, 2) if small else (gpu_paging.MICRO_BATCHES, 5)
     found = {name: gpu_paging.run(name, shape, layers, batches, run.device, steps) for name in gpu_paging.CONTENDERS}
     run.keep("paging", found)
     print("\n".join(gpu_paging.lines(found)), flush=True)

@@ -22,7 +22,7 @@ NARROW = {
     "num_key_value_heads": 16,
     "vocab_size": 4096,
 }
-LAYERS, RANK, TOKENS, MICRO_BATCHES = 32, 64, (1, 128), 16
+LAYERS, RANK, TOKENS, MICRO_BATCHES = 32, 64, (1, 128), 8
 CONTENDERS = ("resident", "paged")
 SHARE = 8  # the budget is this part of the states
 

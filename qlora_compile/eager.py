@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from .lora_group import LoRAGroup, as_rows, implementation, kernel_version
+from .lora_group import LoRAGroup, as_rows, from_rows, implementation, kernel_version
 from .tensor import QuantizedTensor
 
 NAME = "_qlora_eager"  # under it a module keeps what was prepared; no attribute of torch's
@@ -91,9 +91,7 @@ def _product(prepared: Prepared, x: Tensor) -> tuple[Tensor, Tensor]:
     assert prepared.group is not None
     rows = as_rows(x, prepared.group.dtype)
     (y,), h = prepared.run("lora_linear", rows)(prepared.group, rows, prepared.bias)
-    y = y if y.dtype is x.dtype else y.to(x.dtype)
-    # no view: what no_grad made as one, nobody may write into later
-    return (y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1]).data), h
+    return from_rows(y, x), h
 
 
 def _is_watched() -> bool:

@@ -62,19 +62,31 @@ def dequantize_into(
 
 def scratch(name: str, shape: tuple[int, int], like: Tensor, dtype: torch.dtype) -> Tensor:
     """A reused buffer per thread and device: a fresh one above 32 MB costs more in page faults than the dequantize."""
+    found = SCRATCH.__dict__.setdefault("views", {}).get((name, shape, like.device, dtype))
+    return _grown_scratch(name, shape, like, dtype) if found is None else found
+
+
+def _grown_scratch(name: str, shape: tuple[int, int], like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A new view of a buffer, which is made larger first if need be; then its old views go."""
+    views = SCRATCH.views
+    if len(views) > 1000:  # batches of ever new lengths
+        views.clear()
     buffers = SCRATCH.__dict__.setdefault("buffers", {})
-    key = (name, like.device, dtype)
+    key = name, like.device, dtype
     numel = shape[0] * shape[1]
-    if key not in buffers or buffers[key].numel() < numel:
-        buffers[key] = None  # freed before the larger one is made
-        with torch.inference_mode(False):
+    with torch.inference_mode(False):
+        if key not in buffers or buffers[key].numel() < numel:
+            for view in [view for view in views if (view[0], *view[2:]) == key]:
+                del views[view]
+            buffers[key] = None  # freed before the larger one is made
             buffers[key] = torch.empty(numel, dtype=dtype, device=like.device)
-    return buffers[key][:numel].view(shape)
+        views[name, shape, like.device, dtype] = buffers[key][:numel].view(shape)
+    return views[name, shape, like.device, dtype]  # type: ignore[no-any-return]
 
 
 def release_scratch() -> None:
     """Free this thread's reused buffers (each as large as the largest weight used so far)."""
-    SCRATCH.__dict__.pop("buffers", None)
+    SCRATCH.__dict__.clear()
 
 
 def suit_kernels(factors: Sequence[Tensor], dtype: torch.dtype) -> bool:
@@ -245,6 +257,13 @@ def as_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x [..., K] -> [M, K] in `dtype` with contiguous rows (the gradient of a sum arrives with stride 0)."""
     x = x.reshape(-1, x.shape[-1]).to(dtype)
     return x if x.stride(1) == 1 else x.contiguous()
+
+
+def from_rows(y: Tensor, x: Tensor) -> Tensor:
+    """y [M, N] -> [..., N] as x [..., K] has it, in x's dtype. No tracked view: autograd lets nobody write into one of
+    several views (nn.ReLU(inplace=True)), nor into one that no_grad made."""
+    y = y if y.dtype is x.dtype else y.to(x.dtype)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1]).data
 
 
 def split_ranks(group: LoRAGroup, h: Tensor) -> Sequence[Tensor]:

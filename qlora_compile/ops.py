@@ -26,6 +26,7 @@ from .lora_group import (
     LoRAGroup,
     as_rows,
     dequantize_into,
+    from_rows,
     implementation,
     kernel_for,
 )
@@ -143,9 +144,7 @@ def lora_linear(
     )  # fmt: skip
     x2 = as_rows(x, dtype)
     ys, h = implementation(group, "lora_linear", x2, forward_kernel)(group, x2, bias)
-    # no tracked view: autograd lets nobody write into one of several views (nn.ReLU(inplace=True))
-    outs = [torch.ops.aten._unsafe_view(y.to(x.dtype), (*x.shape[:-1], y.shape[1])) for y in ys]
-    return [*outs, h]
+    return [*[from_rows(y, x) for y in ys], h]
 
 
 @torch.library.register_fake("qlora::lora_linear")

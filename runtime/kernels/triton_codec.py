@@ -10,6 +10,7 @@ from ...nf4 import QuantizedData, check_format, pack_scales
 from . import triton_build
 from .checks import check, check_scales
 from .triton_common import DTYPES, on_device, scale_arguments
+from .triton_launch import TENSOR, Launch, prepared
 
 TILE_VALUES = 4096  # a program: 128 threads with 16 bytes of codes each
 _EXACT = {"num_warps": 4, "enable_fp_fusion": False}  # every product is rounded on its own, as in the torch reference
@@ -29,6 +30,28 @@ def dequantize_4bit(
 
     `out` is contiguous, of any shape; or [N, K], its rows apart, with whole blocks in a row.
     """
+    tensors = [codes, *scale_arguments(absmax, absmax_scale, absmax_offset), out]
+    halves = absmax_scale is None, absmax_offset is None
+    launch = prepared(
+        ("dequantize_4bit", numel, quant_type, block_size, *halves),
+        tensors,
+        lambda: _dequantize_launch(codes, absmax, absmax_scale, absmax_offset, numel, quant_type, block_size, out),
+    )
+    if numel:
+        with on_device(out):
+            launch(tensors)
+
+
+def _dequantize_launch(
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    numel: int,
+    quant_type: str,
+    block_size: int,
+    out: Tensor,
+) -> Launch:
     check_format(quant_type, block_size)
     check("codes", codes, (torch.uint8,), (numel + 1) // 2, out.device)
     check_scales(absmax, absmax_scale, absmax_offset, -(-numel // block_size), out.device)
@@ -38,17 +61,13 @@ def dequantize_4bit(
         check("a row of out", out[:1], DTYPES, numel // max(out.shape[0], 1), out.device)
     else:
         check("out", out, DTYPES, numel, out.device)
-    if not numel:
-        return
+    double = absmax_scale is not None
     blocks = max(TILE_VALUES // block_size, 1)
-    spec = {"quant_type": quant_type, "double_quant": absmax_scale is not None} | ({"rows": True} if rows else {})
-    module = triton_build.load("dequantize_4bit", **spec)
+    spec = {"quant_type": quant_type, "double_quant": double} | ({"rows": True} if rows else {})
+    kernel = triton_build.load("dequantize_4bit", **spec).dequantize_4bit
+    arguments = [TENSOR] * (6 if double else 3) + [numel, (numel + 1) // 2, *rows]
     grid = (-(-numel // (blocks * block_size)),)
-    scales = scale_arguments(absmax, absmax_scale, absmax_offset)
-    with on_device(out):
-        module.dequantize_4bit[grid](
-            codes, *scales, out, numel, (numel + 1) // 2, *rows, BLOCK_SIZE=block_size, BLOCKS=blocks, **_EXACT
-        )
+    return Launch(kernel, grid, arguments, BLOCK_SIZE=block_size, BLOCKS=blocks, **_EXACT)
 
 
 def quantize_4bit(weight: Tensor, quant_type: str, block_size: int, double_quant: bool) -> QuantizedData:

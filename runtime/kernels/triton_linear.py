@@ -7,7 +7,7 @@ Low-rank products, bias and scales are added to the fp32 sum before its one roun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from ...nf4 import QuantizedData, check_format
 from . import triton_build
 from .checks import check, check_scales
 from .triton_common import DTYPES, cdiv, multiprocessors, next_power_of_2, on_device, scale_arguments
+from .triton_launch import TENSOR, Launch, prepared
 from .triton_low_rank import NO_DROPOUT, TYPES, Dropout, Scale, lora_up, padded
 
 MOST_VECTOR_ROWS = 4
@@ -93,11 +94,9 @@ def _check_adapters(adapters: Sequence[Adapter], rows: int, columns: int, x: Ten
             raise KernelError(f"A factor of shape {[*adapter.factor.shape]} does not fit: {[*shape]} is needed.")
 
 
-def _rank_arguments(adapter: Adapter, scaled: bool) -> list[Any]:
-    out: list[Any] = [adapter.factor]
-    if scaled:
-        out += [adapter.alpha, *([] if adapter.scaling is None else [adapter.scaling])]
-    return out
+def _rank_arguments(adapter: Adapter) -> list[Any]:
+    """B, alpha and scaling of an adapter among a launch's arguments."""
+    return [TENSOR, adapter.alpha, *([] if adapter.scaling is None else [TENSOR])]
 
 
 def _spec(weight: Weight, given: Sequence[Adapter], **more: Any) -> dict[str, Any]:
@@ -123,54 +122,74 @@ def lora_linear_vector(
 
     M <= MOST_VECTOR_ROWS; h [M, sum R] holds the h_j side by side, in the adapters' order.
     """
-    for weight, out in zip(weights, outs, strict=True):
-        _check_activation("out", out, weight.rows, out.dtype, x.device)
-    launch = vector_launch(x, weights, adapters, bias)
+    tensors = vector_tensors(x, weights, outs, h, adapters, bias)
+    what = "lora_linear_vector", *[_numbers(w) for w in weights], *[tuple(a.alpha for a in mine) for mine in adapters]
+    launch = prepared(what, tensors, lambda: vector_launch(x, weights, outs, h, adapters, bias))
     if x.shape[0]:
-        launch(x, h, outs)
+        with on_device(x):
+            launch(tensors)
+
+
+def vector_tensors(
+    x: Tensor,
+    weights: Sequence[Weight],
+    outs: Sequence[Tensor],
+    h: Tensor,
+    adapters: Sequence[Sequence[Adapter]],
+    bias: Sequence[Tensor],
+) -> list[Tensor]:
+    """What a `vector_launch` is called with."""
+    out = [x, h] if any(adapters) else [x]
+    for i, (weight, y, mine) in enumerate(zip(weights, outs, adapters, strict=True)):
+        codes, *scales = weight.arguments()
+        # read as words of four bytes; a slice of a gathered buffer (FSDP2) may begin between two
+        words = codes if codes.data_ptr() % 4 == 0 else codes.clone()
+        out += [words, *scales, *bias[i : i + 1], y]
+        for adapter in mine:
+            out += [adapter.factor, *([] if adapter.scaling is None else [adapter.scaling])]
+    return out
 
 
 def vector_launch(
-    x: Tensor, weights: Sequence[Weight], adapters: Sequence[Sequence[Adapter]], bias: Sequence[Tensor]
-) -> Callable[[Tensor, Tensor, Sequence[Tensor]], None]:
-    """The launch of `lora_linear_vector` for every x of this shape, dtype and device: called with x, h and the outs (rows
-    of stride 1), it checks nothing."""
+    x: Tensor,
+    weights: Sequence[Weight],
+    outs: Sequence[Tensor],
+    h: Tensor,
+    adapters: Sequence[Sequence[Adapter]],
+    bias: Sequence[Tensor],
+) -> Launch:
+    """The launch of `lora_linear_vector` for tensors of this form."""
     m, k = x.shape
     first = weights[0]
     flat = [adapter for mine in adapters for adapter in mine]
     if m > MOST_VECTOR_ROWS:
         raise KernelError(f"lora_linear_vector takes at most {MOST_VECTOR_ROWS} rows of x, got {m}.")
     _check_activation("x", x, first.columns, x.dtype, x.device)
-    for weight, mine in zip(weights, adapters, strict=True):
+    for weight, out, mine in zip(weights, outs, adapters, strict=True):
         weight.check(x.device)
+        _check_activation("out", out, weight.rows, out.dtype, x.device)
         _check_adapters(mine, weight.rows, 0, x)
     rows, counts = next_power_of_2(max(m, 1)), tuple(len(mine) for mine in adapters)
     spec = _spec(first, flat, rows=rows, bias=bool(bias), adapters=counts, dropout=False)
     block_n = vector_rows(sum(weight.rows for weight in weights), rows, x.device)
-    fixed: list[tuple[Tensor, list[Any], list[Any]]] = []  # the codes, what stands between them and each out, and after
-    for i, (weight, mine) in enumerate(zip(weights, adapters)):
-        after: list[Any] = [weight.rows]
+    arguments: list[Any] = [TENSOR, x.stride(0), *([TENSOR, h.stride(0)] if flat else []), m, k, k // 2]
+    for weight, out, mine in zip(weights, outs, adapters):
+        arguments += [TENSOR] * (len(weight.arguments()) + len(bias[:1]) + 1) + [out.stride(0), weight.rows]
         for adapter in mine:
             rank = adapter.factor.shape[1]
-            after += [*_rank_arguments(adapter, True), rank, next_power_of_2(rank)]
-        codes, *scales = weight.arguments()
-        fixed.append((codes, [*scales, *bias[i : i + 1]], after))
-    grid = (sum(cdiv(weight.rows, block_n) for weight in weights),)
-    kernel = triton_build.load("lora_linear_small", **spec).lora_linear_small[grid]
-    words = min(max(next_power_of_2(k // 8), 4), 128)  # 32 threads with four each
-    blocks = {"BLOCK_SIZE": first.block_size, "BLOCK_N": block_n, "WORDS": words, "STAGES": 3}
-    options = blocks | {"TYPE": TYPES[x.dtype], "num_warps": 4} | _LAUNCH
-
-    def launch(x: Tensor, h: Tensor, outs: Sequence[Tensor]) -> None:
-        arguments: list[Any] = [x, x.stride(0), *([h, h.stride(0)] if flat else []), m, k, k // 2]
-        for out, (codes, between, after) in zip(outs, fixed, strict=True):
-            # read as words of four bytes; a slice of a gathered buffer (FSDP2) may begin between two
-            words = codes if codes.data_ptr() % 4 == 0 else codes.clone()
-            arguments += [words, *between, out, out.stride(0), *after]
-        with on_device(x):
-            kernel(*arguments, **options)
-
-    return launch
+            arguments += [*_rank_arguments(adapter), rank, next_power_of_2(rank)]
+    return Launch(
+        triton_build.load("lora_linear_small", **spec).lora_linear_small,
+        (sum(cdiv(weight.rows, block_n) for weight in weights),),
+        arguments,
+        BLOCK_SIZE=first.block_size,
+        BLOCK_N=block_n,
+        WORDS=min(max(next_power_of_2(k // 8), 4), 128),  # 32 threads with four each
+        STAGES=3,
+        TYPE=TYPES[x.dtype],
+        num_warps=4,
+        **_LAUNCH,
+    )
 
 
 def vector_rows(n: int, rows: int, device: torch.device) -> int:
@@ -208,48 +227,75 @@ def lora_linear_gemm(
     tiles: Tiles | None = None,
 ) -> None:
     """out [M, N] = x [M, K] W^T + bias + sum_j alpha_j scaling_j h_j B_j^T for any M, straight from the codes."""
+    what = "lora_linear_gemm", *_numbers(weight), *[a.alpha for a in adapters], bias is not None, tiles
+    scaling = [a.scaling for a in adapters if a.scaling is not None]
+    codes, low, factors = weight.arguments(), [a.low for a in adapters], [a.factor for a in adapters]
+    extra = [] if bias is None else [bias]
+    given = [x, *codes, out, *extra, *low, *factors, *scaling]
+    launch = prepared(what, given, lambda: _gemm_launch(x, weight, out, adapters, bias, tiles))
+    if not x.shape[0]:
+        return
+    if launch.splits == 1:
+        mine = [t for adapter in zip(low, factors, *([scaling] if scaling else [])) for t in adapter]
+        with on_device(x):
+            launch([x, *codes, out, *extra, *mine])
+        return
+    target = torch.empty(launch.splits, *out.shape, dtype=torch.float32, device=x.device)
+    with on_device(x):
+        launch([x, *codes, target])
+    lora_up(out, low, factors, Scale([a.alpha for a in adapters], scaling), bias=bias, partial=target)
+
+
+def _numbers(weight: Weight) -> tuple[Any, ...]:
+    """What a launch depends on besides the form of a weight's tensors."""
+    return weight.rows, weight.columns, weight.quant_type, weight.block_size
+
+
+def _gemm_launch(
+    x: Tensor,
+    weight: Weight,
+    out: Tensor,
+    adapters: Sequence[Adapter],
+    bias: Tensor | None,
+    tiles: Tiles | None,
+) -> Launch:
     m, k = x.shape
     weight.check(x.device)
     _check_activation("x", x, weight.columns, x.dtype, x.device)
     _check_activation("out", out, weight.rows, out.dtype, x.device)
     _check_adapters(adapters, weight.rows, 0, x)
-    if not m:
-        return
     tiles = tiles or forward_tiles(m, x.dtype)
     chunk = chunk_of(k, weight.block_size, tiles.block_k)
     count = cdiv(m, tiles.block_m) * cdiv(weight.rows, tiles.block_n)
     cores = multiprocessors(x.device)
     steps = cdiv(k, tiles.block_k)
-    splits = max(1, min(2 * cores // count, steps // 4, 16)) if m <= 64 else 1
+    splits = max(1, min(2 * cores // max(count, 1), steps // 4, 16)) if m <= 64 else 1
     programs = 2 * cores if m <= 64 else cores  # decoding waits for memory: the registers hold a second one's tile
-    target = out if splits == 1 else torch.empty(splits, m, weight.rows, dtype=torch.float32, device=x.device)
     here = adapters if splits == 1 else ()
-    spec = _spec(weight, here, adapters=len(here), bias=bias is not None and splits == 1, splits=splits > 1)
-    module = triton_build.load("lora_linear_gemm", **spec, dropout=False)
-    arguments: list[Any] = [x, x.stride(0), *weight.arguments(), target, target.stride(-2)]
-    arguments += [*([bias] if bias is not None and splits == 1 else []), m, weight.rows, k, k // 2]
+    biased = bias is not None and splits == 1
+    spec = _spec(weight, here, adapters=len(here), bias=biased, splits=splits > 1, dropout=False)
+    arguments: list[Any] = [TENSOR, x.stride(0), *[TENSOR] * len(weight.arguments())]
+    arguments += [TENSOR, out.stride(0) if splits == 1 else weight.rows, *[TENSOR] * biased, m, weight.rows, k, k // 2]
     for adapter in here:
         rank = adapter.factor.shape[1]
-        arguments += [adapter.low, adapter.low.stride(0), *_rank_arguments(adapter, True), rank, padded(rank)]
-    with on_device(x):
-        module.lora_linear_gemm[(min(count, programs) if splits == 1 else count, splits)](
-            *arguments,
-            BLOCK_SIZE=weight.block_size,
-            BLOCK_M=tiles.block_m,
-            BLOCK_N=tiles.block_n,
-            CHUNK=chunk,
-            CHUNKS=tiles.block_k // chunk,
-            GROUP_M=8,
-            SPLITS=splits,
-            STAGES=tiles.stages,
-            TYPE=TYPES[x.dtype],
-            num_warps=tiles.warps,
-            **_LAUNCH,
-        )
-    if splits > 1:
-        scaling = [a.scaling for a in adapters if a.scaling is not None]
-        scale = Scale([a.alpha for a in adapters], scaling)
-        lora_up(out, [a.low for a in adapters], [a.factor for a in adapters], scale, bias=bias, partial=target)
+        arguments += [TENSOR, adapter.low.stride(0), *_rank_arguments(adapter), rank, padded(rank)]
+    return Launch(
+        triton_build.load("lora_linear_gemm", **spec).lora_linear_gemm,
+        (min(count, programs) if splits == 1 else count, splits),
+        arguments,
+        splits,
+        BLOCK_SIZE=weight.block_size,
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
+        CHUNK=chunk,
+        CHUNKS=tiles.block_k // chunk,
+        GROUP_M=8,
+        SPLITS=splits,
+        STAGES=tiles.stages,
+        TYPE=TYPES[x.dtype],
+        num_warps=tiles.warps,
+        **_LAUNCH,
+    )
 
 
 def lora_linear_dx(
@@ -261,39 +307,58 @@ def lora_linear_dx(
     tiles: Tiles | None = None,
 ) -> None:
     """dx [M, K] = sum_i dy_i W_i + sum_j mask_j(g_j A_j), straight from the codes; adapters hold g_j and A_j."""
+    tensors = [dx]
+    for dy, weight in zip(dys, weights, strict=True):
+        tensors += [dy, *weight.arguments()]
+    for j, adapter in enumerate(adapters):
+        tensors += [adapter.low, adapter.factor, *dropout.seed[j : j + 1]]
+    what = "lora_linear_dx", *[number for weight in weights for number in _numbers(weight)], dropout.keep, tiles
+    launch = prepared(what, tensors, lambda: _dx_launch(dx, dys, weights, adapters, dropout, tiles))
+    if dx.shape[0]:
+        with on_device(dx):
+            launch(tensors)
+
+
+def _dx_launch(
+    dx: Tensor,
+    dys: Sequence[Tensor],
+    weights: Sequence[Weight],
+    adapters: Sequence[Adapter],
+    dropout: Dropout,
+    tiles: Tiles | None,
+) -> Launch:
     m, k = dx.shape
     dtype = dys[0].dtype
-    for dy, weight in zip(dys, weights, strict=True):
+    for dy, weight in zip(dys, weights):
         weight.check(dx.device)
         _check_activation("dy", dy, weight.rows, dtype, dx.device)
     _check_activation("dx", dx, weights[0].columns, dx.dtype, dx.device)
     _check_adapters(adapters, 0, k, dys[0])
-    if not m:
-        return
     first = weights[0]
     tiles = tiles or dx_tiles(m, dtype)
     chunk = chunk_of(k, first.block_size, tiles.block_k)
     spec = _spec(first, (), adapters=len(adapters), linears=len(weights), dropout=bool(dropout.seed))
-    module = triton_build.load("lora_linear_dx", **spec)
-    arguments: list[Any] = [dx, dx.stride(0), m, k, k // 2, *([dropout.keep] if dropout.seed else [])]
+    arguments: list[Any] = [TENSOR, dx.stride(0), m, k, k // 2, *([dropout.keep] if dropout.seed else [])]
     for dy, weight in zip(dys, weights):
-        arguments += [dy, dy.stride(0), *weight.arguments(), weight.rows]
-    for j, adapter in enumerate(adapters):
+        arguments += [TENSOR, dy.stride(0), *[TENSOR] * len(weight.arguments()), weight.rows]
+    for adapter in adapters:
         rank = adapter.factor.shape[0]
-        arguments += [adapter.low, adapter.low.stride(0), adapter.factor, *dropout.seed[j : j + 1], rank, padded(rank)]
-    with on_device(dx):
-        module.lora_linear_dx[(cdiv(m, tiles.block_m), cdiv(k, tiles.block_k))](
-            *arguments,
-            BLOCK_SIZE=first.block_size,
-            BLOCK_M=tiles.block_m,
-            BLOCK_N=tiles.block_n,
-            CHUNK=chunk,
-            CHUNKS=tiles.block_k // chunk,
-            STAGES=tiles.stages,
-            TYPE=TYPES[dtype],
-            num_warps=tiles.warps,
-            **_LAUNCH,
-        )
+        seed = [TENSOR] * bool(dropout.seed)
+        arguments += [TENSOR, adapter.low.stride(0), TENSOR, *seed, rank, padded(rank)]
+    return Launch(
+        triton_build.load("lora_linear_dx", **spec).lora_linear_dx,
+        (cdiv(m, tiles.block_m), cdiv(k, tiles.block_k)),
+        arguments,
+        BLOCK_SIZE=first.block_size,
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
+        CHUNK=chunk,
+        CHUNKS=tiles.block_k // chunk,
+        STAGES=tiles.stages,
+        TYPE=TYPES[dtype],
+        num_warps=tiles.warps,
+        **_LAUNCH,
+    )
 
 
 def dx_tiles(m: int, dtype: torch.dtype) -> Tiles:

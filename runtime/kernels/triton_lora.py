@@ -12,8 +12,7 @@ weight runs. M rows of x, N output and K input features, R ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from ...lora_group import LoRAGroup, scratch, split_ranks
 from ...nf4 import QuantizedData
 from . import dispatch, triton_linear, triton_low_rank
 from .dispatch import Candidate, Problem
+from .triton_common import on_device
 from .triton_linear import Adapter, Weight
 from .triton_low_rank import Dropout, Scale
 
@@ -88,36 +88,20 @@ def _adapters(group: LoRAGroup, h: Tensor) -> list[list[Adapter]]:
     return [[adapter(j) for j in mine] for mine in group.adapters_of()]
 
 
-_Launches = tuple[list[tuple[slice, Callable[..., None]]], Callable[..., None]]
-
-
 def forward_vector(group: LoRAGroup, x: Tensor, bias: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     m = x.shape[0]
-    h = x.new_empty((m, sum(a.shape[0] for a in group.lora_a)))
     outs = [x.new_empty((m, n)) for n in group.out_features]
     if not m:
-        return outs, h
-    key = "vector", m, x.dtype
-    downs, product = group.kept.get(key) or _vector_launches(group, x, h, bias, key)
-    for columns, launch in downs:
-        launch(x, h if len(downs) == 1 else h[:, columns])
-    product(x, h, outs)
+        return outs, x.new_empty((m, sum(group.ranks())))
+    h = low_rank(group, x)
+    weights, adapters = [_weight(group, i, x.shape[1]) for i in range(len(outs))], _adapters(group, h)
+    key = "vector", m, x.dtype, x.stride(0)
+    launch = group.kept.get(key)  # asked of the same group again: a linear outside of compilers
+    if launch is None:
+        launch = group.kept[key] = triton_linear.vector_launch(x, weights, outs, h, adapters, bias)
+    with on_device(x):
+        launch(triton_linear.vector_tensors(x, weights, outs, h, adapters, bias))
     return outs, h
-
-
-def _vector_launches(group: LoRAGroup, x: Tensor, h: Tensor, bias: Sequence[Tensor], key: Any) -> _Launches:
-    """Every launch of a group for x's rows: the adapters' A with the columns of h that it writes, and the product."""
-    ranks = group.ranks()
-    downs = []
-    for part in _launches(ranks):
-        first = sum(ranks[: part.start])
-        launch = triton_low_rank.down_launch(x, group.lora_a[part])
-        downs.append((slice(first, first + sum(ranks[part])), launch))
-    weights = [_weight(group, i, x.shape[1]) for i in range(len(group.out_features))]
-    launches = downs, triton_linear.vector_launch(x, weights, _adapters(group, h), bias)
-    if all(b.is_contiguous() for b in group.lora_b):  # a copy would not follow what is written into the parameter
-        group.kept[key] = launches
-    return launches
 
 
 def forward_gemm(group: LoRAGroup, x: Tensor, bias: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:

@@ -8,8 +8,7 @@ on the device, so nothing here waits for the GPU.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from ...errors import KernelError
 from . import triton_build
 from .triton_common import DTYPES, cdiv, multiprocessors, next_power_of_2, on_device
+from .triton_launch import TENSOR, Launch, prepared
 
 MOST_RANKS = 256  # of the adapters of one launch: more sums do not fit the registers
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -33,9 +33,6 @@ class Scale(NamedTuple):
 
     def spec(self) -> dict[str, bool]:
         return {"scaled": bool(self.alpha), "scaling": bool(self.scaling)}
-
-    def arguments(self, j: int) -> list[Any]:
-        return [*self.alpha[j : j + 1], *self.scaling[j : j + 1]]
 
 
 class Dropout(NamedTuple):
@@ -54,12 +51,17 @@ def dropout_mask(seed: Tensor, like: Tensor, keep: float) -> Tensor:
     m, k = like.shape
     out = torch.empty((m, k), dtype=like.dtype, device=like.device)
     if out.numel():
-        module = triton_build.load("dropout_mask", dropout=True, uses_codes=False)
+        tensors = [seed.to(like.device, non_blocking=True), out]
+        launch = prepared(("dropout_mask", keep), tensors, lambda: _mask_launch(m, k, keep))
         with on_device(out):
-            module.dropout_mask[(cdiv(m, 32), cdiv(k, 128))](
-                seed.to(like.device, non_blocking=True), out, m, k, keep, BLOCK_M=32, BLOCK_K=128, num_warps=4
-            )
+            launch(tensors)
     return out
+
+
+def _mask_launch(m: int, k: int, keep: float) -> Launch:
+    kernel = triton_build.load("dropout_mask", dropout=True, uses_codes=False).dropout_mask
+    grid = cdiv(m, 32), cdiv(k, 128)
+    return Launch(kernel, grid, [TENSOR, TENSOR, m, k, keep], BLOCK_M=32, BLOCK_K=128, num_warps=4)
 
 
 def covers(*factors: Tensor) -> bool:
@@ -105,43 +107,58 @@ def lora_down(
     dropout: Dropout = NO_DROPOUT,
 ) -> None:
     """out [M, sum R] = scale_j dropout_j(x [M, K]) F_j^T for every F_j [R_j, K], side by side."""
-    ranks = sum(f.shape[0] for f in factors)
-    _check_rows("x", x, x.shape[0], x.shape[1], x)
-    _check_rows("out", out, x.shape[0], ranks, x)
-    if out.numel():
-        down_launch(x, factors, scale, dropout)(x, out)
+    given = [x, *_interleaved((factors,), scale, dropout)]
+    what = "lora_down", *scale.alpha, dropout.keep
+    launch = prepared(what, [*given, out], lambda: _down_launch(x, factors, out, scale, dropout))
+    if not out.numel():
+        return
+    split = launch.splits > 1
+    target = torch.empty(launch.splits, *out.shape, dtype=torch.float32, device=x.device) if split else out
+    with on_device(x):
+        launch([*given, target])
+    if split:
+        sum_splits(target, out)
 
 
-def down_launch(
-    x: Tensor, factors: Sequence[Tensor], scale: Scale = NO_SCALE, dropout: Dropout = NO_DROPOUT
-) -> Callable[[Tensor, Tensor], None]:
-    """The launch of `lora_down` for every x of this shape, dtype and device: called with x and out, it checks nothing."""
+def _interleaved(lists: Sequence[Sequence[Tensor]], scale: Scale, dropout: Dropout) -> list[Tensor]:
+    """Each adapter's tensors in turn, as the kernels take them: one of each list, its scaling, its seed."""
+    lists = [of for of in (*lists, scale.scaling, dropout.seed) if of]
+    return [tensor for mine in zip(*lists, strict=True) for tensor in mine]
+
+
+def _down_launch(x: Tensor, factors: Sequence[Tensor], out: Tensor, scale: Scale, dropout: Dropout) -> Launch:
     m, k = x.shape
+    ranks = sum(f.shape[0] for f in factors)
+    _check_rows("x", x, m, k, x)
+    _check_rows("out", out, m, ranks, x)
     for factor in factors:
         if factor.shape[1] != k or factor.dtype not in DTYPES or factor.device != x.device:
             raise KernelError(f"A factor of shape {[*factor.shape]} on {factor.device} does not fit x [{m}, {k}].")
-    ranks = sum(f.shape[0] for f in factors)
     block_m = 16 if m <= 16 else 32 if m <= 64 or ranks > 64 else 64
     # several masks for one tile of x take registers
     block_k = 64 if x.dtype == torch.float32 or ranks > 64 or len(dropout.seed) > 1 else 128
     programs = cdiv(m, block_m)
     splits = _splits(programs, cdiv(k, block_k), m * ranks, x)
-    kernel = triton_build.load("lora_down", **_spec(factors, scale, dropout)).lora_down[(programs, splits)]
-    fixed: list[Any] = []
+    arguments: list[Any] = [TENSOR, x.stride(0)]
     for j, factor in enumerate(factors):
-        fixed += [factor, *factor.stride(), *scale.arguments(j), *dropout.seed[j : j + 1]]
-    sizes = [m, k, *([dropout.keep] if dropout.seed else [])]
-    blocks = {"BLOCK_M": block_m, "BLOCK_K": block_k, "SPLITS": splits, "TYPE": TYPES[x.dtype]}
-    options = _ranks(factors) | blocks | _LAUNCH
+        arguments += [TENSOR, *factor.stride(), *_scale_and_seed(j, scale, dropout)]
+    arguments += [TENSOR, out.stride(0) if splits == 1 else ranks, m, k, *([dropout.keep] if dropout.seed else [])]
+    return Launch(
+        triton_build.load("lora_down", **_spec(factors, scale, dropout)).lora_down,
+        (programs, splits),
+        arguments,
+        splits,
+        **_ranks(factors),
+        BLOCK_M=block_m,
+        BLOCK_K=block_k,
+        SPLITS=splits,
+        TYPE=TYPES[x.dtype],
+        **_LAUNCH,
+    )
 
-    def launch(x: Tensor, out: Tensor) -> None:
-        target = out if splits == 1 else torch.empty(splits, m, ranks, dtype=torch.float32, device=x.device)
-        with on_device(x):
-            kernel(x, x.stride(0), *fixed, target, target.stride(-2), *sizes, **options)
-        if splits > 1:
-            sum_splits(target, out)
 
-    return launch
+def _scale_and_seed(j: int, scale: Scale, dropout: Dropout) -> list[Any]:
+    return [*scale.alpha[j : j + 1], *[TENSOR] * bool(scale.scaling), *[TENSOR] * bool(dropout.seed)]
 
 
 def _splits(programs: int, blocks: int, numel: int, like: Tensor) -> int:
@@ -157,16 +174,16 @@ def sum_splits(partial: Tensor, out: Tensor) -> None:
     if not out.is_contiguous():
         out.copy_(partial.sum(0))
         return
-    block = 512
+    launch = prepared(("sum_splits",), [partial, out], lambda: _sum_launch(partial.shape[0], out.numel()))
     with on_device(out):
-        _sums().sum_splits[(cdiv(out.numel(), block),)](
-            partial, out, out.numel(), SPLITS=partial.shape[0], BLOCK=block, **_LAUNCH
-        )
+        launch([partial, out])
 
 
-@functools.cache
-def _sums() -> Any:
-    return triton_build.load("lora_down", **_spec([torch.empty(1, 1)], NO_SCALE, NO_DROPOUT))
+def _sum_launch(splits: int, numel: int) -> Launch:
+    module = triton_build.load("lora_down", **_spec([torch.empty(1, 1)], NO_SCALE, NO_DROPOUT))
+    block = 512
+    grid = (cdiv(numel, block),)
+    return Launch(module.sum_splits, grid, [TENSOR, TENSOR, numel], SPLITS=splits, BLOCK=block, **_LAUNCH)
 
 
 def lora_up(
@@ -184,35 +201,51 @@ def lora_up(
 
     `partial` fp32 [SPLITS, M, N] (rows of any stride): added as well, instead of y's old value.
     """
+    tensors = [y, *[t for t in (partial, bias) if t is not None], *_interleaved((h, factors), scale, dropout)]
+    base = "splits" if partial is not None else "y" if accumulate else "none"
+    what = "lora_up", *scale.alpha, base, bias is not None, dropout.keep, len(h)
+    launch = prepared(what, tensors, lambda: _up_launch(y, h, factors, scale, bias, dropout, base, partial))
+    if y.numel():
+        with on_device(y):
+            launch(tensors)
+
+
+def _up_launch(
+    y: Tensor,
+    h: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    scale: Scale,
+    bias: Tensor | None,
+    dropout: Dropout,
+    base: str,
+    partial: Tensor | None,
+) -> Launch:
     m, n = y.shape
     _check_rows("y", y, m, n, y)
     for part, factor in zip(h, factors, strict=True):
         _check_rows("h", part, m, factor.shape[1], y)
         if factor.shape[0] != n or factor.dtype not in DTYPES or factor.device != y.device:
             raise KernelError(f"A factor of shape {[*factor.shape]} on {factor.device} does not fit y [{m}, {n}].")
-    if not y.numel():
-        return
-    base = "splits" if partial is not None else "y" if accumulate else "none"
-    module = triton_build.load("lora_up", **_spec(factors, scale, dropout, base=base, bias=bias is not None))
-    arguments: list[Any] = [y, y.stride(0)]
+    arguments: list[Any] = [TENSOR, y.stride(0)]
     if partial is not None:
-        arguments += [partial, partial.stride(1)]
+        arguments += [TENSOR, partial.stride(1)]
     if bias is not None:
-        arguments.append(bias)
+        arguments.append(TENSOR)
     for j, (part, factor) in enumerate(zip(h, factors)):
-        arguments += [part, part.stride(0), factor, *factor.stride(), *scale.arguments(j), *dropout.seed[j : j + 1]]
+        arguments += [TENSOR, part.stride(0), TENSOR, *factor.stride(), *_scale_and_seed(j, scale, dropout)]
     arguments += [m, n, *([dropout.keep] if dropout.seed else [])]
     block_m, block_n = (16 if m <= 16 else 64), 64
-    with on_device(y):
-        module.lora_up[(cdiv(m, block_m), cdiv(n, block_n))](
-            *arguments,
-            **_ranks([f.t() for f in factors]),
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            SPLITS=1 if partial is None else partial.shape[0],
-            TYPE=TYPES[h[0].dtype if h else torch.float32],
-            **_LAUNCH,
-        )
+    return Launch(
+        triton_build.load("lora_up", **_spec(factors, scale, dropout, base=base, bias=bias is not None)).lora_up,
+        (cdiv(m, block_m), cdiv(n, block_n)),
+        arguments,
+        **_ranks([f.t() for f in factors]),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        SPLITS=1 if partial is None else partial.shape[0],
+        TYPE=TYPES[h[0].dtype if h else torch.float32],
+        **_LAUNCH,
+    )
 
 
 def lora_over_tokens(
@@ -223,39 +256,52 @@ def lora_over_tokens(
     dropout: Dropout = NO_DROPOUT,
 ) -> None:
     """out_j [R_j, C] = scale_j left_j [M, R_j]^T dropout_j(right [M, C]), summed over the tokens M; any strides of out_j."""
+    what = "lora_over_tokens", *scale.alpha, dropout.keep, len(outs)
+    given = [right, *_interleaved((left, outs), scale, dropout)]
+    launch = prepared(what, given, lambda: _tokens_launch(left, right, outs, scale, dropout))
+    if not right.numel():
+        for out in outs:
+            out.zero_()
+        return
+    targets = outs
+    if launch.splits > 1:
+        shapes = [(launch.splits, *out.shape) for out in outs]
+        targets = [torch.empty(shape, dtype=torch.float32, device=right.device) for shape in shapes]
+        given = [right, *_interleaved((left, targets), scale, dropout)]
+    with on_device(right):
+        launch(given)
+    if launch.splits > 1:
+        for target, out in zip(targets, outs):
+            sum_splits(target, out)
+
+
+def _tokens_launch(
+    left: Sequence[Tensor], right: Tensor, outs: Sequence[Tensor], scale: Scale, dropout: Dropout
+) -> Launch:
     m, c = right.shape
     _check_rows("right", right, m, c, right)
     for part, out in zip(left, outs, strict=True):
         _check_rows("left", part, m, out.shape[0], right)
         if out.shape[1] != c or out.dtype not in DTYPES or out.device != right.device:
             raise KernelError(f"A result of shape {[*out.shape]} on {out.device} does not fit right [{m}, {c}].")
-    if not m or not c:
-        for out in outs:
-            out.zero_()
-        return
-    module = triton_build.load("lora_over_tokens", **_spec(outs, scale, dropout))
     block_m = 32 if right.dtype == torch.float32 else 64
     block_c = 64 if sum(padded(o.shape[0]) for o in outs) <= 128 else 32
     programs = cdiv(c, block_c)
     splits = _splits(programs, cdiv(m, block_m), max(o.numel() for o in outs), right)
-    targets = outs
-    if splits > 1:
-        targets = [torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device) for out in outs]
-    arguments: list[Any] = [right, right.stride(0)]
-    for j, (part, target) in enumerate(zip(left, targets)):
-        strides = target.stride()[-2:]
-        arguments += [part, part.stride(0), target, *strides, *scale.arguments(j), *dropout.seed[j : j + 1]]
+    arguments: list[Any] = [TENSOR, right.stride(0)]
+    for j, (part, out) in enumerate(zip(left, outs)):
+        strides = out.stride() if splits == 1 else (c, 1)
+        arguments += [TENSOR, part.stride(0), TENSOR, *strides, *_scale_and_seed(j, scale, dropout)]
     arguments += [m, c, *([dropout.keep] if dropout.seed else [])]
-    with on_device(right):
-        module.lora_over_tokens[(programs, splits)](
-            *arguments,
-            **_ranks(outs),
-            BLOCK_M=block_m,
-            BLOCK_C=block_c,
-            SPLITS=splits,
-            TYPE=TYPES[right.dtype],
-            **_LAUNCH,
-        )
-    if splits > 1:
-        for target, out in zip(targets, outs):
-            sum_splits(target, out)
+    return Launch(
+        triton_build.load("lora_over_tokens", **_spec(outs, scale, dropout)).lora_over_tokens,
+        (programs, splits),
+        arguments,
+        splits,
+        **_ranks(outs),
+        BLOCK_M=block_m,
+        BLOCK_C=block_c,
+        SPLITS=splits,
+        TYPE=TYPES[right.dtype],
+        **_LAUNCH,
+    )

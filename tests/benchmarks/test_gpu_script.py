@@ -24,6 +24,9 @@ def test_small_on_the_cpu(tmp_path: Path) -> None:
     contenders = {"ours", "dense_lora", "bitsandbytes"}
     assert set(found["model"]["training"]) == contenders | {"ours_without_logits"}
     assert set(found["model"]["decoding"]) == contenders
+    profile = found["model"]["training"]["ours"]["profile"]
+    assert profile["device_ms"] > 0 and any("run_backward" in name for name, *_ in profile["functions"])
+    assert "y and dX, M=4096 N=[64, 32] K=96:" in done.stdout
     tables = list(tmp_path.glob("table-*.json"))
     assert len(tables) == 1 and json.loads(tables[0].read_text(encoding="utf-8"))["entries"]
 

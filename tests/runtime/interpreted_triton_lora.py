@@ -93,14 +93,15 @@ def test_forward(name: str, dropout: float, with_bias: bool) -> None:
 
 @pytest.mark.parametrize("m", [1, 4])
 def test_a_few_rows(m: int) -> None:
-    group, x = _group(0.0, quant_type="fp4"), _randn(m, K)
-    for _ in range(2):  # the second time with the launches that were kept, on adapters that have changed
+    group = _group(0.0, quant_type="fp4")
+    wide = _randn(m, K + 3)[:, 3:]
+    # the second time with the launch that was kept, on adapters that have changed; the third with rows apart
+    for x, kept in ((_randn(m, K), 1), (_randn(m, K), 1), (wide, 2)):
         ys, h = triton_lora.forward_vector(group, x, [])
         for y, e in zip(ys, _expected(group, x, [])[0], strict=True):
             _close(y, e)
         _close(h, torch.cat([x.double() @ a.double().t() for a in group.lora_a], dim=1))
-        assert len(group.kept) == 1
-        x = _randn(m, K + 3)[:, 3:]
+        assert len(group.kept) == kept
         for t in (*group.lora_a, *group.lora_b, *group.scaling):
             t.mul_(-1.5)
 

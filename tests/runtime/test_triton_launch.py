@@ -1,0 +1,157 @@
+"""Launches that are found again hand the compiled kernel what Triton's own launch would.
+
+There is no GPU here: a driver whose launches are written down stands in for NVIDIA's. Kernels are compiled for sm_90.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton", reason="triton is not installed: `pip install triton` (Linux)")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from qlora_compile import nf4  # noqa: E402
+from qlora_compile.errors import KernelError  # noqa: E402
+from qlora_compile.runtime.kernels import (  # noqa: E402
+    triton_build,
+    triton_codec,
+    triton_launch,
+    triton_linear,
+    triton_low_rank,
+)
+from qlora_compile.runtime.kernels.triton_linear import Adapter, Weight  # noqa: E402
+from qlora_compile.runtime.kernels.triton_low_rank import Dropout, Scale  # noqa: E402
+
+launched: list[tuple[Any, ...]] = []
+
+
+class Launcher:
+    """What Triton calls for a launch: grid, stream, function and metadata, then every parameter of the kernel."""
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        pass
+
+    def __call__(self, x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
+        arguments = rest[4:]  # after the packed metadata, the launch's, and two hooks
+        launched.append((x, y, z, function, *[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]))
+
+
+class Utils:
+    def __init__(self) -> None:
+        self.functions: dict[bytes, int] = {}
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
+        """No module, so that none is unloaded, and a number for each function."""
+        return None, self.functions.setdefault(binary, len(self.functions)), 32, 0, 1024
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 227 << 10}
+
+
+class Driver:
+    launcher_cls = Launcher
+
+    def __init__(self) -> None:
+        self.utils = Utils()
+
+    def get_current_target(self) -> Any:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.fixture(autouse=True)
+def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[None]:
+    """Nothing compiled for this driver, and no launch of it, is left behind."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(triton_launch, "_launches", {})
+    for module in (triton_low_rank, triton_linear):
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    launched.clear()
+    yield
+    triton_build.load.cache_clear()
+
+
+def _bf16(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.bfloat16)
+
+
+M, K, N, R = 2048, 128, 96, 5
+WEIGHT = Weight(nf4.quantize_reference(torch.randn(N, K), "nf4", 32, True), N, K, "nf4", 32)
+X, Y, H = _bf16(M, K), _bf16(M, N), _bf16(M, 2 * R)
+A, B, SCALING = torch.zeros(R, K), torch.zeros(N, R), torch.ones(())
+ADAPTERS = [Adapter(part, B, 2.0, SCALING) for part in H.split(R, dim=1)]
+SCALE = Scale([2.0, 0.5], [SCALING, SCALING])
+DA, SEEDS, BIAS = torch.zeros(R, K), [torch.tensor(7), torch.tensor(8)], torch.zeros(N)
+ONE_X, ONE_H, ONE_Y = _bf16(1, K), _bf16(1, R), _bf16(1, N)
+ONE_ADAPTER = [Adapter(ONE_H, B, 2.0, SCALING)]
+CALLS: dict[str, Callable[[], None]] = {
+    "dequantize": lambda: triton_codec.dequantize_4bit(*WEIGHT.data, N * K, "nf4", 32, _DENSE),
+    "down": lambda: triton_low_rank.lora_down(X, [A, A], H, SCALE, Dropout(SEEDS, 0.75)),
+    "up": lambda: triton_low_rank.lora_up(Y, H.split(R, dim=1), [B, B], SCALE, bias=BIAS, accumulate=False),
+    "over_tokens": lambda: triton_low_rank.lora_over_tokens([H[:, :R]], X, [DA], dropout=Dropout(SEEDS[:1], 0.75)),
+    "sum": lambda: triton_low_rank.sum_splits(_PARTS, DA),
+    "vector": lambda: triton_linear.lora_linear_vector(ONE_X, [WEIGHT], [ONE_Y], ONE_H, [ONE_ADAPTER], [BIAS]),
+    "gemm": lambda: triton_linear.lora_linear_gemm(X, WEIGHT, Y, ADAPTERS, BIAS),
+    "dx": lambda: triton_linear.lora_linear_dx(X, [Y, Y], [WEIGHT, WEIGHT], [Adapter(H[:, :R], A)]),
+}
+_DENSE, _PARTS = _bf16(N, K), torch.zeros(3, R, K)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_launch_that_is_found_again_is_the_same_launch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_low_rank, "_splits", lambda *_: 1)  # a split sum has a buffer of its own at each call
+    CALLS[name]()
+    (by_triton,) = launched
+    assert len(triton_launch._launches) == 1
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", None)
+    launched.clear()
+    for _ in range(2):
+        CALLS[name]()
+    assert launched == [by_triton, by_triton]
+
+
+def test_addresses_that_are_no_multiple_of_16_have_a_kernel_of_their_own() -> None:
+    """Triton tells the compiler which addresses are, so code compiled for one that is may not run for one that is not."""
+    buffer = torch.zeros(40 * 96 + 4)
+    factor, h = torch.randn(96, 5), torch.randn(40, 5)
+    functions = []
+    for first in (0, 1, 4, 0, 1):  # elements of 4 bytes
+        y = buffer[first : first + 40 * 96].view(40, 96)
+        triton_low_rank.lora_up(y, [h], [factor])
+        *_, last = launched
+        functions.append(last[3])
+        assert last[4] == y.data_ptr()
+    aligned, apart = functions[:2]
+    assert aligned != apart
+    assert functions == [aligned, apart, aligned, aligned, apart]
+    (launch,) = triton_launch._launches.values()
+    assert len(launch._compiled) == 2
+
+
+def test_another_form_is_checked_anew() -> None:
+    h, factor = torch.randn(40, 5), torch.randn(96, 5)
+    triton_low_rank.lora_up(torch.randn(40, 96), [h], [factor])
+    with pytest.raises(KernelError, match="does not fit y"):
+        triton_low_rank.lora_up(torch.randn(40, 80), [h], [factor])
+    with pytest.raises(KernelError, match="h must have contiguous rows"):
+        triton_low_rank.lora_up(torch.randn(40, 96), [torch.randn(5, 40).t()], [factor])
+    assert len(triton_launch._launches) == 1
+
+
+def test_ever_new_forms_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_launch, "MOST_LAUNCHES", 3)
+    for m in range(1, 9):
+        triton_low_rank.lora_up(torch.randn(m, 16), [torch.randn(m, 5)], [torch.randn(16, 5)])
+        assert len(triton_launch._launches) <= 3
