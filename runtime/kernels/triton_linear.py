@@ -38,7 +38,10 @@ class Weight:
     block_size: int
 
     def arguments(self) -> list[Tensor]:
-        return [self.data.codes, *scale_arguments(*self.data[1:])]
+        """Codes, which are read as words of four bytes, and scales. A slice of a gathered buffer (FSDP2) may begin between
+        two words: that one is copied."""
+        codes = self.data.codes
+        return [codes if codes.data_ptr() % 4 == 0 else codes.clone(), *scale_arguments(*self.data[1:])]
 
     def check(self, device: torch.device) -> None:
         """Raises KernelError unless the tensors hold this weight and lie on the device."""
@@ -141,10 +144,7 @@ def vector_tensors(
     """What a `vector_launch` is called with."""
     out = [x, h] if any(adapters) else [x]
     for i, (weight, y, mine) in enumerate(zip(weights, outs, adapters, strict=True)):
-        codes, *scales = weight.arguments()
-        # read as words of four bytes; a slice of a gathered buffer (FSDP2) may begin between two
-        words = codes if codes.data_ptr() % 4 == 0 else codes.clone()
-        out += [words, *scales, *bias[i : i + 1], y]
+        out += [*weight.arguments(), *bias[i : i + 1], y]
         for adapter in mine:
             out += [adapter.factor, *([] if adapter.scaling is None else [adapter.scaling])]
     return out

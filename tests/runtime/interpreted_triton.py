@@ -126,6 +126,13 @@ def test_rows_longer_than_a_step_whose_codes_begin_anywhere(dtype: torch.dtype, 
     sliced = Weight(weight.data._replace(codes=codes), n, k, "fp4", block_size)
     triton_linear.lora_linear_vector(x, [sliced], [out], _randn(m, 0), [[]], [])
     _close(out, x.double() @ _dense(weight).double().t(), k)
+    if dtype == torch.float32:
+        gemm, dx = torch.empty(m, n), torch.empty(m, k)
+        triton_linear.lora_linear_gemm(x, sliced, gemm)
+        _close(gemm, x.double() @ _dense(weight).double().t(), k)
+        triton_linear.lora_linear_dx(dx, [out], [sliced])
+        # dy is y here, of size 30: a sum of n terms of it
+        _close(dx / 30, out.double() @ _dense(weight).double() / 30, n)
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(5, 37, 96), (17, 70, 160), (70, 33, 64)])
