@@ -148,7 +148,7 @@ class _Sweep:
             mine = mine.to(self._product_dtype())
             if kernel is not None:
                 z = scratch("logits", (len(mine), len(self.weight)), mine, mine.dtype)
-                kernel(torch.mm(mine, self.weight.t(), out=z), target[chunk], losses[chunk], need)
+                kernel(torch.mm(mine, self.weight.t(), out=z), target[chunk], losses[chunk], z if need else None)
             else:
                 z = self._logits(mine)
                 losses[chunk] = self._softmax(z, target[chunk], need)

@@ -33,7 +33,7 @@ PURPOSES = {
     "paged_step": "AdamW or Lion over pages of 32-bit or 8-bit optimizer state",
     "attention": "softmax(q k^T + mask) v by blocks, and its gradients",
     "wide_attention": "softmax(q k^T + mask) v by blocks with fp32 products, and its gradients",
-    "cross_entropy": "rows of logits -> their losses, and the gradient in the logits' place",
+    "cross_entropy": "rows of logits -> their losses, and the logits' gradient",
     "low_rank": "the skinny products of LoRA: x @ A^T, y += h @ B^T, and their gradients",
 }
 # No fused multiply-add unless a kernel asks for one: every product is rounded on its own, as in the torch reference.

@@ -1,4 +1,4 @@
-"""The C++ sweep over rows of logits as a Python function: losses, and the logits' gradient in their place."""
+"""The C++ sweep over rows of logits as a Python function: losses, and the logits' gradient."""
 
 from __future__ import annotations
 
@@ -20,24 +20,41 @@ def make_cross_entropy() -> Callable[..., None] | None:
     if not library.qlora_has_cross_entropy():
         return None
     kernel = library.qlora_cross_entropy
-    kernel.argtypes = (*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2, *[ctypes.c_int] * 2)
+    kernel.argtypes = (*[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 2, ctypes.c_int)
     kernel.restype = None
 
-    def cross_entropy(z: Tensor, target: Tensor, losses: Tensor, gradient: bool) -> None:
-        """losses fp32 [M] = logsumexp(z) - z[target] for z bf16 [M, V], target int64 [M].
+    def cross_entropy(
+        z: Tensor, target: Tensor, losses: Tensor, out: Tensor | None = None, rows: Tensor | None = None
+    ) -> None:
+        """losses fp32 [M] = logsumexp(z[rows]) - z[rows, target] for z bf16 [.., V], target and rows int64 [M] (rows None:
+        all of z). `out` bf16 [M, V], or z itself, gets the gradient of their sum, softmax - onehot(target).
 
-        With `gradient`, z becomes softmax(z) - onehot(target). Raises KernelError for a target that is no class.
+        Raises KernelError for a target that is no class or a row that is not in z.
         """
-        m, v = z.shape
-        for name, t, dtype, shape in (
-            ("z", z, torch.bfloat16, (m, v)), ("target", target, torch.int64, (m,)), ("losses", losses, torch.float32, (m,)),
-        ):  # fmt: skip
-            if t.dtype != dtype or t.shape != shape or not t.is_contiguous() or not t.is_cpu:
-                raise KernelError(
-                    f"{name} must be a contiguous {dtype} {[*shape]} CPU tensor, got {t.dtype} {[*t.shape]}."
-                )
-        if m > 0 and not (int(target.min()) >= 0 and int(target.max()) < v):
+        m, v = len(losses), z.shape[1]
+        _check("z", z, torch.bfloat16, (m if rows is None else len(z), v))
+        _check("target", target, torch.int64, (m,))
+        _check("losses", losses, torch.float32, (m,))
+        if out is not None:
+            _check("out", out, torch.bfloat16, (m, v))
+        if not _are_within(target, v):
             raise KernelError(f"A target is no class: there are {v}.")
-        kernel(z.data_ptr(), target.data_ptr(), losses.data_ptr(), m, v, gradient, torch.get_num_threads())
+        if rows is not None:
+            _check("rows", rows, torch.int64, (m,))
+            if not _are_within(rows, len(z)):
+                raise KernelError(f"A row is not in z, which has {len(z)}.")
+        kernel(
+            *(z.data_ptr(), None if rows is None else rows.data_ptr(), target.data_ptr(), losses.data_ptr()),
+            *(None if out is None else out.data_ptr(), m, v, torch.get_num_threads()),
+        )
 
     return cross_entropy
+
+
+def _check(name: str, t: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if t.dtype != dtype or t.shape != shape or not t.is_contiguous() or not t.is_cpu:
+        raise KernelError(f"{name} must be a contiguous {dtype} {[*shape]} CPU tensor, got {t.dtype} {[*t.shape]}.")
+
+
+def _are_within(indices: Tensor, end: int) -> bool:
+    return not len(indices) or (int(indices.min()) >= 0 and int(indices.max()) < end)

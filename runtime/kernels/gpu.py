@@ -15,7 +15,7 @@ import torch
 
 from ...nf4 import dequantize_reference, quantize_reference
 
-OPS = ("dequantize_4bit", "quantize_4bit", "dropout_mask", "paged_step")
+OPS = ("dequantize_4bit", "quantize_4bit", "dropout_mask", "paged_step", "cross_entropy")
 _SHAPE = (37, 97)  # odd, and the last block is ragged
 
 
@@ -34,7 +34,7 @@ def make(op: str, device: torch.device) -> Callable[..., Any] | None:
             stacklevel=4,
         )
         return None
-    from . import triton_codec, triton_low_rank, triton_paged_step
+    from . import triton_codec, triton_cross_entropy, triton_low_rank, triton_paged_step
     from .paged_step_proof import proves_paged_step
 
     kernels: dict[str, Callable[..., Any]] = {
@@ -42,12 +42,14 @@ def make(op: str, device: torch.device) -> Callable[..., Any] | None:
         "quantize_4bit": triton_codec.quantize_4bit,
         "dropout_mask": triton_low_rank.dropout_mask,
         "paged_step": triton_paged_step.paged_step,
+        "cross_entropy": triton_cross_entropy.cross_entropy,
     }
     kernel = kernels[op]
     proofs: dict[str, Callable[..., bool]] = {
         "dequantize_4bit": proves_dequantize,
         "quantize_4bit": proves_quantize,
         "paged_step": proves_paged_step,
+        "cross_entropy": proves_cross_entropy,
     }
     proof = proofs.get(op)
     with torch.inference_mode(False), torch.no_grad():
@@ -83,3 +85,19 @@ def proves_quantize(kernel: Callable[..., Any], device: torch.device) -> bool:
     got = kernel(weight.to(device).view(-1), "nf4", 64, False)
     expected = quantize_reference(weight, "nf4", 64, False)
     return torch.equal(got.codes.cpu(), expected.codes) and torch.equal(got.absmax.cpu(), expected.absmax)
+
+
+def proves_cross_entropy(kernel: Callable[..., Any], device: torch.device) -> bool:
+    """Losses and gradients in place of bf16 logits, of some rows, against fp64 on the CPU."""
+    generator = torch.Generator().manual_seed(9)
+    z = (torch.randn(11, 5003, generator=generator) * 4).bfloat16()
+    rows, target = torch.tensor([7, 2, 9]), torch.tensor([5002, 0, 17])
+    wide = z[rows].double()
+    expected = wide.softmax(1) - torch.nn.functional.one_hot(target, 5003)
+    losses, out = torch.empty(3, device=device), torch.empty(3, 5003, dtype=z.dtype, device=device)
+    kernel(z.to(device), target.to(device), losses, out, rows.to(device))
+    close = torch.allclose(
+        losses.cpu().double(), wide.logsumexp(1) - wide.gather(1, target[:, None])[:, 0], rtol=1e-5, atol=1e-5
+    )
+    # one rounding to bf16, or two units of it where the interpreter truncates
+    return close and bool(((out.cpu().double() - expected).abs() <= expected.abs() * 2**-7 + 1e-6).all())

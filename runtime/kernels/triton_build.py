@@ -29,6 +29,7 @@ PURPOSES = {
         "AdamW or Lion over pages of 32-bit or 8-bit optimizer state",
         "torch operators on views of the pages",
     ),
+    "cross_entropy": ("rows of logits -> their losses, and the logits' gradient", "qlora::linear_cross_entropy"),
     "dropout_mask": ("the mask of a seed, as a tensor", "LoRAGroup.mask"),
     "lora_linear_small": (
         "y_i = x W_i^T + b_i + sum_j scale_j h_j B_j^T for a few rows of x, straight from the codes",

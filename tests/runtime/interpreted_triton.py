@@ -14,7 +14,13 @@ import qlora_compile as qc
 from qlora_compile import nf4
 from qlora_compile.errors import KernelError, NonFiniteError
 from qlora_compile.runtime import paged_backward, paged_optimizer_sweep
-from qlora_compile.runtime.kernels import triton_codec, triton_linear, triton_low_rank, triton_paged_step
+from qlora_compile.runtime.kernels import (
+    triton_codec,
+    triton_cross_entropy,
+    triton_linear,
+    triton_low_rank,
+    triton_paged_step,
+)
 from qlora_compile.runtime.kernels.paged_step_proof import proves_paged_step
 from qlora_compile.runtime.kernels.triton_linear import Adapter, Weight
 
@@ -200,6 +206,44 @@ def test_nothing_to_do() -> None:
     out = torch.full((3, 5), torch.nan)
     triton_low_rank.lora_over_tokens([_randn(0, 3)], _randn(0, 5), [out])
     assert torch.equal(out, torch.zeros(3, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("m", "v"), [(1, 1), (3, 31), (2, 5003), (0, 9)])
+def test_cross_entropy(m: int, v: int, dtype: torch.dtype) -> None:
+    """Losses and gradients, in place and of some rows elsewhere."""
+    z, target = (_randn(m, v) * 5).to(dtype), torch.randint(0, v, (m,), generator=GENERATOR)
+    wide = z.double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(wide, target, reduction="none")
+    grad = torch.autograd.grad(expected.sum(), wide)[0] if m else wide.detach()
+    losses, rows = torch.empty(m), torch.arange(m).flip(0)
+    out = torch.full((m, v + 3), 7.0, dtype=dtype)
+    triton_cross_entropy.cross_entropy(z, target.flip(0), losses, out[:, :v], rows)
+    # fp32 sums of up to 5003 exponentials; a gradient is rounded once (the interpreter truncates to bf16)
+    torch.testing.assert_close(losses.flip(0).double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    rounding = 2**-7 if dtype == torch.bfloat16 else 1e-5
+    assert ((out[:, :v].flip(0).double() - grad).abs() <= grad.abs() * rounding + 1e-6).all()
+    assert (out[:, v:] == 7.0).all()
+    again = torch.empty(m)
+    triton_cross_entropy.cross_entropy(z, target, again)
+    assert torch.equal(again, losses.flip(0))
+    triton_cross_entropy.cross_entropy(z, target, again, z)
+    assert torch.equal(z.flip(0), out[:, :v])
+
+
+def test_cross_entropy_of_extremes_and_of_no_class() -> None:
+    z = torch.zeros(5, 40)
+    z[0, 3:] = -torch.inf
+    z[1] = -1e38
+    z[1, 39] = 1e38
+    z[2, 17] = torch.nan
+    losses = torch.empty(5)
+    triton_cross_entropy.cross_entropy(z, torch.tensor([1, 39, 5, 8, 40]), losses, z)
+    assert losses[0].item() == pytest.approx(torch.tensor(3.0).log().item()) and losses[1] == 0
+    assert (z[0, 3:] == 0).all() and (z[1] == 0).all() and losses[2].isnan() and z[3].isfinite().all()
+    assert losses[4].isnan()
+    with pytest.raises(KernelError, match=r"target must be a int64 \[5\] tensor on cpu with contiguous rows, got"):
+        triton_cross_entropy.cross_entropy(z, torch.zeros(4, dtype=torch.int64), losses)
 
 
 def test_paged_step() -> None:

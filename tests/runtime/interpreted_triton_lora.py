@@ -14,7 +14,15 @@ from torch import Tensor
 
 from qlora_compile import lora_group, nf4
 from qlora_compile.lora_group import LoRAGroup
-from qlora_compile.runtime.kernels import dispatch, gpu, triton_codec, triton_lora, triton_low_rank, tuning
+from qlora_compile.runtime.kernels import (
+    dispatch,
+    gpu,
+    triton_codec,
+    triton_cross_entropy,
+    triton_lora,
+    triton_low_rank,
+    tuning,
+)
 from qlora_compile.runtime.kernels.dispatch import Problem
 
 GENERATOR = torch.Generator().manual_seed(29)
@@ -141,6 +149,12 @@ def test_kernels_prove_themselves() -> None:
         args[-1].view(-1)[-1] += 1
 
     assert not gpu.proves_dequantize(wrong, cpu)
+    assert gpu.proves_cross_entropy(triton_cross_entropy.cross_entropy, cpu)
+
+    def next_class(z: Tensor, target: Tensor, *rest: Any) -> None:
+        triton_cross_entropy.cross_entropy(z, (target + 1) % z.shape[1], *rest)
+
+    assert not gpu.proves_cross_entropy(next_class, cpu)
 
 
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
