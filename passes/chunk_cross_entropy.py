@@ -1,10 +1,17 @@
-"""Output head and loss -> one op that never holds all logits (`keep_logits=False`).
+"""Output head and loss -> one op that never holds the gradient of all logits, and with `keep_logits=False` not them either.
 
     z = linear(h, W, b);  cross_entropy(f(z).float().view(-1, V), t.view(-1), reduction="mean")
         ->  linear_cross_entropy(h, W, b, t, ignore_index, ...) / (t != ignore_index).sum()
 
 f is a scaling by a number (Granite, Cohere) and a soft cap `c * tanh(z / c)` (Gemma 2). A slice of the tokens moves from
 the logits to h. Where the graph returns the logits, it returns None. What is not recognised stays, with the reason.
+
+With `keep_logits` (the default), where a frozen head's own result is what the graph returns and the loss reads:
+
+        ->  linear_cross_entropy_logits(h, W, b, t, ignore_index): the loss, and z for the graph to return
+
+Autograd sees the loss alone. The graph returns h too, and the callable around the compiled graph makes z a function of it
+(`with_gradient`), so that who differentiates z gets the same gradient, and nobody else pays for it.
 """
 
 from __future__ import annotations
@@ -49,44 +56,83 @@ class _Chain:
 
 
 def chunk_cross_entropy(gm: fx.GraphModule, ctx: PassContext) -> int:
-    """Returns the number of losses rewritten; none unless `keep_logits` is False."""
-    if ctx.config.keep_logits:
-        return 0
+    """Returns the number of losses rewritten."""
     count = 0
     for node in list(gm.graph.nodes):
         if not is_call(node, F.cross_entropy):
             continue
         try:
-            _rewrite(node)
+            if ctx.config.keep_logits:
+                _keep(node, ctx)
+            else:
+                _drop(node)
         except _DeclinedError as reason:
-            ctx.decline(node.name, str(reason))
-            warnings.warn(f"keep_logits=False has no effect on {node.name}: {reason}.", UserWarning, stacklevel=2)
+            if not ctx.config.keep_logits:
+                ctx.decline(node.name, str(reason))
+                warnings.warn(f"keep_logits=False has no effect on {node.name}: {reason}.", UserWarning, stacklevel=2)
         else:
             count += 1
     return count
 
 
-def _rewrite(loss: fx.Node) -> None:
-    given = _DEFAULTS | dict(zip(("input", "target", *_DEFAULTS), loss.args)) | dict(loss.kwargs)
-    target = given["target"]
-    _check_options(given)
-    chain = _chain(given["input"])
-    _check_users(chain, loss)
+def _drop(loss: fx.Node) -> None:
+    """No logits."""
+    given, chain = _recognised(loss)
     x, weight, bias = chain.head.args
     for node in chain.slices:
         x = _slice_of(x, node, loss)
-    args = (x, weight, bias, target, given["ignore_index"], chain.scale, chain.soft_cap)
+    args = (x, weight, bias, given["target"], given["ignore_index"], chain.scale, chain.soft_cap)
     new = emit(loss, torch.ops.qlora.linear_cross_entropy.default, args, loss)
+    _replace_loss(loss, new, given)
+    _drop_from_outputs(chain)
+
+
+def _keep(loss: fx.Node, ctx: PassContext) -> None:
+    """The logits, which the graph returns, without the gradient of them that nobody asks for."""
+    given, chain = _recognised(loss)
+    output = chain.head.graph.output_node()
+    if chain.slices or chain.scale != 1 or chain.soft_cap or ctx.kept_logits:
+        raise _DeclinedError("the logits are changed before the loss reads them")
+    if [node for node in chain.nodes if output in node.users] != [chain.head]:
+        raise _DeclinedError("the graph does not return the head's own result")
+    x, weight, bias = chain.head.args
+    owner, example = ctx.param(weight), value(x)
+    if owner is None or ctx.edits.trains(owner) or bias is not None:
+        raise _DeclinedError("the head trains")
+    if not isinstance(example, torch.Tensor) or not example.requires_grad:
+        raise _DeclinedError("nothing is differentiated")
+    args = (x, weight, None, given["target"], given["ignore_index"])
+    both = emit(loss, torch.ops.qlora.linear_cross_entropy_logits.default, args, loss)
+    new = emit(loss, operator.getitem, (both, 0), loss)
+    logits = emit(loss, operator.getitem, (both, 1), chain.head)
+    both.meta["example_value"] = [_scalar(loss, torch.float32), value(chain.head)]
+    logits.meta["example_value"] = value(chain.head)
+    _replace_loss(loss, new, given)
+    (returned,) = output.args
+    ctx.kept_logits = tuple((i, weight.name) for i, node in enumerate(returned) if node is chain.head)
+    output.args = ((*(logits if node is chain.head else node for node in returned), x),)
+
+
+def _recognised(loss: fx.Node) -> tuple[dict[str, Any], _Chain]:
+    """The loss's arguments by name, and how its logits come from a head. Raises _DeclinedError."""
+    given = _DEFAULTS | dict(zip(("input", "target", *_DEFAULTS), loss.args)) | dict(loss.kwargs)
+    _check_options(given)
+    chain = _chain(given["input"])
+    _check_users(chain, loss)
+    return given, chain
+
+
+def _replace_loss(loss: fx.Node, new: fx.Node, given: dict[str, Any]) -> None:
+    """The sum of the losses in fp32 -> what the graph's loss is, in the loss's place."""
     new.meta["example_value"] = _scalar(loss, torch.float32)
     if given["reduction"] == "mean":
-        counted = emit(loss, operator.ne, (target, given["ignore_index"]), loss)
+        counted = emit(loss, operator.ne, (given["target"], given["ignore_index"]), loss)
         rows = emit(loss, "sum", (counted,), loss, method=True)
         new = emit(loss, operator.truediv, (new, rows), loss)
     if dtype_of(loss) != torch.float32:
         new.meta["example_value"] = _scalar(loss, torch.float32)
         new = emit(loss, "to", (new, dtype_of(loss)), loss, method=True)
     replace(loss, new)
-    _drop_from_outputs(chain)
 
 
 def _scalar(like: fx.Node, dtype: torch.dtype) -> Any:

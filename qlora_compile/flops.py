@@ -82,8 +82,13 @@ def _linear_cross_entropy(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) 
 
 @register_flop_formula(_ops.linear_cross_entropy_grads, get_raw=True)
 def _linear_cross_entropy_grads(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> int:
-    need_dx, need_dw = args[-3], args[-2]
+    need_dx, need_dw = args[5:7]
     return 2 * _rows(x) * weight.numel() * (1 + need_dx + need_dw)
+
+
+@register_flop_formula(_ops.linear_cross_entropy_logits, get_raw=True)
+def _linear_cross_entropy_logits(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> int:
+    return 2 * _rows(x) * weight.numel()
 
 
 @register_flop_formula(_ops.wide_linear, get_raw=True)

@@ -61,9 +61,12 @@ def linear_cross_entropy_grads(
     need_dx: bool,
     need_dw: bool,
     need_db: bool,
+    keep_logits: bool = False,
 ) -> list[Tensor]:
-    """[loss, dx like x (if need_dx), dW like W (if need_dw), db like b (if need_db)]: the gradients of the summed loss."""
-    return _Sweep(x, weight, bias, target, ignore_index, scale, soft_cap).run(need_dx, need_dw, need_db)
+    """[loss, dx like x (if need_dx), dW like W (if need_dw), db like b (if need_db)]: the gradients of the summed loss;
+    with `keep_logits` then x Wᵀ + b [..., V] in x's dtype."""
+    sweep = _Sweep(x, weight, bias, target, ignore_index, scale, soft_cap, keep_logits)
+    return sweep.run(need_dx, need_dw, need_db)
 
 
 @torch.library.register_fake("qlora::linear_cross_entropy_grads")
@@ -78,43 +81,101 @@ def _(
     need_dx: bool,
     need_dw: bool,
     need_db: bool,
+    keep_logits: bool = False,
 ) -> list[Tensor]:
     wanted = ((x, need_dx), (weight, need_dw), (bias, need_db))
     loss = x.new_empty((), dtype=torch.float32)
-    return [loss, *(like.new_empty(like.shape) for like, need in wanted if need and like is not None)]
+    logits = [x.new_empty((*x.shape[:-1], weight.shape[0]))] if keep_logits else []
+    return [loss, *(like.new_empty(like.shape) for like, need in wanted if need and like is not None), *logits]
+
+
+@define_op
+def linear_cross_entropy_logits(
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int
+) -> list[Tensor]:
+    """[the summed loss, fp32 []; x Wᵀ + b [..., V]]. Autograd sees the loss only: see `with_gradient` for the logits."""
+    return _Sweep(x, weight, bias, target, ignore_index, 1.0, 0.0, True).run(False, False, False)
+
+
+@torch.library.register_fake("qlora::linear_cross_entropy_logits")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int) -> list[Tensor]:
+    return [x.new_empty((), dtype=torch.float32), x.new_empty((*x.shape[:-1], weight.shape[0]))]
 
 
 class _WithGradients(torch.autograd.Function):
     """Forward computes the gradients of what needs one; backward multiplies them by the incoming number."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+        *given, keep_logits = rest
         with torch._C._AutoDispatchBelowAutograd():
             needs = ctx.needs_input_grad[:3]
-            loss, *grads = torch.ops.qlora.linear_cross_entropy_grads(x, weight, bias, *rest, *needs)
+            loss, *grads = torch.ops.qlora.linear_cross_entropy_grads(x, weight, bias, *given, *needs, keep_logits)
+        logits = grads.pop() if keep_logits else None
         ctx.save_for_backward(*grads)
-        return loss
+        if logits is None:
+            return loss
+        ctx.mark_non_differentiable(logits)
+        ctx.set_materialize_grads(False)
+        return loss, logits
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
         saved = iter(ctx.saved_tensors)
         # in fp32: the product of a bf16 gradient and 1 / tokens is rounded once
         grads = (
             (g := next(saved)).float().mul(grad).to(g.dtype) if need else None for need in ctx.needs_input_grad[:3]
         )
-        return (*grads, None, None, None, None)
+        return (*grads, None, None, None, None, None)
 
 
 def _with_autograd(*args: Any) -> Tensor:
     """The op under autograd: what needs no gradient is not computed (evaluation, a frozen head)."""
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args[:3]):
-        return _WithGradients.apply(*args)
+    if _is_differentiated(args):
+        return _WithGradients.apply(*args, False)  # type: ignore[no-any-return]
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.qlora.linear_cross_entropy(*args)
 
 
+def _with_autograd_and_logits(*args: Any) -> list[Tensor]:
+    if _is_differentiated(args):
+        return list(_WithGradients.apply(*args, 1.0, 0.0, True))
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.qlora.linear_cross_entropy_logits(*args)
+
+
+def _is_differentiated(args: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args[:3])
+
+
 _LIBRARY = torch.library.Library("qlora", "FRAGMENT")
 _LIBRARY.impl("linear_cross_entropy", _with_autograd, "Autograd")
+_LIBRARY.impl("linear_cross_entropy_logits", _with_autograd_and_logits, "Autograd")
+
+
+class _WithGradient(torch.autograd.Function):
+    """(hidden [..., K], logits [..., V], W [V, K]) -> the logits; backward: dhidden = dlogits W, if there is a dlogits."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, logits: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return logits.data  # the same memory, no view: it may be written
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        if product_dtype(grad.dtype, grad.device.type) == grad.dtype:
+            return grad @ weight, None, None
+        return (grad.float() @ weight.float()).to(grad.dtype), None, None
+
+
+def with_gradient(hidden: Tensor, logits: Tensor, weight: Tensor) -> Tensor:
+    """The logits that `linear_cross_entropy_logits` gave, as a function of what the head with the frozen `weight` read.
+
+    Most training steps differentiate the loss alone. As an output of the compiled graph the logits would be given a
+    gradient all the same, a tensor of zeros that is made, read and added; here backward runs only if one is asked for.
+    """
+    return _WithGradient.apply(hidden, logits, weight) if hidden.requires_grad else logits  # type: ignore[no-any-return]
 
 
 @dataclass
@@ -128,35 +189,42 @@ class _Sweep:
     ignore_index: int
     scale: float
     soft_cap: float
+    keep_logits: bool = False
 
     def run(self, need_dx: bool, need_dw: bool, need_db: bool) -> list[Tensor]:
-        """[loss, dx, dW, db], those that are needed."""
+        """[loss, dx, dW, db, logits], those that are needed."""
         x, target = as_rows(self.x, self.x.dtype), self.target.reshape(-1)
         counts = target != self.ignore_index
-        # the rows that count; or all of them, for on a GPU the host would wait to learn how many do
-        rows = counts.nonzero().squeeze(1) if drops_rows(x.device.type) else None
+        need = need_dx or need_dw or need_db
+        kernel = None if need_dw or need_db else self._kernel()
+        logits = x.new_empty((len(x), len(self.weight))) if self.keep_logits else None
+        # the rows that count; or all of them: on a GPU the host would wait to learn how many do, and those of kept logits
+        # are computed anyway
+        few = drops_rows(x.device.type) and (logits is None or kernel is not None)
+        rows = counts.nonzero().squeeze(1) if few else None
         target = target.where(counts, 0) if rows is None else target.index_select(0, rows)
         self._check(target)
         losses = torch.empty(len(target), dtype=torch.float32, device=x.device)
         dx = torch.zeros_like(x) if need_dx else None
         dw = torch.zeros_like(self.weight, dtype=torch.float32) if need_dw else None
         db = torch.zeros_like(self.bias, dtype=torch.float32) if need_db and self.bias is not None else None
-        need = need_dx or need_dw or need_db
-        kernel = self._kernel() if dw is None and db is None else None
+        if logits is not None and kernel is not None:
+            torch.mm(x, self.weight.t(), out=logits)
         for chunk in self._chunks(len(target)):
-            mine = x[chunk] if rows is None else x.index_select(0, rows[chunk])
-            mine = mine.to(self._product_dtype())
+            which = None if rows is None else rows[chunk]
             if kernel is not None:
-                z = scratch("logits", (len(mine), len(self.weight)), mine, mine.dtype)
-                kernel(torch.mm(mine, self.weight.t(), out=z), target[chunk], losses[chunk], z if need else None)
+                z = self._swept(kernel, x, chunk, which, target[chunk], losses[chunk], logits, need)
             else:
+                mine = (x[chunk] if which is None else x.index_select(0, which)).to(self._product_dtype())
                 z = self._logits(mine)
+                if logits is not None:
+                    logits[chunk] = z
                 losses[chunk] = self._softmax(z, target[chunk], need)
             if rows is None and (dw is not None or db is not None):
                 z.masked_fill_(~counts[chunk, None], 0)
             if dx is not None:
                 part = z @ self.weight if kernel is not None else self._times_weight(z).to(dx.dtype)
-                dx[chunk if rows is None else rows[chunk]] = part
+                dx[chunk if which is None else which] = part
             if dw is not None:
                 self._add_weight_gradient(dw, z, mine)
             if db is not None:
@@ -168,7 +236,31 @@ class _Sweep:
         outs = [losses.sum()]
         outs += [dx.view(self.x.shape)] if dx is not None else []
         outs += [dw.to(self.weight.dtype)] if dw is not None else []
-        return outs + ([db.to(self.bias.dtype)] if db is not None and self.bias is not None else [])
+        outs += [db.to(self.bias.dtype)] if db is not None and self.bias is not None else []
+        return outs + ([] if logits is None else [logits.view(*self.x.shape[:-1], len(self.weight))])
+
+    def _swept(
+        self,
+        kernel: Callable[..., None],
+        x: Tensor,
+        chunk: slice,
+        which: Tensor | None,
+        target: Tensor,
+        losses: Tensor,
+        logits: Tensor | None,
+        need: bool,
+    ) -> Tensor:
+        """The chunk's losses by the generated sweep; the gradient of its logits, if it is needed, in a reused buffer.
+        `which`: its rows, where they are not the chunk's own; `logits`: those of all rows, which stay."""
+        z = scratch("logits", (len(target), len(self.weight)), x, x.dtype)
+        source = z
+        if logits is not None:
+            source = logits[chunk] if which is None else logits
+        else:
+            torch.mm(x[chunk] if which is None else x.index_select(0, which), self.weight.t(), out=z)
+            which = None
+        kernel(source, target, losses, z if need else None, which)
+        return z
 
     def _kernel(self) -> Callable[..., None] | None:
         """The generated sweep over rows of logits, where the products are bf16 and the logits are their plain result."""
@@ -177,7 +269,7 @@ class _Sweep:
         return kernel_for("cross_entropy", device) if plain and self.x.dtype == self.weight.dtype else None
 
     def _check(self, target: Tensor) -> None:
-        if len(target) == 0 or target.device.type != "cpu":  # on a GPU, gather's own device-side assert reports it
+        if len(target) == 0 or target.device.type != "cpu":  # a GPU reports it: a loss of NaN, or gather's assert
             return
         low, high = (int(t) for t in target.aminmax())
         bad = low if low < 0 else high

@@ -13,6 +13,7 @@ from . import fingerprint
 from .config import QLoRAConfig
 from .flops import partitioner_settings
 from .fx_utils import placeholders, recomputed
+from .linear_cross_entropy import with_gradient
 from .param_info import StateRef
 from .pass_manager import PassContext
 from .regions import CACHEABLE, call_region, return_operands_directly
@@ -55,7 +56,15 @@ def bind(
     def call(*args: Any) -> Any:
         return inner(*[args[i] for i in kept], *[get(args) for get in fetch])
 
-    return call
+    heads = [(index, position[name]) for index, name in ctx.kept_logits]
+
+    def call_with_logits(*args: Any) -> Any:
+        *outs, hidden = call(*args)
+        for index, head in heads:
+            outs[index] = with_gradient(hidden, outs[index], args[head])
+        return outs
+
+    return call_with_logits if heads else call
 
 
 def _fetcher(ref: StateRef, stored: Mapping[str, int]) -> Callable[[tuple[Any, ...]], Any]:

@@ -40,6 +40,9 @@ class PassContext:
     chooser: Callable[..., Any] | None = None  # (op, forced kernel or "", sizes...) -> the runtime's choice of a kernel
     pages: tuple[PageLink, ...] = ()  # paged optimizers with parameters of this graph
     timelines: list[PageTimeline] = field(default_factory=list)  # what was planned for them
+    # (position among the graph's outputs, the frozen head's placeholder): logits that autograd does not see; what the head
+    # read is the graph's last output
+    kept_logits: tuple[tuple[int, str], ...] = ()
     phase: str = ""  # "backward": a graph of AOTAutograd's
     graph_number: int = 0  # how many graphs of this model were compiled before: names the dump's folder
 

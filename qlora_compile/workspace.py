@@ -19,7 +19,11 @@ from .memory_plan import Rows
 
 _FORWARD = torch.ops.qlora.lora_linear.default
 _BACKWARD = torch.ops.qlora.lora_linear_backward.default
-_LOSSES = (torch.ops.qlora.linear_cross_entropy.default, torch.ops.qlora.linear_cross_entropy_grads.default)
+_LOSSES = (
+    torch.ops.qlora.linear_cross_entropy.default,
+    torch.ops.qlora.linear_cross_entropy_grads.default,
+    torch.ops.qlora.linear_cross_entropy_logits.default,
+)
 _EXPERTS = (torch.ops.qlora.grouped_lora_linear.default, torch.ops.qlora.grouped_lora_linear_backward.default)
 
 
@@ -87,7 +91,7 @@ def _loss_scratch(given: dict[str, Any], device: str) -> dict[str, int | Rows]:
 
 def _is_swept(given: dict[str, Any], device: str) -> bool:
     """Whether the generated kernel runs, which leaves the logits in bf16."""
-    plain = loss.is_plain(given["bias"], given["scale"], given["soft_cap"], given["weight"], device)
+    plain = loss.is_plain(given["bias"], given.get("scale", 1), given.get("soft_cap", 0), given["weight"], device)
     plain = plain and given["x"].dtype == torch.bfloat16 and not given.get("need_dw") and not given.get("need_db")
     return plain and (device != "cpu" or kernel_for("cross_entropy", torch.device(device)) is not None)
 
@@ -104,7 +108,8 @@ def _loss_bytes(given: dict[str, Any], device: str) -> list[int | Rows]:
     added = 0
     row = k * product.itemsize  # the chunk's rows of x; then, with a gradient, its product with W and what is cast
     if _is_swept(given, device):
-        row += k * product.itemsize if need else 0
+        keeps = given.get("keep_logits", "scale" not in given)
+        row = (0 if keeps else row) + (k * product.itemsize if need else 0)
     else:
         cast = v * product.itemsize if product != torch.float32 else 0
         if cast * most < dw_bytes and cast:  # wider: a chunk's part of dW in fp32, on its way into the sum
@@ -112,7 +117,7 @@ def _loss_bytes(given: dict[str, Any], device: str) -> list[int | Rows]:
         else:
             row += cast + (k * (4 + product.itemsize) if need else 0)
     moment = Rows(tokens, row, most)
-    if given["soft_cap"] and need:
+    if given.get("soft_cap") and need:
         block = min(loss.block_rows(v, device), most)
         slope = Rows(tokens, 2 * 4 * v, block)  # 1 - part * part
         moment = max(moment, slope, key=lambda rows: rows.row_bytes * rows.chunk)

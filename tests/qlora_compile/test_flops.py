@@ -39,19 +39,19 @@ def test_a_compiled_step_counts_as_many_flops_as_an_eager_one(tiny_llama: Callab
 
 
 def test_a_budget_keeps_what_is_dear_to_compute(tiny_llama: Callable[..., nn.Module]) -> None:
-    """Half the activations must not cost all the products again, which a partitioner does that takes our ops for free."""
+    """Keeping four tenths must not cost all products again: a partitioner that takes our ops for free does that."""
     model = tiny_llama(hidden_size=96, intermediate_size=160).to("meta")
     ids = torch.randint(3, 211, (2, 61))
     plans = {}
-    for budget in (1.0, 0.5, 0.0):
+    for budget in (1.0, 0.4, 0.0):
         found = qc.trace(model, {"input_ids": ids, "labels": ids}, {"r": 3, "activation_budget": budget})
         assert found.plan is not None
         plans[budget] = found.plan
     kept = {budget: plan.saved_bytes() for budget, plan in plans.items()}
     again = {budget: plan.flops("backward") - plans[1.0].flops("backward") for budget, plan in plans.items()}
     # a budget is of what is kept beyond the graph's inputs, so nothing is saved at 0 but what cannot be computed again
-    assert kept[0.0] < kept[0.5] <= 0.55 * kept[1.0]
-    assert 0 < again[0.5] < 0.6 * again[0.0]
+    assert kept[0.0] < kept[0.4] <= 0.45 * kept[1.0]
+    assert 0 < again[0.4] < 0.6 * again[0.0], again
 
 
 def test_attention_is_counted_by_queries_and_keys() -> None:

@@ -132,6 +132,51 @@ def test_many_chunks_tiles_and_blocks(monkeypatch: pytest.MonkeyPatch, name: str
     check(CASES[name])
 
 
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("everywhere", [True, False])
+@pytest.mark.parametrize("name", ["fp32", "no_bias", "bf16", "bf16_frozen", "bf16_all_ignored", "one_row"])
+def test_logits_beside_the_loss(monkeypatch: pytest.MonkeyPatch, name: str, everywhere: bool, native: bool) -> None:
+    """The loss and its gradients are those of the op without logits, and every row has logits; in many chunks."""
+    monkeypatch.setattr(module, "LEAST_ROWS", 1)
+    monkeypatch.setitem(module.CHUNK_BYTES, "cpu", 4 * 211 * 9)
+    monkeypatch.setattr(module, "drops_rows", lambda device: not everywhere)
+    monkeypatch.setattr(module, "multiplies_natively", lambda dtype: native)
+    case = CASES[name]
+    given = arguments(case)
+    loss, logits = torch.ops.qlora.linear_cross_entropy_logits(*given[:5])
+    leaves = [t for t in given[:3] if t is not None]
+    exact = F.linear(*[t.detach().double() for t in leaves])
+    share = {torch.float32: 1e-5, torch.bfloat16: 2**-7}[case.dtype]  # of each: two roundings of bf16, with a bias
+    torch.testing.assert_close(logits.double(), exact, rtol=share, atol=share)
+    assert not logits.requires_grad and logits.dtype == case.dtype
+    ours, wanted = numbers(loss, leaves), numbers(*reference(given))
+    share = {torch.float32: 2e-6, torch.bfloat16: 2**-6}[case.dtype]  # as above
+    for mine, theirs in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=0, atol=share * float(theirs.abs().max()))
+    with torch.no_grad():
+        again, same = torch.ops.qlora.linear_cross_entropy_logits(*given[:5])
+    torch.testing.assert_close(again, loss.detach(), rtol=1e-6, atol=0)
+    assert torch.equal(same, logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("native", [True, False])
+def test_logits_have_a_gradient_where_one_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, native: bool
+) -> None:
+    monkeypatch.setattr(module, "multiplies_natively", lambda dtype: native)
+    hidden, weight = torch.randn(2, 5, 45, dtype=dtype, requires_grad=True), torch.randn(211, 45, dtype=dtype)
+    plain = F.linear(hidden, weight).detach()
+    logits = module.with_gradient(hidden, plain, weight)
+    assert logits.data_ptr() == plain.data_ptr()
+    dy = torch.randn_like(logits)
+    logits.mul_(2)  # no view: it may be written
+    (got,) = torch.autograd.grad(logits, hidden, dy)
+    wanted = 2 * dy.double() @ weight.double()
+    torch.testing.assert_close(got.double(), wanted, rtol=0, atol=(2**-8 if dtype == torch.bfloat16 else 1e-6) * 150)
+    assert module.with_gradient(hidden.detach(), plain, weight) is plain
+
+
 def test_bf16_is_no_worse_than_the_unfused_graph() -> None:
     given = arguments(CASES["bf16"])
     exact, unfused = numbers(*reference(given)), numbers(*reference(given, torch.bfloat16))
@@ -220,4 +265,16 @@ def test_opcheck(name: str) -> None:
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, False)])
 def test_opcheck_grads(needs: tuple[bool, bool, bool]) -> None:
     given = arguments(replace(BASE, needs=(False, False, False)))
+    torch.library.opcheck(torch.ops.qlora.linear_cross_entropy_grads.default, (*given, *needs), test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("name", ["no_bias", "frozen_head", "bf16"])
+def test_opcheck_logits(name: str) -> None:
+    given = tuple(arguments(CASES[name])[:5])
+    torch.library.opcheck(torch.ops.qlora.linear_cross_entropy_logits.default, given, test_utils=CHECKS)
+
+
+def test_opcheck_grads_with_logits() -> None:
+    given = arguments(replace(BASE, needs=(False, False, False)))
+    needs = (True, False, True, True)
     torch.library.opcheck(torch.ops.qlora.linear_cross_entropy_grads.default, (*given, *needs), test_utils=CHECKS)

@@ -182,7 +182,8 @@ def test_the_memory_chart_has_the_plans_peak(browser: Browser, page: str, report
     assert "saved" in made_of and "weights" in made_of
     browser.run("document.getElementById('memory-chart').focus()")
     browser.press("\ue014")  # right arrow: the node after the peak
-    assert "backward: " in browser.run("document.getElementById('memory-hover').textContent")
+    phase = report.plan.events[report.plan.peak().event + 1].phase  # type: ignore[union-attr]
+    assert f"{phase}: " in browser.run("document.getElementById('memory-hover').textContent")
     # pages: a chart of what is resident, one of the prefetches, and a row for each of these
     assert browser.run("document.querySelectorAll('#paging canvas').length") == 2
     rows = browser.run("[...document.querySelectorAll('.prefetches tbody tr')].map((r) => r.textContent)")

@@ -16,8 +16,8 @@ SYMBOLS = Symbols(7919, 100003)
 V, K = 16001, 96
 
 
-def _graph(rows: int, dtype: torch.dtype, soft_cap: float, need_dw: bool) -> fx.GraphModule:
-    """One call of the op, on meta tensors; the weight trains with `need_dw`."""
+def _graph(rows: int, dtype: torch.dtype, soft_cap: float, need_dw: bool, keep: bool = False) -> fx.GraphModule:
+    """One call of the op, on meta tensors; the weight trains with `need_dw`, and `keep` wants the logits."""
     graph = fx.Graph()
     inputs = []
     shapes = ((rows, K), (V, K), (rows,))
@@ -26,9 +26,11 @@ def _graph(rows: int, dtype: torch.dtype, soft_cap: float, need_dw: bool) -> fx.
         inputs[-1].meta["val"] = torch.empty(shape, dtype=torch.long if name == "t" else dtype, device="meta")
     x, w, t = inputs
     node = graph.call_function(
-        torch.ops.qlora.linear_cross_entropy_grads.default, (x, w, None, t, -100, 1.0, soft_cap, True, need_dw, False)
+        torch.ops.qlora.linear_cross_entropy_grads.default,
+        (x, w, None, t, -100, 1.0, soft_cap, True, need_dw, False, keep),
     )
     results = [((), torch.float32), ((rows, K), dtype), *([((V, K), dtype)] if need_dw else [])]
+    results += [((rows, V), dtype)] if keep else []
     node.meta["val"] = [torch.empty(shape, dtype=kind, device="meta") for shape, kind in results]
     graph.output((node,))
     return fx.GraphModule(torch.nn.Module(), graph)
@@ -39,14 +41,15 @@ def _plan(rows: int, symbols: Symbols | None, *args: object, device: str = "cpu"
     return plan_of([StepGraphs(graph, None, 1)], symbols, device=device)
 
 
-def _measured(rows: int, dtype: torch.dtype, soft_cap: float, need_dw: bool) -> int:
+def _measured(rows: int, dtype: torch.dtype, soft_cap: float, need_dw: bool, keep: bool = False) -> int:
     """Peak bytes, without what a product's library takes and gives back within the product: oneDNN wants some for each
     thread, which is none of our allocations."""
     x, w = torch.randn(rows, K).to(dtype), torch.randn(V, K).to(dtype)
     target = torch.randint(0, V, (rows,))
 
     def run() -> list[Tensor]:
-        return torch.ops.qlora.linear_cross_entropy_grads(x, w, None, target, -100, 1.0, soft_cap, True, need_dw, False)
+        needs = (True, need_dw, False, keep)
+        return torch.ops.qlora.linear_cross_entropy_grads(x, w, None, target, -100, 1.0, soft_cap, *needs)
 
     run()  # builds the kernel, if there is one
     release_scratch()
@@ -65,16 +68,18 @@ def _measured(rows: int, dtype: torch.dtype, soft_cap: float, need_dw: bool) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("soft_cap", "need_dw"), [(0.0, False), (30.0, False), (0.0, True)])
+@pytest.mark.parametrize(
+    ("soft_cap", "need_dw", "keep"), [(0.0, False, False), (30.0, False, False), (0.0, True, False), (0.0, False, True)]
+)
 def test_the_loss_in_chunks(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, soft_cap: float, need_dw: bool
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, soft_cap: float, need_dw: bool, keep: bool
 ) -> None:
     for limits in (linear_cross_entropy.CHUNK_BYTES, linear_cross_entropy.BLOCK_BYTES):
         monkeypatch.setitem(limits, "cpu", 4 * V * 150)
     for batch, seq in ((3, 160), (1, 70)):  # four chunks of 120 rows; one of 70
-        planned = _plan(SYMBOLS.batch * SYMBOLS.seq, SYMBOLS, dtype, soft_cap, need_dw).at(batch, seq)
-        assert planned.peak().bytes == pytest.approx(_measured(batch * seq, dtype, soft_cap, need_dw), rel=0.01)
-        assert _plan(batch * seq, None, dtype, soft_cap, need_dw).peak() == planned.peak()
+        planned = _plan(SYMBOLS.batch * SYMBOLS.seq, SYMBOLS, dtype, soft_cap, need_dw, keep).at(batch, seq)
+        assert planned.peak().bytes == pytest.approx(_measured(batch * seq, dtype, soft_cap, need_dw, keep), rel=0.01)
+        assert _plan(batch * seq, None, dtype, soft_cap, need_dw, keep).peak() == planned.peak()
 
 
 def test_a_gpus_chunks_are_larger() -> None:
