@@ -35,33 +35,26 @@ def dequantize_4bit(
     launch = prepared(
         ("dequantize_4bit", numel, quant_type, block_size, *halves),
         tensors,
-        lambda: _dequantize_launch(codes, absmax, absmax_scale, absmax_offset, numel, quant_type, block_size, out),
+        lambda: _dequantize_launch(
+            QuantizedData(codes, absmax, absmax_scale, absmax_offset), numel, quant_type, block_size, out
+        ),
     )
     if numel:
         with on_device(out):
             launch(tensors)
 
 
-def _dequantize_launch(
-    codes: Tensor,
-    absmax: Tensor,
-    absmax_scale: Tensor | None,
-    absmax_offset: Tensor | None,
-    numel: int,
-    quant_type: str,
-    block_size: int,
-    out: Tensor,
-) -> Launch:
+def _dequantize_launch(data: QuantizedData, numel: int, quant_type: str, block_size: int, out: Tensor) -> Launch:
     check_format(quant_type, block_size)
-    check("codes", codes, (torch.uint8,), (numel + 1) // 2, out.device)
-    check_scales(absmax, absmax_scale, absmax_offset, -(-numel // block_size), out.device)
+    check("codes", data.codes, (torch.uint8,), (numel + 1) // 2, out.device)
+    check_scales(*data[1:], -(-numel // block_size), out.device)
     rows: list[int] = []
     if not out.is_contiguous() and out.dim() == 2 and out.stride(1) == 1 and out.shape[1] % block_size == 0:
         rows = [out.shape[1], out.stride(0)]
         check("a row of out", out[:1], DTYPES, numel // max(out.shape[0], 1), out.device)
     else:
         check("out", out, DTYPES, numel, out.device)
-    double = absmax_scale is not None
+    double = data.absmax_scale is not None
     blocks = max(TILE_VALUES // block_size, 1)
     spec = {"quant_type": quant_type, "double_quant": double} | ({"rows": True} if rows else {})
     kernel = triton_build.load("dequantize_4bit", **spec).dequantize_4bit
