@@ -75,8 +75,8 @@ def _grouped_lora_linear_backward(*args: Any, **kwargs: Any) -> int:
     return int(2 * rows * (rank * n + dx + (rank * (k + n) if given["need_adapters"] else 0)))
 
 
-@register_flop_formula(_ops.linear_cross_entropy, get_raw=True)
-def _linear_cross_entropy(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> int:
+@register_flop_formula([_ops.linear_cross_entropy, _ops.linear_cross_entropy_logits, _ops.wide_linear], get_raw=True)
+def _one_product(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> int:
     return 2 * _rows(x) * weight.numel()
 
 
@@ -84,16 +84,6 @@ def _linear_cross_entropy(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) 
 def _linear_cross_entropy_grads(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> int:
     need_dx, need_dw = args[5:7]
     return 2 * _rows(x) * weight.numel() * (1 + need_dx + need_dw)
-
-
-@register_flop_formula(_ops.linear_cross_entropy_logits, get_raw=True)
-def _linear_cross_entropy_logits(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> int:
-    return 2 * _rows(x) * weight.numel()
-
-
-@register_flop_formula(_ops.wide_linear, get_raw=True)
-def _wide_linear(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> int:
-    return 2 * _rows(x) * weight.numel()
 
 
 @register_flop_formula(_ops.wide_linear_backward, get_raw=True)

@@ -40,8 +40,7 @@ def dequantize_4bit(
         ),
     )
     if numel:
-        with on_device(out):
-            launch(tensors)
+        launch(tensors)
 
 
 def _dequantize_launch(data: QuantizedData, numel: int, quant_type: str, block_size: int, out: Tensor) -> Launch:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...errors import KernelError
 from . import triton_build
-from .triton_common import DTYPES, next_power_of_2, on_device
+from .triton_common import DTYPES, next_power_of_2
 from .triton_launch import TENSOR, Launch, prepared
 
 MOST_BLOCK = 2048  # logits at a time: 8 a thread, one access of 16 bytes
@@ -26,8 +26,7 @@ def cross_entropy(
         ("cross_entropy", rows is None, out is None), tensors, lambda: _launch(z, target, losses, out, rows)
     )
     if losses.numel():
-        with on_device(z):
-            launch(tensors)
+        launch(tensors)
 
 
 def _launch(z: Tensor, target: Tensor, losses: Tensor, out: Tensor | None, rows: Tensor | None) -> Launch:

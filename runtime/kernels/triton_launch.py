@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .triton_common import on_device
+
 TENSOR = object()  # stands among a launch's arguments where a call's next tensor goes
 MOST_LAUNCHES = 8192  # a run with ever new lengths begins again then
 
 
 class Launch:
-    """`kernel[grid](*arguments, **options)` with a call's tensors in the places of TENSOR.
+    """`kernel[grid](*arguments, **options)` with a call's tensors in the places of TENSOR, on their device.
 
     `options`: what the kernel takes as `tl.constexpr`, in its order, and num_warps, enable_fp_fusion. `splits`: for the
     caller, over how many programs a sum is divided.
@@ -44,16 +46,16 @@ class Launch:
             special += tuple([tensor.untyped_storage().nbytes() < 2**31 for tensor in tensors])
         run = self._compiled.get(special)
         arguments = self._arguments.copy()
-        if run is None:
-            for slot, tensor in zip(self._slots, tensors, strict=True):
-                arguments[slot] = tensor
+        given: Sequence[Any] = tensors if run is None else addresses
+        for slot, value in zip(self._slots, given, strict=True):
+            arguments[slot] = value
+        with on_device(tensors[0]):
+            if run is not None:
+                run(*arguments, *self._constants)
+                return
             compiled = self._kernel[self._grid](*arguments, **self._options)
             if compiled is not None:  # the interpreter compiles nothing
                 self._compiled[special] = compiled[self._grid]
-            return
-        for slot, address in zip(self._slots, addresses, strict=True):
-            arguments[slot] = address
-        run(*arguments, *self._constants)
 
 
 _launches: dict[tuple[Any, ...], Launch] = {}

@@ -18,7 +18,7 @@ from ...errors import KernelError
 from ...nf4 import QuantizedData, check_format
 from . import triton_build
 from .checks import check, check_scales
-from .triton_common import DTYPES, cdiv, multiprocessors, next_power_of_2, on_device, scale_arguments
+from .triton_common import DTYPES, cdiv, multiprocessors, next_power_of_2, scale_arguments
 from .triton_launch import TENSOR, Launch, prepared
 from .triton_low_rank import NO_DROPOUT, TYPES, Dropout, Scale, lora_up, padded
 
@@ -129,8 +129,7 @@ def lora_linear_vector(
     what = "lora_linear_vector", *[_numbers(w) for w in weights], *[tuple(a.alpha for a in mine) for mine in adapters]
     launch = prepared(what, tensors, lambda: vector_launch(x, weights, outs, h, adapters, bias))
     if x.shape[0]:
-        with on_device(x):
-            launch(tensors)
+        launch(tensors)
 
 
 def vector_tensors(
@@ -237,12 +236,10 @@ def lora_linear_gemm(
         return
     if launch.splits == 1:
         mine = [t for adapter in zip(low, factors, *([scaling] if scaling else [])) for t in adapter]
-        with on_device(x):
-            launch([x, *codes, out, *extra, *mine])
+        launch([x, *codes, out, *extra, *mine])
         return
     target = torch.empty(launch.splits, *out.shape, dtype=torch.float32, device=x.device)
-    with on_device(x):
-        launch([x, *codes, target])
+    launch([x, *codes, target])
     lora_up(out, low, factors, Scale([a.alpha for a in adapters], scaling), bias=bias, partial=target)
 
 
@@ -315,8 +312,7 @@ def lora_linear_dx(
     what = "lora_linear_dx", *[number for weight in weights for number in _numbers(weight)], dropout.keep, tiles
     launch = prepared(what, tensors, lambda: _dx_launch(dx, dys, weights, adapters, dropout, tiles))
     if dx.shape[0]:
-        with on_device(dx):
-            launch(tensors)
+        launch(tensors)
 
 
 def _dx_launch(

@@ -22,7 +22,6 @@ from ...lora_group import LoRAGroup, scratch, split_ranks
 from ...nf4 import QuantizedData
 from . import dispatch, triton_linear, triton_low_rank
 from .dispatch import Candidate, Problem
-from .triton_common import on_device
 from .triton_linear import Adapter, Weight
 from .triton_low_rank import Dropout, Scale
 
@@ -99,8 +98,7 @@ def forward_vector(group: LoRAGroup, x: Tensor, bias: Sequence[Tensor]) -> tuple
     launch = group.kept.get(key)  # asked of the same group again: a linear outside of compilers
     if launch is None:
         launch = group.kept[key] = triton_linear.vector_launch(x, weights, outs, h, adapters, bias)
-    with on_device(x):
-        launch(triton_linear.vector_tensors(x, weights, outs, h, adapters, bias))
+    launch(triton_linear.vector_tensors(x, weights, outs, h, adapters, bias))
     return outs, h
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...errors import KernelError
 from . import triton_build
-from .triton_common import DTYPES, cdiv, multiprocessors, next_power_of_2, on_device
+from .triton_common import DTYPES, cdiv, multiprocessors, next_power_of_2
 from .triton_launch import TENSOR, Launch, prepared
 
 MOST_RANKS = 256  # of the adapters of one launch: more sums do not fit the registers
@@ -53,8 +53,7 @@ def dropout_mask(seed: Tensor, like: Tensor, keep: float) -> Tensor:
     if out.numel():
         tensors = [seed.to(like.device, non_blocking=True), out]
         launch = prepared(("dropout_mask", keep), tensors, lambda: _mask_launch(m, k, keep))
-        with on_device(out):
-            launch(tensors)
+        launch(tensors)
     return out
 
 
@@ -114,8 +113,7 @@ def lora_down(
         return
     split = launch.splits > 1
     target = torch.empty(launch.splits, *out.shape, dtype=torch.float32, device=x.device) if split else out
-    with on_device(x):
-        launch([*given, target])
+    launch([*given, target])
     if split:
         sum_splits(target, out)
 
@@ -175,8 +173,7 @@ def sum_splits(partial: Tensor, out: Tensor) -> None:
         out.copy_(partial.sum(0))
         return
     launch = prepared(("sum_splits",), [partial, out], lambda: _sum_launch(partial.shape[0], out.numel()))
-    with on_device(out):
-        launch([partial, out])
+    launch([partial, out])
 
 
 def _sum_launch(splits: int, numel: int) -> Launch:
@@ -206,8 +203,7 @@ def lora_up(
     what = "lora_up", *scale.alpha, base, bias is not None, dropout.keep, len(h)
     launch = prepared(what, tensors, lambda: _up_launch(y, h, factors, scale, bias, dropout, base, partial))
     if y.numel():
-        with on_device(y):
-            launch(tensors)
+        launch(tensors)
 
 
 def _up_launch(
@@ -268,8 +264,7 @@ def lora_over_tokens(
         shapes = [(launch.splits, *out.shape) for out in outs]
         targets = [torch.empty(shape, dtype=torch.float32, device=right.device) for shape in shapes]
         given = [right, *_interleaved((left, targets), scale, dropout)]
-    with on_device(right):
-        launch(given)
+    launch(given)
     if launch.splits > 1:
         for target, out in zip(targets, outs):
             sum_splits(target, out)
