@@ -56,12 +56,12 @@ def bind(
     def call(*args: Any) -> Any:
         return inner(*[args[i] for i in kept], *[get(args) for get in fetch])
 
-    heads = [(index, position[name]) for index, name in ctx.kept_logits]
+    heads = [(kept, position[kept.head]) for kept in ctx.kept_logits]
 
     def call_with_logits(*args: Any) -> Any:
         *outs, hidden = call(*args)
-        for index, head in heads:
-            outs[index] = with_gradient(hidden, outs[index], args[head])
+        for kept, head in heads:
+            outs[kept.output] = with_gradient(hidden, outs[kept.output], args[head], kept.scale, kept.soft_cap)
         return outs
 
     return call_with_logits if heads else call

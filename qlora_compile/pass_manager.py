@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -24,6 +24,16 @@ from .param_info import ParamInfo, StateRef
 from .state import ModelEdits
 
 Pass = Callable[[fx.GraphModule, "PassContext"], int]
+
+
+class KeptLogits(NamedTuple):
+    """Logits that the graph returns and autograd does not see: soft_cap tanh(scale z / soft_cap), or scale z without a cap,
+    of what a frozen head made of the graph's last output."""
+
+    output: int  # their position among the graph's outputs
+    head: str  # the placeholder of the head's weight
+    scale: float
+    soft_cap: float
 
 
 @dataclass
@@ -40,9 +50,7 @@ class PassContext:
     chooser: Callable[..., Any] | None = None  # (op, forced kernel or "", sizes...) -> the runtime's choice of a kernel
     pages: tuple[PageLink, ...] = ()  # paged optimizers with parameters of this graph
     timelines: list[PageTimeline] = field(default_factory=list)  # what was planned for them
-    # (position among the graph's outputs, the frozen head's placeholder): logits that autograd does not see; what the head
-    # read is the graph's last output
-    kept_logits: tuple[tuple[int, str], ...] = ()
+    kept_logits: tuple[KeptLogits, ...] = ()
     phase: str = ""  # "backward": a graph of AOTAutograd's
     graph_number: int = 0  # how many graphs of this model were compiled before: names the dump's folder
 

@@ -1,6 +1,6 @@
 """What an op of ours allocates inside itself while it runs: copies, casts and reused buffers that no graph shows.
 
-Follows `lora_group.py` and `linear_cross_entropy.py` line by line; tests compare it with what the allocator counts. What
+Follows `lora_group.py` and `cross_entropy_sweep.py` line by line; tests compare it with what the allocator counts. What
 a library takes for each thread within a product (oneDNN: some 130 KB) is not in it.
 """
 
@@ -12,17 +12,18 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import expert_ops  # noqa: F401  defines ops that are named here
-from . import linear_cross_entropy as loss
+from . import cross_entropy_sweep as loss
+from . import expert_ops, linear_cross_entropy  # noqa: F401  define ops that are named here
 from .lora_group import kernel_for
 from .memory_plan import Rows
 
 _FORWARD = torch.ops.qlora.lora_linear.default
 _BACKWARD = torch.ops.qlora.lora_linear_backward.default
+_LOGITS = torch.ops.qlora.linear_cross_entropy_logits.default
 _LOSSES = (
     torch.ops.qlora.linear_cross_entropy.default,
     torch.ops.qlora.linear_cross_entropy_grads.default,
-    torch.ops.qlora.linear_cross_entropy_logits.default,
+    _LOGITS,
 )
 _EXPERTS = (torch.ops.qlora.grouped_lora_linear.default, torch.ops.qlora.grouped_lora_linear_backward.default)
 
@@ -31,7 +32,8 @@ def named_arguments(node: fx.Node) -> dict[str, Any]:
     """The op's arguments by the names in its schema, tensors as their fake values."""
     target: Any = node.target
     values: Any = fx.node.map_aggregate(node.args, lambda v: v.meta.get("val") if isinstance(v, fx.Node) else v)
-    return dict(zip((argument.name for argument in target._schema.arguments), values))
+    defaults = {"keep_logits": True} if target is _LOGITS else {}
+    return defaults | dict(zip((argument.name for argument in target._schema.arguments), values))
 
 
 def workspace_bytes(node: fx.Node, device: str) -> list[int | Rows]:
@@ -91,9 +93,9 @@ def _loss_scratch(given: dict[str, Any], device: str) -> dict[str, int | Rows]:
 
 def _is_swept(given: dict[str, Any], device: str) -> bool:
     """Whether the generated kernel runs, which leaves the logits in bf16."""
-    plain = loss.is_plain(given["bias"], given.get("scale", 1), given.get("soft_cap", 0), given["weight"], device)
-    plain = plain and given["x"].dtype == torch.bfloat16 and not given.get("need_dw") and not given.get("need_db")
-    return plain and (device != "cpu" or kernel_for("cross_entropy", torch.device(device)) is not None)
+    covered = loss.takes_kernel(given["bias"], given["weight"], device) and given["x"].dtype == torch.bfloat16
+    covered = covered and not given.get("need_dw") and not given.get("need_db")
+    return covered and (device != "cpu" or kernel_for("cross_entropy", torch.device(device)) is not None)
 
 
 def _loss_bytes(given: dict[str, Any], device: str) -> list[int | Rows]:
@@ -107,9 +109,9 @@ def _loss_bytes(given: dict[str, Any], device: str) -> list[int | Rows]:
     )  # in fp32, until rounded
     added = 0
     row = k * product.itemsize  # the chunk's rows of x; then, with a gradient, its product with W and what is cast
-    if _is_swept(given, device):
-        keeps = given.get("keep_logits", "scale" not in given)
-        row = (0 if keeps else row) + (k * product.itemsize if need else 0)
+    swept = _is_swept(given, device)
+    if swept:
+        row = (0 if given.get("keep_logits") else row) + (k * product.itemsize if need else 0)
     else:
         cast = v * product.itemsize if product != torch.float32 else 0
         if cast * most < dw_bytes and cast:  # wider: a chunk's part of dW in fp32, on its way into the sum
@@ -117,7 +119,7 @@ def _loss_bytes(given: dict[str, Any], device: str) -> list[int | Rows]:
         else:
             row += cast + (k * (4 + product.itemsize) if need else 0)
     moment = Rows(tokens, row, most)
-    if given.get("soft_cap") and need:
+    if given["soft_cap"] and need and not swept:
         block = min(loss.block_rows(v, device), most)
         slope = Rows(tokens, 2 * 4 * v, block)  # 1 - part * part
         moment = max(moment, slope, key=lambda rows: rows.row_bytes * rows.chunk)

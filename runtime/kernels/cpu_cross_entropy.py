@@ -20,14 +20,21 @@ def make_cross_entropy() -> Callable[..., None] | None:
     if not library.qlora_has_cross_entropy():
         return None
     kernel = library.qlora_cross_entropy
-    kernel.argtypes = (*[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 2, ctypes.c_int)
+    kernel.argtypes = (*[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 2, *[ctypes.c_float] * 2, ctypes.c_int)
     kernel.restype = None
 
     def cross_entropy(
-        z: Tensor, target: Tensor, losses: Tensor, out: Tensor | None = None, rows: Tensor | None = None
+        z: Tensor,
+        target: Tensor,
+        losses: Tensor,
+        out: Tensor | None = None,
+        rows: Tensor | None = None,
+        scale: float = 1.0,
+        soft_cap: float = 0.0,
     ) -> None:
-        """losses fp32 [M] = logsumexp(z[rows]) - z[rows, target] for z bf16 [.., V], target and rows int64 [M] (rows None:
-        all of z). `out` bf16 [M, V], or z itself, gets the gradient of their sum, softmax - onehot(target).
+        """losses fp32 [M] = logsumexp(y[rows]) - y[rows, target] for z bf16 [.., V], target and rows int64 [M] (rows None:
+        all of z), y = scale z, with a cap soft_cap tanh(scale z / soft_cap). `out` bf16 [M, V], or z itself, gets the
+        gradient of their sum with respect to z, (softmax(y) - onehot(target)) y'.
 
         Raises KernelError for a target that is no class or a row that is not in z.
         """
@@ -45,7 +52,7 @@ def make_cross_entropy() -> Callable[..., None] | None:
                 raise KernelError(f"A row is not in z, which has {len(z)}.")
         kernel(
             *(z.data_ptr(), None if rows is None else rows.data_ptr(), target.data_ptr(), losses.data_ptr()),
-            *(None if out is None else out.data_ptr(), m, v, torch.get_num_threads()),
+            *(None if out is None else out.data_ptr(), m, v, scale, soft_cap, torch.get_num_threads()),
         )
 
     return cross_entropy

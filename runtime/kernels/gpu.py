@@ -88,16 +88,18 @@ def proves_quantize(kernel: Callable[..., Any], device: torch.device) -> bool:
 
 
 def proves_cross_entropy(kernel: Callable[..., Any], device: torch.device) -> bool:
-    """Losses and gradients in place of bf16 logits, of some rows, against fp64 on the CPU."""
+    """Losses and gradients of some rows of bf16 logits, as they are and scaled and capped, against fp64 on the CPU."""
     generator = torch.Generator().manual_seed(9)
     z = (torch.randn(11, 5003, generator=generator) * 4).bfloat16()
     rows, target = torch.tensor([7, 2, 9]), torch.tensor([5002, 0, 17])
-    wide = z[rows].double()
-    expected = wide.softmax(1) - torch.nn.functional.one_hot(target, 5003)
-    losses, out = torch.empty(3, device=device), torch.empty(3, 5003, dtype=z.dtype, device=device)
-    kernel(z.to(device), target.to(device), losses, out, rows.to(device))
-    close = torch.allclose(
-        losses.cpu().double(), wide.logsumexp(1) - wide.gather(1, target[:, None])[:, 0], rtol=1e-5, atol=1e-5
-    )
-    # one rounding to bf16, or two units of it where the interpreter truncates
-    return close and bool(((out.cpu().double() - expected).abs() <= expected.abs() * 2**-7 + 1e-6).all())
+    wide, chosen = z[rows].double(), torch.nn.functional.one_hot(target, 5003)
+    capped = 5 * torch.tanh(wide / 10)  # scale 1 / 2, cap 5
+    for y, slope, change in ((wide, 1.0, ()), (capped, 0.5 * (1 - (capped / 5) ** 2), (0.5, 5.0))):
+        losses, out = torch.empty(3, device=device), torch.empty(3, 5003, dtype=z.dtype, device=device)
+        kernel(z.to(device), target.to(device), losses, out, rows.to(device), *change)
+        expected, picked = (y.softmax(1) - chosen) * slope, y.gather(1, target[:, None])[:, 0]
+        close = torch.allclose(losses.cpu().double(), y.logsumexp(1) - picked, rtol=1e-5, atol=1e-5)
+        # one rounding to bf16, or two units of it where the interpreter truncates
+        if not close or not ((out.cpu().double() - expected).abs() <= expected.abs() * 2**-7 + 1e-6).all():
+            return False
+    return True

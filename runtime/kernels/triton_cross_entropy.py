@@ -14,22 +14,39 @@ MOST_BLOCK = 2048  # logits at a time: 8 a thread, one access of 16 bytes
 
 
 def cross_entropy(
-    z: Tensor, target: Tensor, losses: Tensor, out: Tensor | None = None, rows: Tensor | None = None
+    z: Tensor,
+    target: Tensor,
+    losses: Tensor,
+    out: Tensor | None = None,
+    rows: Tensor | None = None,
+    scale: float = 1.0,
+    soft_cap: float = 0.0,
 ) -> None:
-    """losses fp32 [M] = logsumexp(z[rows]) - z[rows, target] for z [.., V], target int64 [M], rows int64 [M] (None: all).
+    """losses fp32 [M] = logsumexp(y[rows]) - y[rows, target] for z [.., V], target int64 [M], rows int64 [M] (None: all),
+    y = scale z, with a cap soft_cap tanh(scale z / soft_cap).
 
-    `out` [M, V], or z itself: gets softmax - onehot(target), the gradient of the losses' sum. The loss of a target that is
-    no class is NaN: nobody waits for the device to raise for it.
+    `out` [M, V], or z itself: gets the gradient of the losses' sum with respect to z, (softmax(y) - onehot(target)) y'. The
+    loss of a target that is no class is NaN: nobody waits for the device to raise for it.
     """
     tensors = [z, *([] if rows is None else [rows]), target, losses, *([] if out is None else [out])]
     launch = prepared(
-        ("cross_entropy", rows is None, out is None), tensors, lambda: _launch(z, target, losses, out, rows)
+        ("cross_entropy", rows is None, out is None, scale, soft_cap),
+        tensors,
+        lambda: _launch(z, target, losses, out, rows, scale, soft_cap),
     )
     if losses.numel():
         launch(tensors)
 
 
-def _launch(z: Tensor, target: Tensor, losses: Tensor, out: Tensor | None, rows: Tensor | None) -> Launch:
+def _launch(
+    z: Tensor,
+    target: Tensor,
+    losses: Tensor,
+    out: Tensor | None,
+    rows: Tensor | None,
+    scale: float,
+    soft_cap: float,
+) -> Launch:
     m = len(losses)
     v = z.shape[1]
     for name, t, dtypes, shape in (
@@ -44,8 +61,17 @@ def _launch(z: Tensor, target: Tensor, losses: Tensor, out: Tensor | None, rows:
                 f"{name} must be a {' or '.join(str(d).removeprefix('torch.') for d in dtypes)} {[*shape]} tensor on "
                 f"{z.device} with contiguous rows, got {t.dtype} {[*t.shape]} on {t.device}."
             )
-    spec = {"rows": rows is not None, "gradient": out is not None, "uses_codes": False}
+    capped = soft_cap != 0
+    scaled = capped or scale != 1
+    spec = {
+        "rows": rows is not None,
+        "gradient": out is not None,
+        "scaled": scaled,
+        "capped": capped,
+        "uses_codes": False,
+    }
     arguments = [TENSOR, z.stride(0), *[TENSOR] * (2 if rows is None else 3)]
     arguments += [*([] if out is None else [TENSOR, out.stride(0)]), v]
+    arguments += [float(scale)] * scaled + [float(soft_cap)] * capped
     kernel = triton_build.load("cross_entropy", **spec).cross_entropy
     return Launch(kernel, (m,), arguments, BLOCK=min(next_power_of_2(v), MOST_BLOCK), num_warps=8)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from qlora_compile import linear_cross_entropy
+from qlora_compile import cross_entropy_sweep
 from qlora_compile.lora_group import release_scratch
 from qlora_compile.memory_plan import MemoryPlan, Size
 from qlora_compile.step_graphs import StepGraphs
@@ -74,7 +74,7 @@ def _measured(rows: int, dtype: torch.dtype, soft_cap: float, need_dw: bool, kee
 def test_the_loss_in_chunks(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, soft_cap: float, need_dw: bool, keep: bool
 ) -> None:
-    for limits in (linear_cross_entropy.CHUNK_BYTES, linear_cross_entropy.BLOCK_BYTES):
+    for limits in (cross_entropy_sweep.CHUNK_BYTES, cross_entropy_sweep.BLOCK_BYTES):
         monkeypatch.setitem(limits, "cpu", 4 * V * 150)
     for batch, seq in ((3, 160), (1, 70)):  # four chunks of 120 rows; one of 70
         planned = _plan(SYMBOLS.batch * SYMBOLS.seq, SYMBOLS, dtype, soft_cap, need_dw, keep).at(batch, seq)

@@ -208,26 +208,28 @@ def test_nothing_to_do() -> None:
     assert torch.equal(out, torch.zeros(3, 5))
 
 
+@pytest.mark.parametrize(("scale", "soft_cap"), [(1.0, 0.0), (-0.5, 0.0), (0.5, 3.0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("m", "v"), [(1, 1), (3, 31), (2, 5003), (0, 9)])
-def test_cross_entropy(m: int, v: int, dtype: torch.dtype) -> None:
+def test_cross_entropy(m: int, v: int, dtype: torch.dtype, scale: float, soft_cap: float) -> None:
     """Losses and gradients, in place and of some rows elsewhere."""
     z, target = (_randn(m, v) * 5).to(dtype), torch.randint(0, v, (m,), generator=GENERATOR)
     wide = z.double().requires_grad_()
-    expected = torch.nn.functional.cross_entropy(wide, target, reduction="none")
+    y = soft_cap * torch.tanh(scale * wide / soft_cap) if soft_cap else scale * wide
+    expected = torch.nn.functional.cross_entropy(y, target, reduction="none")
     grad = torch.autograd.grad(expected.sum(), wide)[0] if m else wide.detach()
     losses, rows = torch.empty(m), torch.arange(m).flip(0)
     out = torch.full((m, v + 3), 7.0, dtype=dtype)
-    triton_cross_entropy.cross_entropy(z, target.flip(0), losses, out[:, :v], rows)
+    triton_cross_entropy.cross_entropy(z, target.flip(0), losses, out[:, :v], rows, scale, soft_cap)
     # fp32 sums of up to 5003 exponentials; a gradient is rounded once (the interpreter truncates to bf16)
     torch.testing.assert_close(losses.flip(0).double(), expected.detach(), rtol=1e-5, atol=1e-5)
     rounding = 2**-7 if dtype == torch.bfloat16 else 1e-5
     assert ((out[:, :v].flip(0).double() - grad).abs() <= grad.abs() * rounding + 1e-6).all()
     assert (out[:, v:] == 7.0).all()
     again = torch.empty(m)
-    triton_cross_entropy.cross_entropy(z, target, again)
+    triton_cross_entropy.cross_entropy(z, target, again, None, None, scale, soft_cap)
     assert torch.equal(again, losses.flip(0))
-    triton_cross_entropy.cross_entropy(z, target, again, z)
+    triton_cross_entropy.cross_entropy(z, target, again, z, None, scale, soft_cap)
     assert torch.equal(z.flip(0), out[:, :v])
 
 

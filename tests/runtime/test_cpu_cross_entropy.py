@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,25 +25,30 @@ def sweep() -> Callable[..., Any]:
     return found
 
 
+CHANGES = [(1.0, 0.0), (0.0625, 0.0), (-0.5, 0.0), (1.0, 30.0), (0.5, 3.0), (-2.0, -4.0)]
+
+
+@pytest.mark.parametrize(("scale", "soft_cap"), CHANGES)
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize(("m", "v"), [(1, 1), (3, 31), (5, 32), (4, 33), (7, 211), (2, 5003), (0, 9)])
-def test_against_fp64(sweep: Callable[..., Any], m: int, v: int, gradient: bool) -> None:
+def test_against_fp64(sweep: Callable[..., Any], m: int, v: int, gradient: bool, scale: float, soft_cap: float) -> None:
     gen = torch.Generator().manual_seed(v)
     flat = torch.full((m * v + 40,), 7.0).bfloat16()
     z = flat[: m * v].view(m, v)
     z.copy_(torch.randn(m, v, generator=gen) * 5)
     given, target = z.clone(), torch.randint(0, v, (m,), generator=gen)
     losses = torch.empty(m)
-    sweep(z, target, losses, z if gradient else None)
+    sweep(z, target, losses, z if gradient else None, None, scale, soft_cap)
     wide = given.double().requires_grad_()
-    expected = F.cross_entropy(wide, target, reduction="none")
+    y = soft_cap * torch.tanh(scale * wide / soft_cap) if soft_cap else scale * wide
+    expected = F.cross_entropy(y, target, reduction="none")
     # fp32 sums of up to 5003 terms in 16 lanes, each term by an exponential of 2 units: 2^-16 of the sum
     torch.testing.assert_close(losses.double(), expected.detach(), atol=2**-15, rtol=2**-16)
     if not gradient:
         assert torch.equal(z, given)
     elif m:
         (want,) = torch.autograd.grad(expected.sum(), wide)
-        assert ((z.double() - want).abs() <= want.abs() * 2**-8 + 2**-20).all()  # one rounding to bf16
+        assert ((z.double() - want).abs() <= want.abs() * 2**-8 + 2**-20).all()  # one rounding to bf16, of fp32
     assert (flat[m * v :] == 7.0).all()
 
 
@@ -70,6 +76,10 @@ def test_extremes(sweep: Callable[..., Any]) -> None:
     sweep(z, torch.tensor([1, 39, 5, 8]), losses, z)
     assert losses[0].item() == pytest.approx(torch.tensor(3.0).log().item()) and losses[1] == 0
     assert (z[0, 3:] == 0).all() and (z[1] == 0).all() and losses[2].isnan() and z[3].isfinite().all()
+    z[0, :3], z[0, 3:], z[1, 39] = 0, -torch.inf, torch.inf
+    sweep(z, torch.tensor([1, 39, 5, 8]), losses, z, None, 1.0, 2.0)  # a cap: minus two and two, of no slope
+    assert losses[0].item() == pytest.approx(math.log(3 + 37 * math.exp(-2))) and (z[0, 3:] == 0).all()
+    assert losses[1].item() == pytest.approx(math.log(1 + 39 * math.exp(-2))) and z[1, 39] == 0
 
 
 def test_bad_arguments_never_reach_c(sweep: Callable[..., Any]) -> None:

@@ -108,10 +108,10 @@ def _paged_step(dtype: torch.dtype, narrow: bool) -> None:
     triton_paged_step.paged_step(pieces, torch.zeros(1, 8), lion=False, narrow=narrow)
 
 
-def _cross_entropy(dtype: torch.dtype) -> None:
+def _cross_entropy(dtype: torch.dtype, scale: float = 1.0, soft_cap: float = 0.0) -> None:
     """In place, over Llama-3's vocabulary."""
     z = torch.empty(64, 128256, dtype=dtype)
-    triton_cross_entropy.cross_entropy(z, torch.zeros(64, dtype=torch.int64), torch.empty(64), z)
+    triton_cross_entropy.cross_entropy(z, torch.zeros(64, dtype=torch.int64), torch.empty(64), z, None, scale, soft_cap)
 
 
 def _dropout(count: int) -> triton_low_rank.Dropout:
@@ -143,6 +143,7 @@ CASES: dict[str, Callable[[], None]] = {
     "paged_step_bf16": lambda: _paged_step(torch.bfloat16, narrow=False),
     "paged_step_8_bit": lambda: _paged_step(torch.float32, narrow=True),
     "cross_entropy": lambda: _cross_entropy(torch.bfloat16),
+    "cross_entropy_capped": lambda: _cross_entropy(torch.bfloat16, 0.5, 30.0),
     "dx_64": lambda: _dx(64),
     "dx_training": lambda: _dx(M_TRAIN),
 }
