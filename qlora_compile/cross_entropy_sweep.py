@@ -56,7 +56,7 @@ class Sweep:
         target = target.where(counts, 0) if rows is None else target.index_select(0, rows)
         self._check(target)
         losses = torch.empty(len(target), dtype=torch.float32, device=x.device)
-        dx = torch.zeros_like(x) if need_dx else None
+        dx = (x.new_empty if rows is None else x.new_zeros)(x.shape) if need_dx else None
         dw = torch.zeros_like(self.weight, dtype=torch.float32) if need_dw else None
         db = torch.zeros_like(self.bias, dtype=torch.float32) if need_db and self.bias is not None else None
         if logits is not None and kernel is not None:
@@ -73,13 +73,16 @@ class Sweep:
                 losses[chunk] = self._softmax(z, target[chunk], need)
             if rows is None and (dw is not None or db is not None):
                 z.masked_fill_(~counts[chunk, None], 0)
-            if dx is not None:
+            if dx is not None and kernel is not None and which is None:
+                torch.mm(z, self.weight, out=dx[chunk])
+            elif dx is not None:
                 part = z @ self.weight if kernel is not None else self._times_weight(z).to(dx.dtype)
                 dx[chunk if which is None else which] = part
             if dw is not None:
                 self._add_weight_gradient(dw, z, mine)
             if db is not None:
                 db += z.sum(0)
+            del z  # before the next chunk's is made
         if rows is None:
             losses.masked_fill_(~counts, 0)
         if rows is None and dx is not None:

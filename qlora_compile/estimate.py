@@ -153,7 +153,9 @@ class Estimator:
         moved = {"workspace": _chunk_of_logits(plan)}
         for buffer in plan.live_at(peak.event) if self.classes else ():
             size = buffer.size
-            if size.b == size.s == 1 and not size.chunk and size.coefficient % self.classes == 0:
+            if buffer.kind == "workspace" and ": logits" in buffer.name:
+                moved["workspace"] += plan.size(size)
+            elif size.b == size.s == 1 and not size.chunk and size.coefficient % self.classes == 0:
                 moved[buffer.kind] = moved.get(buffer.kind, 0) + plan.size(size)
         return Peak(peak.bytes, peak.event, _moved(peak.by_kind, "logits", moved))
 

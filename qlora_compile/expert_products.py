@@ -46,10 +46,7 @@ class ExpertGroup:
     ) -> None:
         self.offsets, self.weight, self.scales, self.shape = offsets, weight, scales, shape
         self.lora_a, self.lora_b = lora_a, lora_b
-        self.factors = [
-            alpha_j * (weight_j.to(dtype)[:, None] if weight_j.dim() else float(weight_j))
-            for alpha_j, weight_j in zip(alpha, scaling, strict=True)
-        ]  # one number, or [S, 1] where each row of the batch has a choice of its own
+        self.factors = [alpha_j * _read(weight_j, dtype) for alpha_j, weight_j in zip(alpha, scaling, strict=True)]
         self.transposed, self.quant_type, self.block_size, self.dtype = transposed, quant_type, block_size, dtype
 
     @functools.cached_property
@@ -64,8 +61,8 @@ class ExpertGroup:
 
     def low_rank_kernel(self, op: str) -> Callable[..., Any] | None:
         """The kernel "lora_down", "lora_up" or "lora_backward", as for a linear's adapters, if it covers this call."""
-        by_row = any(isinstance(factor, Tensor) for factor in self.factors)
-        suits = not by_row and suit_kernels((*self.lora_a, *self.lora_b), self.dtype)
+        numbers = not any(isinstance(factor, Tensor) for factor in self.factors)
+        suits = numbers and suit_kernels((*self.lora_a, *self.lora_b), self.dtype)
         return kernel_for(op, self.weight.device) if suits else None
 
     def runs(self) -> Iterator[tuple[int, slice]]:
@@ -77,7 +74,7 @@ class ExpertGroup:
                 start = int(end)
 
     def dense(self, expert: int) -> Tensor:
-        """The expert's matrix as [N, K] in the compute dtype: a view of a reused buffer, valid until the next call."""
+        """The expert's matrix as [N, K] in the compute dtype: in `scratch`, valid until the next call."""
         n, k = self.shape
         stored = (k, n) if self.transposed else (n, k)
         if self.quant_type == "none":
@@ -132,7 +129,15 @@ def _multiply(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
 
 def _scaled(low: Tensor, factor: Tensor | float, rows: slice) -> Tensor:
     """[rows, R], each row times its adapter's factor."""
-    return low * (factor[rows] if isinstance(factor, Tensor) else factor)
+    return low * (factor[rows] if isinstance(factor, Tensor) and factor.dim() else factor)
+
+
+def _read(weight: Tensor, dtype: torch.dtype) -> Tensor | float:
+    """An adapter's weight: a number where reading it costs nothing (CPU), else 0-dim in fp32; or [S, 1] where each row of
+    the batch has a choice of its own."""
+    if weight.dim():
+        return weight.to(dtype)[:, None]
+    return weight.item() if weight.device.type == "cpu" else weight.float()
 
 
 def grouped_backward(

@@ -61,7 +61,11 @@ def dequantize_into(
 
 
 def scratch(name: str, shape: tuple[int, int], like: Tensor, dtype: torch.dtype) -> Tensor:
-    """A reused buffer per thread and device: a fresh one above 32 MB costs more in page faults than the dequantize."""
+    """On a CPU a reused buffer per thread: a fresh one above 32 MB costs more in page faults than the dequantize. Elsewhere
+    a fresh one, which torch's allocator hands out again in the order of the stream, and which others can use meanwhile."""
+    if like.device.type != "cpu":
+        with torch.inference_mode(False):
+            return torch.empty(shape, dtype=dtype, device=like.device)
     found = SCRATCH.__dict__.setdefault("views", {}).get((name, shape, like.device, dtype))
     return _grown_scratch(name, shape, like, dtype) if found is None else found
 
@@ -78,7 +82,7 @@ def _grown_scratch(name: str, shape: tuple[int, int], like: Tensor, dtype: torch
         if key not in buffers or buffers[key].numel() < numel:
             for view in [view for view in views if (view[0], *view[2:]) == key]:
                 del views[view]
-            buffers[key] = None  # freed before the larger one is made
+            buffers.pop(key, None)  # freed before the larger one is made
             buffers[key] = torch.empty(numel, dtype=dtype, device=like.device)
         views[name, shape, like.device, dtype] = buffers[key][:numel].view(shape)
     return views[name, shape, like.device, dtype]  # type: ignore[no-any-return]

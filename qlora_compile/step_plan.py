@@ -187,7 +187,10 @@ class _PlanBuilder:
             self.workspaces.append(buffer)
         for name, nbytes in scratch_bytes(node, self.device).items():
             size = self.size(nbytes) if isinstance(nbytes, Rows) else Size(nbytes)
-            if name not in self.scratch or self.scratch[name].coefficient < size.coefficient:
+            if self.device != "cpu":  # torch's allocator has it back at the end of the op
+                named = f"{node.name}: {name}"
+                self.workspaces.append(Buffer(named, module_path(node), "workspace", size, index, index))
+            elif name not in self.scratch or self.scratch[name].coefficient < size.coefficient:
                 self.scratch[name] = size
 
     def close_forward(self, part: int, saved: list[fx.Node]) -> None:

@@ -63,7 +63,7 @@ def _backward_bytes(given: dict[str, Any]) -> int:
 
 
 def scratch_bytes(node: fx.Node, device: str) -> dict[str, int | Rows]:
-    """The reused buffers that the op needs, by name: they grow to the largest and are never given back."""
+    """The buffers of `scratch` that the op needs, by name: on a CPU they grow to the largest and are never given back."""
     if node.target in _LOSSES:
         return _loss_scratch(named_arguments(node), device)
     if node.target in _EXPERTS:

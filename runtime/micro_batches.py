@@ -10,15 +10,18 @@ from ..errors import MemoryBudgetError
 from .data import Batch, count_loss_tokens
 from .step_memory import StepMemory
 
-# what torch's CPU allocator says, in a plain RuntimeError
-_CPU_MESSAGES = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+# in a plain RuntimeError: torch's CPU allocator; the CUDA driver where a kernel is loaded, cuBLAS for its workspace
+_MESSAGES = (
+    *("can't allocate memory", "not enough memory", "Cannot allocate memory"),
+    *("out of memory", "ALLOC_FAILED"),
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory of the device or of the machine ran out."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU_MESSAGES)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)
 
 
 class MicroBatches:

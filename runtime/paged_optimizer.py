@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, ModelStateError, NoAdapterError, NonFiniteError
+from ..errors import ConfigError, MemoryBudgetError, ModelStateError, NoAdapterError, NonFiniteError
 from .memory import PagePool, PoolStatistics
 from .optimizer import NO_ADAPTERS
 from .paged_backward import BackwardPager
@@ -205,10 +205,14 @@ class PagedOptimizer(torch.optim.Optimizer):
         allocation = self.pool.allocate(parameter, items, layout.item_bytes, share)
         key, states = id(parameter), self._states
         owner = weakref.ref(parameter, lambda _: states.pop(key, None))
-        state = states[key] = ParamState(layout, mine.numel(), allocation, owner, mine.dtype)
+        state = ParamState(layout, mine.numel(), allocation, owner, mine.dtype)
         if layout.master:
-            zeros = {name: torch.zeros_like(value) for name, value in state.read(self.pool).items()}
-            state.write(self.pool, zeros | {"master": mine.detach().float().cpu().contiguous().view(-1)})
+            try:
+                state.write(self.pool, {"master": mine.detach().float().contiguous().view(-1)})
+            except MemoryBudgetError:
+                self.pool.free(allocation)
+                raise
+        states[key] = state  # whole: a state without its master would be taken for one
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -235,8 +239,11 @@ class PagedOptimizer(torch.optim.Optimizer):
         return self.pool.statistics()
 
     def evict(self) -> int:
-        """Send all state to the host, for a step that needs the device's memory; it comes back by itself. -> bytes."""
-        return self.pool.evict()
+        """Send all state to the host, for a step that needs the device's memory, and wait until it has left; it comes back
+        by itself. -> bytes."""
+        size = self.pool.evict()
+        self.pool.wait()
+        return size
 
 
 class PagedAdamW(PagedOptimizer):

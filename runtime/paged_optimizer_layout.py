@@ -113,11 +113,12 @@ class ParamState:
         return found
 
     def write(self, pool: PagePool, values: Views) -> None:
-        """`read`'s reverse."""
+        """`read`'s reverse; fields that `values` lacks stay as they are (zeros in a new state)."""
         for span in self.allocation.spans:
             with pool.on_device([span.page]):
                 for name, view in self.layout.views(span, self.numel).items():
-                    view.copy_(self._part(values, name, span))
+                    if name in values:
+                        view.copy_(self._part(values, name, span))
 
     def _part(self, values: Views, name: str, span: Span) -> Tensor:
         unit = 1 if name.endswith(" scales") else self.layout.unit

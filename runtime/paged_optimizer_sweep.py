@@ -9,12 +9,14 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import MemoryBudgetError, ModelStateError
 from . import kernels
 from .kernels.cpu_common import DTYPES
 from .kernels.triton_common import sent_to
@@ -94,7 +96,8 @@ class Plan:
 
 
 def sweep(pool: PagePool, tasks: Sequence[Task], plan: Plan) -> None:
-    """Update every task's parameter and state. Raises MemoryBudgetError before anything is changed."""
+    """Update every task's parameter and state. Raises MemoryBudgetError before anything is changed; ModelStateError where
+    the device's memory is taken by others while pages change places, and some parameters are updated already."""
     pool.reserve(list(plan.pieces))
     kernel = kernels.find("paged_step", pool.device.type)
     numbers = {task.numbers: None for task in tasks}
@@ -108,8 +111,8 @@ def sweep(pool: PagePool, tasks: Sequence[Task], plan: Plan) -> None:
     # What is there is used before it has to make room for what is not.
     order = sorted(plan.pieces, key=lambda page: (page.where is not Where.DEVICE, page.number))
     away = deque(page for page in order if page.where is Where.HOST)
-    for window in _windows(pool, order):
-        with pool.on_device(window):
+    for number, window in enumerate(_windows(pool, order)):
+        with _at_work(pool, window, number):
             fetch(pool, away, len(window))
             pieces = [at for page in window for at in plan.pieces[page]]
             if kernel is None:
@@ -124,6 +127,23 @@ def sweep(pool: PagePool, tasks: Sequence[Task], plan: Plan) -> None:
                     kernel(table, coefficients, tasks[0].state.layout.lion, narrow, *own)
         if away:
             pool.evict(window, keep_spare=True)  # before what has not had its turn
+
+
+@contextmanager
+def _at_work(pool: PagePool, window: Sequence[Page], number: int) -> Iterator[None]:
+    """`pool.on_device`, of the window with this number."""
+    try:
+        pool.acquire(window)
+    except MemoryBudgetError as error:
+        if number == 0:
+            raise
+        raise ModelStateError(
+            f"A step ended when some parameters were updated and others were not: {error} Go on from a checkpoint."
+        ) from error
+    try:
+        yield
+    finally:
+        pool.release(window)
 
 
 def fetch(pool: PagePool, away: deque[Page], most: int | None = None) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ...errors import KernelError
 from ...nf4 import dequantize_reference, quantize_reference
 
 OPS = ("dequantize_4bit", "quantize_4bit", "dropout_mask", "paged_step", "cross_entropy")
@@ -52,12 +53,11 @@ def make(op: str, device: torch.device) -> Callable[..., Any] | None:
         "cross_entropy": proves_cross_entropy,
     }
     proof = proofs.get(op)
-    with torch.inference_mode(False), torch.no_grad():
-        proved = proof is None or proof(kernel, device)
-    if not proved:
+    why = "" if proof is None else _why_not(proof, kernel, device)
+    if why:
         warnings.warn(
-            f"The Triton kernel {op} does not give the reference's numbers on {torch.cuda.get_device_name(device)}: plain "
-            "torch runs instead, many times slower. Please report this with what `qlora-compile doctor` prints.",
+            f"The Triton kernel {op} {why} on {torch.cuda.get_device_name(device)}: plain torch runs instead, many times "
+            "slower. Please report this with what `qlora-compile doctor` prints.",
             RuntimeWarning,
             stacklevel=4,
         )
@@ -65,9 +65,29 @@ def make(op: str, device: torch.device) -> Callable[..., Any] | None:
     return kernel
 
 
+def _why_not(proof: Callable[..., bool], kernel: Callable[..., Any], device: torch.device) -> str:
+    """What is wrong with a kernel; empty if nothing is. A proof whose memory ran out proves nothing: that error passes."""
+    from triton.errors import TritonError
+
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            return "" if proof(kernel, device) else "does not give the reference's numbers"
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, KernelError, TritonError) as error:  # compilers, drivers: the warning tells it
+        first, _, _ = str(error).strip().partition("\n")
+        return f"fails ({type(error).__name__}: {first})"
+
+
+def _normal(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """fp32 on the CPU, whatever torch's default device and dtype are: a user may have set both."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
 def proves_dequantize(kernel: Callable[..., Any], device: torch.device) -> bool:
     """Every output dtype, scales double-quantized and not, against the reference on the CPU."""
-    weight = torch.randn(_SHAPE, generator=torch.Generator().manual_seed(7))
+    weight = _normal(_SHAPE, 7)
     for double_quant in (True, False):
         data = quantize_reference(weight, "nf4", 64, double_quant)
         there = [None if part is None else part.to(device) for part in data]
@@ -81,7 +101,7 @@ def proves_dequantize(kernel: Callable[..., Any], device: torch.device) -> bool:
 
 def proves_quantize(kernel: Callable[..., Any], device: torch.device) -> bool:
     """The codes and fp32 scales of the reference on the CPU."""
-    weight = torch.randn(_SHAPE, generator=torch.Generator().manual_seed(8))
+    weight = _normal(_SHAPE, 8)
     got = kernel(weight.to(device).view(-1), "nf4", 64, False)
     expected = quantize_reference(weight, "nf4", 64, False)
     return torch.equal(got.codes.cpu(), expected.codes) and torch.equal(got.absmax.cpu(), expected.absmax)
@@ -89,13 +109,13 @@ def proves_quantize(kernel: Callable[..., Any], device: torch.device) -> bool:
 
 def proves_cross_entropy(kernel: Callable[..., Any], device: torch.device) -> bool:
     """Losses and gradients of some rows of bf16 logits, as they are and scaled and capped, against fp64 on the CPU."""
-    generator = torch.Generator().manual_seed(9)
-    z = (torch.randn(11, 5003, generator=generator) * 4).bfloat16()
-    rows, target = torch.tensor([7, 2, 9]), torch.tensor([5002, 0, 17])
+    z = (_normal((11, 5003), 9) * 4).bfloat16()
+    rows, target = torch.tensor([7, 2, 9], device="cpu"), torch.tensor([5002, 0, 17], device="cpu")
     wide, chosen = z[rows].double(), torch.nn.functional.one_hot(target, 5003)
     capped = 5 * torch.tanh(wide / 10)  # scale 1 / 2, cap 5
     for y, slope, change in ((wide, 1.0, ()), (capped, 0.5 * (1 - (capped / 5) ** 2), (0.5, 5.0))):
-        losses, out = torch.empty(3, device=device), torch.empty(3, 5003, dtype=z.dtype, device=device)
+        losses = torch.empty(3, dtype=torch.float32, device=device)
+        out = torch.empty(3, 5003, dtype=z.dtype, device=device)
         kernel(z.to(device), target.to(device), losses, out, rows.to(device), *change)
         expected, picked = (y.softmax(1) - chosen) * slope, y.gather(1, target[:, None])[:, 0]
         close = torch.allclose(losses.cpu().double(), y.logsumexp(1) - picked, rtol=1e-5, atol=1e-5)

@@ -31,13 +31,13 @@ def proves_paged_step(kernel: Callable[..., Any], device: torch.device) -> bool:
 def _proves(kernel: Callable[..., Any], device: torch.device, layout: StateLayout, dtype: torch.dtype) -> bool:
     from ..paged_optimizer_sweep import Numbers, Task, update_reference
 
-    generator = torch.Generator().manual_seed(11)
-    start = torch.randn(_NUMEL, generator=generator).to(dtype)
+    generator = torch.Generator("cpu").manual_seed(11)
+    start = _drawn(generator, dtype)
     there, here = start.to(device), start.clone()
     spans = [_span(layout, start, place) for place in (device, torch.device("cpu"))]
     group = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     for step in (1, 2):
-        gradient = torch.randn(_NUMEL, generator=generator).to(dtype)
+        gradient = _drawn(generator, dtype)
         moved, numbers = gradient.to(device), Numbers.of(group, step, lion=layout.lion)
         coefficients = torch.tensor([(*numbers, 0.0)], dtype=torch.float32, device=device)
         buffer = spans[0].page.buffer
@@ -55,6 +55,11 @@ def _proves(kernel: Callable[..., Any], device: torch.device, layout: StateLayou
         update_reference(Task(here, gradient, state, numbers), spans[1])
     got, expected = (layout.views(span, _NUMEL) for span in spans)
     return _near(there.cpu(), here, dtype) and all(_near(got[name].cpu(), expected[name], dtype) for name in expected)
+
+
+def _drawn(generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """On the CPU, whatever torch's default device and dtype are."""
+    return torch.randn(_NUMEL, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
 
 
 def _span(layout: StateLayout, values: Tensor, device: torch.device) -> Span:

@@ -15,6 +15,7 @@ from ...nf4 import dynamic_map
 
 _NOTHING = contextlib.nullcontext()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FUSED: dict[str, Any] = {"enable_fp_fusion": True}  # a product and the sum it goes into may be rounded once
 
 
 def cdiv(a: int, b: int) -> int:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...errors import KernelError
 from . import triton_build
-from .triton_common import DTYPES, next_power_of_2
+from .triton_common import DTYPES, FUSED, next_power_of_2
 from .triton_launch import TENSOR, Launch, prepared
 
 MOST_BLOCK = 2048  # logits at a time: 8 a thread, one access of 16 bytes
@@ -74,4 +74,4 @@ def _launch(
     arguments += [*([] if out is None else [TENSOR, out.stride(0)]), v]
     arguments += [float(scale)] * scaled + [float(soft_cap)] * capped
     kernel = triton_build.load("cross_entropy", **spec).cross_entropy
-    return Launch(kernel, (m,), arguments, BLOCK=min(next_power_of_2(v), MOST_BLOCK), num_warps=8)
+    return Launch(kernel, (m,), arguments, BLOCK=min(next_power_of_2(v), MOST_BLOCK), num_warps=8, **FUSED)

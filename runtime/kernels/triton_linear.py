@@ -18,13 +18,12 @@ from ...errors import KernelError
 from ...nf4 import QuantizedData, check_format
 from . import triton_build
 from .checks import check, check_scales
-from .triton_common import DTYPES, cdiv, multiprocessors, next_power_of_2, scale_arguments
+from .triton_common import DTYPES, FUSED, cdiv, multiprocessors, next_power_of_2, scale_arguments
 from .triton_launch import TENSOR, Launch, prepared
 from .triton_low_rank import NO_DROPOUT, TYPES, Dropout, Scale, lora_up, padded
 
 MOST_VECTOR_ROWS = 4
 SMALLEST_CHUNK = 32  # columns: 16 bytes of codes, one access
-_LAUNCH = {"enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
@@ -125,14 +124,14 @@ def lora_linear_vector(
 
     M <= MOST_VECTOR_ROWS; h [M, sum R] holds the h_j side by side, in the adapters' order.
     """
-    tensors = vector_tensors(x, weights, outs, h, adapters, bias)
+    tensors = _vector_tensors(x, weights, outs, h, adapters, bias)
     what = "lora_linear_vector", *[_numbers(w) for w in weights], *[tuple(a.alpha for a in mine) for mine in adapters]
-    launch = prepared(what, tensors, lambda: vector_launch(x, weights, outs, h, adapters, bias))
+    launch = prepared(what, tensors, lambda: _vector_launch(x, weights, outs, h, adapters, bias))
     if x.shape[0]:
         launch(tensors)
 
 
-def vector_tensors(
+def _vector_tensors(
     x: Tensor,
     weights: Sequence[Weight],
     outs: Sequence[Tensor],
@@ -140,7 +139,7 @@ def vector_tensors(
     adapters: Sequence[Sequence[Adapter]],
     bias: Sequence[Tensor],
 ) -> list[Tensor]:
-    """What a `vector_launch` is called with."""
+    """What a `_vector_launch` is called with."""
     out = [x, h] if any(adapters) else [x]
     for i, (weight, y, mine) in enumerate(zip(weights, outs, adapters, strict=True)):
         out += [*weight.arguments(), *bias[i : i + 1], y]
@@ -149,7 +148,7 @@ def vector_tensors(
     return out
 
 
-def vector_launch(
+def _vector_launch(
     x: Tensor,
     weights: Sequence[Weight],
     outs: Sequence[Tensor],
@@ -187,7 +186,7 @@ def vector_launch(
         STAGES=3,
         TYPE=TYPES[x.dtype],
         num_warps=4,
-        **_LAUNCH,
+        **FUSED,
     )
 
 
@@ -291,7 +290,7 @@ def _gemm_launch(
         STAGES=tiles.stages,
         TYPE=TYPES[x.dtype],
         num_warps=tiles.warps,
-        **_LAUNCH,
+        **FUSED,
     )
 
 
@@ -353,7 +352,7 @@ def _dx_launch(
         STAGES=tiles.stages,
         TYPE=TYPES[dtype],
         num_warps=tiles.warps,
-        **_LAUNCH,
+        **FUSED,
     )
 
 

@@ -94,11 +94,7 @@ def forward_vector(group: LoRAGroup, x: Tensor, bias: Sequence[Tensor]) -> tuple
         return outs, x.new_empty((m, sum(group.ranks())))
     h = low_rank(group, x)
     weights, adapters = [_weight(group, i, x.shape[1]) for i in range(len(outs))], _adapters(group, h)
-    key = "vector", m, x.dtype, x.stride(0)
-    launch = group.kept.get(key)  # asked of the same group again: a linear outside of compilers
-    if launch is None:
-        launch = group.kept[key] = triton_linear.vector_launch(x, weights, outs, h, adapters, bias)
-    launch(triton_linear.vector_tensors(x, weights, outs, h, adapters, bias))
+    triton_linear.lora_linear_vector(x, weights, outs, h, adapters, bias)
     return outs, h
 
 

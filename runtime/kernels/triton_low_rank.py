@@ -17,12 +17,12 @@ from torch import Tensor
 
 from ...errors import KernelError
 from . import triton_build
-from .triton_common import DTYPES, cdiv, multiprocessors, next_power_of_2
+from .triton_common import DTYPES, FUSED, cdiv, multiprocessors, next_power_of_2
 from .triton_launch import TENSOR, Launch, prepared
 
 MOST_RANKS = 256  # of the adapters of one launch: more sums do not fit the registers
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
+_LAUNCH = {"num_warps": 4, **FUSED}
 
 
 class Scale(NamedTuple):
@@ -60,7 +60,7 @@ def dropout_mask(seed: Tensor, like: Tensor, keep: float) -> Tensor:
 def _mask_launch(m: int, k: int, keep: float) -> Launch:
     kernel = triton_build.load("dropout_mask", dropout=True, uses_codes=False).dropout_mask
     grid = cdiv(m, 32), cdiv(k, 128)
-    return Launch(kernel, grid, [TENSOR, TENSOR, m, k, keep], BLOCK_M=32, BLOCK_K=128, num_warps=4)
+    return Launch(kernel, grid, [TENSOR, TENSOR, m, k, keep], BLOCK_M=32, BLOCK_K=128, **_LAUNCH)
 
 
 def covers(*factors: Tensor) -> bool:

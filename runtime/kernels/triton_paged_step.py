@@ -10,7 +10,7 @@ from torch import Tensor
 from ...nf4 import dynamic_map
 from . import triton_build
 from .cpu_common import DTYPES
-from .triton_common import on_device, sent_to
+from .triton_common import FUSED, on_device, sent_to
 from .triton_low_rank import TYPES
 
 _BLOCKS = 4  # of 256 elements: a program of 128 threads has 8 each
@@ -41,5 +41,5 @@ def paged_step(pieces: Tensor, numbers: Tensor, lion: bool, narrow: bool, totals
             grid = (len(chosen), -(-int(chosen[:, 3].max()) // (256 * _BLOCKS)))
             with on_device(numbers):
                 module.paged_step[grid](
-                    sent_to(device, chosen), numbers, *maps, TYPE=TYPES[dtype], BLOCKS=_BLOCKS, num_warps=4
+                    sent_to(device, chosen), numbers, *maps, TYPE=TYPES[dtype], BLOCKS=_BLOCKS, num_warps=4, **FUSED
                 )

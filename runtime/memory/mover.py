@@ -95,10 +95,10 @@ class Mover:
         dirty, page.dirty = page.dirty, False
         self._run(self._page_out, page, dirty)
 
-    def bring(self, page: Page, fresh: bool) -> None:
-        """Queue host -> device, or zeros for a page that has never been anywhere."""
-        page.dirty |= fresh
-        page.coming = self._run(self._page_in, page, fresh)
+    def bring(self, page: Page) -> None:
+        """Queue host -> device, or zeros for a page that is stored nowhere. Without a queue: RuntimeError or MemoryError
+        where the device has no memory."""
+        page.coming = self._run(self._page_in, page)
 
     def discard(self, page: Page) -> None:
         """Queue the end of a page."""
@@ -120,7 +120,7 @@ class Mover:
 
     # --- from here on, on the copier's thread -------------------------------------------------------------------------
 
-    def _page_in(self, page: Page, fresh: bool) -> None:
+    def _page_in(self, page: Page) -> None:
         if self._lost is not None:
             raise ModelStateError(
                 f"A page of optimizer state was lost on its way to the host ({self._lost}): go on from a checkpoint."
@@ -135,7 +135,7 @@ class Mover:
                 self._counts.device_bytes += page.size
                 self._counts.peak_device_bytes = max(self._counts.peak_device_bytes, self._counts.device_bytes)
         page.buffer = buffer
-        if fresh:
+        if not page.stored:
             self.copier.zero(page)
             return
         assert page.slot is not None
@@ -148,7 +148,8 @@ class Mover:
     def _page_out(self, page: Page, dirty: bool) -> None:
         if page.buffer is None:
             return  # the copy that should have brought it failed, and whoever asked for it was told
-        if dirty:
+        written = dirty or not page.stored
+        if written:
             assert page.slot is not None
             tier, slot = page.slot
             try:
@@ -156,13 +157,15 @@ class Mover:
             except (RuntimeError, MemoryError) as error:
                 self._lost = error  # told to whoever waits for a page next: nobody waits for this one
                 return
+            page.stored = True
         with self._lock:
             self._set_aside(page)
-            self._counts.moved_out_bytes += page.size if dirty else 0
+            self._counts.moved_out_bytes += page.size if written else 0
             self._trace("page_out", page)
 
     def _forget(self, page: Page) -> None:
         with self._lock:
+            page.stored = False
             buffer, page.buffer = page.buffer, None
             if buffer is None:
                 return

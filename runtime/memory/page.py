@@ -15,7 +15,7 @@ ALIGNMENT = 64  # bytes; a cache line, so that no two spans share one
 class Where(enum.Enum):
     """Where a page is, or will be once the copies queued so far are done."""
 
-    NEW = "new"  # nothing written yet: its first visit to the device begins with zeros
+    NEW = "new"  # nothing written yet: its visit to the device begins with zeros
     DEVICE = "device"
     HOST = "host"
     FREED = "freed"
@@ -30,8 +30,9 @@ class Page:
     share: object  # only allocations with an equal key come into this page
     where: Where = Where.NEW
     buffer: Tensor | None = None
-    slot: tuple[int, int] | None = None  # (tier, place in it), kept from the first time that it leaves the device
-    dirty: bool = True
+    slot: tuple[int, int] | None = None  # (tier, place in it), kept from the first time that it has to leave the device
+    stored: bool = False  # the slot holds what it held when it left; until then its contents are zeros where it comes
+    dirty: bool = True  # written since it came
     pins: int = 0
     coming: Future | None = None
     arrived: Any = None  # CUDA events: the copy to the device is done; the last kernel on it is done

@@ -16,10 +16,10 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -108,17 +108,17 @@ class PagePool:
         """`on_device` without an end: each page stays until `release`."""
         with self._lock:
             self._reap()
-            pinned: list[Page] = []
-            try:
-                for page in pages:
-                    page.pins += 1
-                    pinned.append(page)
+            for page in pages:
+                page.pins += 1
+        try:
+            with self._lock:
                 self._bring_all(pages)
-            except MemoryBudgetError:
-                for page in pinned:
+            self._wait(pages)
+        except BaseException:
+            with self._lock:
+                for page in pages:
                     page.pins -= 1
-                raise
-        self._wait(pages)
+            raise
 
     def _bring_all(self, pages: Sequence[Page]) -> None:
         missing = [page for page in pages if page.where is not Where.DEVICE]
@@ -126,7 +126,10 @@ class PagePool:
         self._counts.misses += sum(page.where is not Where.NEW for page in missing)
         self._send_out(self._resident.victims_for(sum(page.size for page in missing)))
         for page in missing:
-            self._bring(page)
+            try:
+                self._bring(page)
+            except (RuntimeError, MemoryError) as error:
+                raise self._no_memory(page) from error
         for page in pages:
             self._resident.touch(page)
 
@@ -136,7 +139,7 @@ class PagePool:
             if coming is not None:
                 started = time.perf_counter()
                 waiting = not coming.done()
-                self._finish(page, coming, pages)
+                self._finish(page, coming)
                 if waiting:
                     ms = (time.perf_counter() - started) * 1e3
                     with self._lock:
@@ -145,21 +148,35 @@ class PagePool:
                         self._trace("stall", page)
             self._mover.copier.ready(page)
 
-    def _finish(self, page: Page, coming: Any, pages: Sequence[Page]) -> None:
+    def _finish(self, page: Page, coming: Future) -> None:
+        """Wait for a page that the caller holds. Where the device had no memory for it when it was asked for, it is asked
+        for once more, in the place of a page that nobody holds."""
         try:
             coming.result()
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError):
             with self._lock:
-                if page.where is Where.DEVICE and page.coming is coming:
-                    self._resident.remove(page, Where.NEW if page.slot is None else Where.HOST)
-                    page.coming = None
-                for held in pages:
-                    held.pins -= 1
-            raise MemoryBudgetError(
-                f"There is no memory on {self.device} for a page of {format_bytes(page.size)} beside "
-                f"{format_bytes(self._resident.bytes)} of others: give a device budget that leaves room."
-            ) from error
+                if page.coming is coming:
+                    self._send_out(self._resident.victims(page.size)[0])
+                    self._mover.bring(page)
+                again = page.coming
+            try:
+                if again is not None:  # None: another thread was here meanwhile
+                    again.result()
+            except (RuntimeError, MemoryError) as error:
+                with self._lock:
+                    if page in self._resident and page.coming is again:
+                        self._resident.remove(page, Where.HOST if page.stored else Where.NEW)
+                        page.coming = None
+                raise self._no_memory(page) from error
+            if page not in self._resident:
+                raise self._no_memory(page) from None
         page.coming = None
+
+    def _no_memory(self, page: Page) -> MemoryBudgetError:
+        return MemoryBudgetError(
+            f"There is no memory on {self.device} for a page of {format_bytes(page.size)} beside "
+            f"{format_bytes(self._resident.bytes)} of others: give a device budget that leaves room."
+        )
 
     def release(self, pages: Sequence[Page], *, wrote: bool = True) -> None:
         """The end of `acquire`; `wrote` False where the pages were only read."""
@@ -237,7 +254,7 @@ class PagePool:
             self._mover.send_out(page)
 
     def _bring(self, page: Page) -> None:
-        self._mover.bring(page, fresh=page.where is Where.NEW)
+        self._mover.bring(page)
         self._resident.add(page)
 
     # --- budget, statistics, end --------------------------------------------------------------------------------------

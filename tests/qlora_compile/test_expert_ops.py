@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import qlora_compile as qc
-from qlora_compile import expert_ops  # noqa: F401  defines the ops
+from qlora_compile import expert_ops, expert_products  # noqa: F401  defines the ops
 
 E, N, K, R = 5, 21, 37, 3
 ROWS = (4, 0, 1, 9, 0)  # experts without tokens, one with a single one
@@ -170,3 +170,12 @@ def test_sums_with_adapters_are_rounded_once(transposed: bool, adapters: int) ->
         assert got is not None and wide is not None
         rounding = (wide.bfloat16().double() - wide).square().mean().sqrt()
         assert (got.double() - wide).square().mean().sqrt() < 1.1 * rounding
+
+
+def test_an_adapters_weight_may_be_a_number_on_the_device() -> None:
+    """Where reading it would wait for the device it stays a tensor, which no row is taken of."""
+    low, rows = torch.randn(3, R), slice(2, 5)
+    factors = [1.5, torch.tensor(1.5), torch.full((6, 1), 1.5)]
+    assert all(torch.equal(expert_products._scaled(low, factor, rows), low * 1.5) for factor in factors)
+    assert expert_products._read(torch.tensor(2.0), torch.bfloat16) == 2.0
+    assert expert_products._read(torch.empty((), device="meta"), torch.bfloat16).dtype == torch.float32  # type: ignore[union-attr]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -243,6 +244,25 @@ def test_scratch_is_reused_and_released():
     torch.ops.qlora.lora_linear(**lists_of(replace(BASE, seed=1)))
     assert next(iter(lora_group.SCRATCH.buffers.values())) is buffer
     lora_group.release_scratch()
+    assert not hasattr(lora_group.SCRATCH, "buffers")
+
+
+def test_scratch_that_found_no_memory_is_asked_for_again(monkeypatch: pytest.MonkeyPatch):
+    lora_group.release_scratch()
+    like = torch.empty(1)
+    lora_group.scratch("weight", (2, 3), like, torch.float32)
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(torch, "empty", mock.Mock(side_effect=torch.OutOfMemoryError("out of memory")))
+        lora_group.scratch("weight", (4, 5), like, torch.float32)
+    assert lora_group.scratch("weight", (4, 5), like, torch.float32).shape == (4, 5)
+
+
+def test_scratch_off_the_cpu_is_nobodys():
+    """Streams and threads do not share it, and it is free at the end of the op."""
+    lora_group.release_scratch()
+    with torch.inference_mode():
+        found = lora_group.scratch("weight", (2, 3), torch.empty(1, device="meta"), torch.float16)
+    assert found.shape == (2, 3) and found.dtype == torch.float16 and found.is_meta and not found.is_inference()
     assert not hasattr(lora_group.SCRATCH, "buffers")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,11 +20,14 @@ from qlora_compile.runtime.kernels import (
     gpu,
     triton_codec,
     triton_cross_entropy,
+    triton_launch,
     triton_lora,
     triton_low_rank,
+    triton_paged_step,
     tuning,
 )
 from qlora_compile.runtime.kernels.dispatch import Problem
+from qlora_compile.runtime.kernels.paged_step_proof import proves_paged_step
 
 GENERATOR = torch.Generator().manual_seed(29)
 M, K = 19, 96
@@ -103,13 +107,14 @@ def test_forward(name: str, dropout: float, with_bias: bool) -> None:
 def test_a_few_rows(m: int) -> None:
     group = _group(0.0, quant_type="fp4")
     wide = _randn(m, K + 3)[:, 3:]
-    # the second time with the launch that was kept, on adapters that have changed; the third with rows apart
-    for x, kept in ((_randn(m, K), 1), (_randn(m, K), 1), (wide, 2)):
+    # the second time with the launch that was prepared, on adapters that have changed; the third with rows apart
+    triton_launch._launches.clear()
+    for x, launches in ((_randn(m, K), 1), (_randn(m, K), 1), (wide, 2)):
         ys, h = triton_lora.forward_vector(group, x, [])
         for y, e in zip(ys, _expected(group, x, [])[0], strict=True):
             _close(y, e)
         _close(h, torch.cat([x.double() @ a.double().t() for a in group.lora_a], dim=1))
-        assert len(group.kept) == kept
+        assert sum(what[0] == "lora_linear_vector" for what, *_ in triton_launch._launches) == launches
         for t in (*group.lora_a, *group.lora_b, *group.scaling):
             t.mul_(-1.5)
 
@@ -138,6 +143,34 @@ def test_more_ranks_than_one_launch_holds() -> None:
     group.lora_b = [_randn(n, 100) / 10 for n in (21, 21, 7)]
     for y, e in zip(triton_lora.forward_low_rank(group, x, [])[0], _expected(group, x, [])[0], strict=True):
         _close(y, e)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_proofs_know_no_default_dtype_or_device(dtype: torch.dtype) -> None:
+    before, cpu = torch.get_default_dtype(), torch.device("cpu")
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            gpu.proves_dequantize(triton_codec.dequantize_4bit, cpu)  # no: the interpreter truncates to bf16
+            assert gpu.proves_quantize(triton_codec.quantize_4bit, cpu)
+            assert gpu.proves_cross_entropy(triton_cross_entropy.cross_entropy, cpu)
+            assert proves_paged_step(triton_paged_step.paged_step, cpu)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_a_proof_that_fails_is_told_and_one_without_memory_is_none() -> None:
+    cpu = torch.device("cpu")
+
+    def proof(kernel: Any, device: torch.device) -> bool:
+        return bool(kernel())
+
+    assert gpu._why_not(proof, lambda: True, cpu) == ""
+    assert gpu._why_not(proof, lambda: False, cpu) == "does not give the reference's numbers"
+    found = gpu._why_not(proof, mock.Mock(side_effect=RuntimeError("Triton Error [CUDA]: bad\nmore")), cpu)
+    assert found == "fails (RuntimeError: Triton Error [CUDA]: bad)"
+    with pytest.raises(torch.OutOfMemoryError):
+        gpu._why_not(proof, mock.Mock(side_effect=torch.OutOfMemoryError()), cpu)
 
 
 def test_kernels_prove_themselves() -> None:

@@ -47,7 +47,8 @@ def test_a_small_budget_gives_the_numbers_of_torch(host: str, in_backward: bool,
     assert found.moved_in_bytes > 0 and found.peak_device_bytes <= 256 * 1024
     for expected, all_there, got in zip(reference, whole, ours):
         assert torch.equal(all_there, got)
-        torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
+        # 30 steps of 1e-2: the kernel rounds decay and update of a parameter once, torch each (a bit of each step's sum)
+        torch.testing.assert_close(got, expected, rtol=2e-6, atol=2e-6)
 
 
 def test_8_bit_states_and_half_precision_do_not_depend_on_the_budget() -> None:

@@ -16,6 +16,7 @@ from qlora_compile import estimate
 from qlora_compile.errors import ConfigError, MemoryBudgetError, NoAdapterError, NonFiniteError
 from qlora_compile.memory_plan import Buffer, Event, MemoryPlan, Size
 from qlora_compile.runtime.data import IGNORE, Batch, count_loss_tokens
+from qlora_compile.runtime.micro_batches import is_out_of_memory
 from qlora_compile.runtime.optimizer import make_optimizer, trainable_parameters
 from qlora_compile.runtime.step_memory import StepMemory
 from qlora_compile.runtime.train_step import TrainStep
@@ -184,6 +185,22 @@ def test_at_a_scale_of_one_overflow_counts_as_bad(model: nn.Module) -> None:
     with pytest.raises(NonFiniteError, match="float16"):
         for _ in range(5):
             step([make_batch(2, [12, 9])], lr=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("error", "ran_out"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (MemoryError(), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),  # a kernel is loaded
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_counts_as_running_out_of_memory(error: Exception, ran_out: bool) -> None:
+    assert is_out_of_memory(error) == ran_out
 
 
 class Tight(nn.Module):
