@@ -9,8 +9,7 @@ None); `wide_attention` multiplies in fp32 on any machine what is fp32, bf16 or 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -48,7 +47,10 @@ class _Call(ctypes.Structure):
     )
 
 
-def _function(name: str) -> Any:
+Run = Callable[..., None]  # (call, and for the wide kernel an instruction set's name)
+
+
+def _bf16_kernel(name: str) -> Run | None:
     """The C function of the bf16 kernel, or None on a machine that cannot run it."""
     if "avx512" not in cpp_build.instruction_sets():
         return None
@@ -57,13 +59,13 @@ def _function(name: str) -> Any:
         return None
     function = getattr(library, name)
     function.argtypes, function.restype = (ctypes.POINTER(_Call),), None
-    return function
+    return function  # type: ignore[no-any-return]
 
 
-def _wide_function(name: str) -> Any:
+def _wide_kernel(name: str) -> Run:
     function = getattr(cpp_build.load("wide_attention"), name)
     function.argtypes, function.restype = (ctypes.POINTER(_Call), ctypes.c_int), None
-    return function
+    return lambda call, isa="auto": function(call, isa_number(isa))
 
 
 def _heads(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -> _Heads:
@@ -118,70 +120,52 @@ def _check_dtype(q: Tensor, *dtypes: torch.dtype) -> None:
         raise KernelError(f"q must be {names}, got {q.dtype}.")
 
 
-def make_attention_forward() -> Callable[..., None] | None:
-    """Builds the library and returns `attention_forward`; None on a machine without AVX-512 BF16. Raises KernelError."""
-    kernel = _function("qlora_attention_forward")
-    if kernel is None:
-        return None
-
+def _forward(run: Run, dtypes: Sequence[torch.dtype]) -> Callable[..., None]:
     def attention_forward(
-        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, out: Tensor, logsumexp: Tensor
-    ) -> None:
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, out: Tensor, logsumexp: Tensor,
+        *isa: str,
+    ) -> None:  # fmt: skip
         """out [B, H, L, E] = softmax(scale q kᵀ + mask) v; logsumexp fp32 [B, H, L] of its scores.
 
         mask [B, H, L, S] (strides may be 0): boolean, True where a key is seen, or added. A query that sees no key gets
-        zeros and minus infinity. causal: query i sees the keys up to i.
+        zeros and minus infinity. causal: query i sees the keys up to i. `isa`: the wide kernel's, "auto" by default.
         """
-        _check_dtype(q, torch.bfloat16)
-        kernel(_call(q, k, v, mask, causal, scale, out, logsumexp))
+        _check_dtype(q, *dtypes)
+        run(_call(q, k, v, mask, causal, scale, out, logsumexp), *isa)
 
     return attention_forward
 
 
-def make_attention_backward() -> Callable[..., None] | None:
-    """Builds the library and returns `attention_backward`; None on a machine without AVX-512 BF16. Raises KernelError."""
-    kernel = _function("qlora_attention_backward")
-    if kernel is None:
-        return None
-
+def _backward(run: Run, dtypes: Sequence[torch.dtype]) -> Callable[..., None]:
     def attention_backward(
         dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, mask: Tensor | None, causal: bool,
-        scale: float, dq: Tensor, dk: Tensor, dv: Tensor,
+        scale: float, dq: Tensor, dk: Tensor, dv: Tensor, *isa: str,
     ) -> None:  # fmt: skip
         """dq, dk and dv, each of its tensor's shape, for the forward's out and logsumexp."""
-        _check_dtype(q, torch.bfloat16)
+        _check_dtype(q, *dtypes)
         call = _call(q, k, v, mask, causal, scale, out, logsumexp)
-        kernel(_add_gradients(call, dout, out, (dq, q), (dk, k), (dv, v)))
+        run(_add_gradients(call, dout, out, (dq, q), (dk, k), (dv, v)), *isa)
 
     return attention_backward
 
 
+def make_attention_forward() -> Callable[..., None] | None:
+    """Builds the library and returns `attention_forward`; None on a machine without AVX-512 BF16. Raises KernelError."""
+    run = _bf16_kernel("qlora_attention_forward")
+    return None if run is None else _forward(run, (torch.bfloat16,))
+
+
+def make_attention_backward() -> Callable[..., None] | None:
+    """Builds the library and returns `attention_backward`; None on a machine without AVX-512 BF16. Raises KernelError."""
+    run = _bf16_kernel("qlora_attention_backward")
+    return None if run is None else _backward(run, (torch.bfloat16,))
+
+
 def make_wide_attention_forward() -> Callable[..., None]:
-    """Builds the library and returns `wide_attention_forward`. Raises KernelError."""
-    kernel = _wide_function("qlora_wide_attention_forward")
-
-    def wide_attention_forward(
-        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, out: Tensor, logsumexp: Tensor,
-        isa: str = "auto",
-    ) -> None:  # fmt: skip
-        """As `attention_forward`, for fp32, bf16 or fp16, with products in fp32."""
-        _check_dtype(q, *DTYPES)
-        kernel(_call(q, k, v, mask, causal, scale, out, logsumexp), isa_number(isa))
-
-    return wide_attention_forward
+    """Builds the library and returns `attention_forward` with products in fp32, for all of DTYPES. Raises KernelError."""
+    return _forward(_wide_kernel("qlora_wide_attention_forward"), (*DTYPES,))
 
 
 def make_wide_attention_backward() -> Callable[..., None]:
-    """Builds the library and returns `wide_attention_backward`. Raises KernelError."""
-    kernel = _wide_function("qlora_wide_attention_backward")
-
-    def wide_attention_backward(
-        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, mask: Tensor | None, causal: bool,
-        scale: float, dq: Tensor, dk: Tensor, dv: Tensor, isa: str = "auto",
-    ) -> None:  # fmt: skip
-        """As `attention_backward`, for fp32, bf16 or fp16, with products in fp32."""
-        _check_dtype(q, *DTYPES)
-        call = _call(q, k, v, mask, causal, scale, out, logsumexp)
-        kernel(_add_gradients(call, dout, out, (dq, q), (dk, k), (dv, v)), isa_number(isa))
-
-    return wide_attention_backward
+    """Builds the library and returns `attention_backward` with products in fp32, for all of DTYPES. Raises KernelError."""
+    return _backward(_wide_kernel("qlora_wide_attention_backward"), (*DTYPES,))
