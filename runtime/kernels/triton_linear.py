@@ -15,101 +15,22 @@ import torch
 from torch import Tensor
 
 from ...errors import KernelError
-from ...nf4 import QuantizedData, check_format
 from . import triton_build
-from .checks import check, check_scales
-from .triton_common import DTYPES, FUSED, cdiv, multiprocessors, next_power_of_2, scale_arguments
+from .triton_common import FUSED, cdiv, multiprocessors, next_power_of_2
 from .triton_launch import TENSOR, Launch, prepared
 from .triton_low_rank import NO_DROPOUT, TYPES, Dropout, Scale, lora_up, padded
+from .triton_operands import (
+    Adapter,
+    Weight,
+    check_activation,
+    check_adapters,
+    chunk_of,
+    numbers_of,
+    rank_arguments,
+    spec_of,
+)
 
 MOST_VECTOR_ROWS = 4
-SMALLEST_CHUNK = 32  # columns: 16 bytes of codes, one access
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One 4-bit weight [N, K] as the kernels read it."""
-
-    data: QuantizedData
-    rows: int
-    columns: int
-    quant_type: str
-    block_size: int
-
-    def arguments(self) -> list[Tensor]:
-        """Codes, which are read as words of four bytes, and scales. A slice of a gathered buffer (FSDP2) may begin between
-        two words: that one is copied."""
-        codes = self.data.codes
-        return [codes if codes.data_ptr() % 4 == 0 else codes.clone(), *scale_arguments(*self.data[1:])]
-
-    def check(self, device: torch.device) -> None:
-        """Raises KernelError unless the tensors hold this weight and lie on the device."""
-        check_format(self.quant_type, self.block_size)
-        numel = self.rows * self.columns
-        check("codes", self.data.codes, (torch.uint8,), numel // 2, device)
-        check_scales(*self.data[1:], -(-numel // self.block_size), device)
-        reason = declined(self.columns, self.block_size)
-        if reason is not None:
-            raise KernelError(reason)
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """One adapter of a linear: h [M, R] (or g), its factor (B [N, R], or A [R, K] for dx), alpha and scaling."""
-
-    low: Tensor
-    factor: Tensor
-    alpha: float = 1.0
-    scaling: Tensor | None = None
-
-
-def chunk_of(columns: int, block_size: int, most: int) -> int:
-    """Columns read under one scale: the largest power of two, at most `most`, that divides the block size and K."""
-    return min(columns & -columns, block_size, most) if columns else most
-
-
-def declined(columns: int, block_size: int) -> str | None:
-    """Why a weight with so many columns cannot be read straight from its codes, or None if it can."""
-    if chunk_of(columns, block_size, SMALLEST_CHUNK) < SMALLEST_CHUNK:
-        return f"rows of {columns} columns do not begin at 16 bytes of codes: K must be a multiple of {SMALLEST_CHUNK}."
-    return None
-
-
-def _check_activation(name: str, tensor: Tensor, columns: int, dtype: torch.dtype, device: torch.device) -> None:
-    if tensor.dim() != 2 or tensor.shape[1] != columns or tensor.dtype != dtype or tensor.device != device:
-        raise KernelError(
-            f"{name} must be a {dtype} [M, {columns}] tensor on {device}, "
-            f"got {tensor.dtype} {[*tensor.shape]} on {tensor.device}."
-        )
-    if dtype not in DTYPES or (tensor.stride(1) != 1 and columns > 1):
-        raise KernelError(f"{name} must be float32, bfloat16 or float16 with contiguous rows.")
-
-
-def _check_adapters(adapters: Sequence[Adapter], rows: int, columns: int, x: Tensor) -> None:
-    """factor [rows, columns] with one of them None-like (0): the rank."""
-    for adapter in adapters:
-        rank = adapter.low.shape[1]
-        shape = (rows or rank, columns or rank)
-        _check_activation("h", adapter.low, rank, x.dtype, x.device)
-        check("an adapter's factor", adapter.factor, DTYPES, 0, x.device)
-        if adapter.factor.shape != shape or adapter.low.shape[0] != x.shape[0]:
-            raise KernelError(f"A factor of shape {[*adapter.factor.shape]} does not fit: {[*shape]} is needed.")
-
-
-def _rank_arguments(adapter: Adapter) -> list[Any]:
-    """B, alpha and scaling of an adapter among a launch's arguments."""
-    return [TENSOR, adapter.alpha, *([] if adapter.scaling is None else [TENSOR])]
-
-
-def _spec(weight: Weight, given: Sequence[Adapter], **more: Any) -> dict[str, Any]:
-    scaling = bool(given) and given[0].scaling is not None
-    return {
-        "quant_type": weight.quant_type,
-        "double_quant": weight.data.absmax_scale is not None,
-        "scaling": scaling,
-        "uses_tiles": True,
-        **more,
-    }
 
 
 def lora_linear_vector(
@@ -125,7 +46,7 @@ def lora_linear_vector(
     M <= MOST_VECTOR_ROWS; h [M, sum R] holds the h_j side by side, in the adapters' order.
     """
     tensors = _vector_tensors(x, weights, outs, h, adapters, bias)
-    what = "lora_linear_vector", *[_numbers(w) for w in weights], *[tuple(a.alpha for a in mine) for mine in adapters]
+    what = "lora_linear_vector", *[numbers_of(w) for w in weights], *[tuple(a.alpha for a in mine) for mine in adapters]
     launch = prepared(what, tensors, lambda: _vector_launch(x, weights, outs, h, adapters, bias))
     if x.shape[0]:
         launch(tensors)
@@ -162,20 +83,20 @@ def _vector_launch(
     flat = [adapter for mine in adapters for adapter in mine]
     if m > MOST_VECTOR_ROWS:
         raise KernelError(f"lora_linear_vector takes at most {MOST_VECTOR_ROWS} rows of x, got {m}.")
-    _check_activation("x", x, first.columns, x.dtype, x.device)
+    check_activation("x", x, first.columns, x.dtype, x.device)
     for weight, out, mine in zip(weights, outs, adapters, strict=True):
         weight.check(x.device)
-        _check_activation("out", out, weight.rows, out.dtype, x.device)
-        _check_adapters(mine, weight.rows, 0, x)
+        check_activation("out", out, weight.rows, out.dtype, x.device)
+        check_adapters(mine, weight.rows, 0, x)
     rows, counts = next_power_of_2(max(m, 1)), tuple(len(mine) for mine in adapters)
-    spec = _spec(first, flat, rows=rows, bias=bool(bias), adapters=counts, dropout=False)
+    spec = spec_of(first, flat, rows=rows, bias=bool(bias), adapters=counts, dropout=False)
     block_n = vector_rows(sum(weight.rows for weight in weights), rows, x.device)
     arguments: list[Any] = [TENSOR, x.stride(0), *([TENSOR, h.stride(0)] if flat else []), m, k, k // 2]
     for weight, out, mine in zip(weights, outs, adapters):
         arguments += [TENSOR] * (len(weight.arguments()) + len(bias[:1]) + 1) + [out.stride(0), weight.rows]
         for adapter in mine:
             rank = adapter.factor.shape[1]
-            arguments += [*_rank_arguments(adapter), rank, next_power_of_2(rank)]
+            arguments += [*rank_arguments(adapter), rank, next_power_of_2(rank)]
     return Launch(
         triton_build.load("lora_linear_small", **spec).lora_linear_small,
         (sum(cdiv(weight.rows, block_n) for weight in weights),),
@@ -225,7 +146,7 @@ def lora_linear_gemm(
     tiles: Tiles | None = None,
 ) -> None:
     """out [M, N] = x [M, K] W^T + bias + sum_j alpha_j scaling_j h_j B_j^T for any M, straight from the codes."""
-    what = "lora_linear_gemm", *_numbers(weight), *[a.alpha for a in adapters], bias is not None, tiles
+    what = "lora_linear_gemm", *numbers_of(weight), *[a.alpha for a in adapters], bias is not None, tiles
     scaling = [a.scaling for a in adapters if a.scaling is not None]
     codes, low, factors = weight.arguments(), [a.low for a in adapters], [a.factor for a in adapters]
     extra = [] if bias is None else [bias]
@@ -242,11 +163,6 @@ def lora_linear_gemm(
     lora_up(out, low, factors, Scale([a.alpha for a in adapters], scaling), bias=bias, partial=target)
 
 
-def _numbers(weight: Weight) -> tuple[Any, ...]:
-    """What a launch depends on besides the form of a weight's tensors."""
-    return weight.rows, weight.columns, weight.quant_type, weight.block_size
-
-
 def _gemm_launch(
     x: Tensor,
     weight: Weight,
@@ -257,9 +173,9 @@ def _gemm_launch(
 ) -> Launch:
     m, k = x.shape
     weight.check(x.device)
-    _check_activation("x", x, weight.columns, x.dtype, x.device)
-    _check_activation("out", out, weight.rows, out.dtype, x.device)
-    _check_adapters(adapters, weight.rows, 0, x)
+    check_activation("x", x, weight.columns, x.dtype, x.device)
+    check_activation("out", out, weight.rows, out.dtype, x.device)
+    check_adapters(adapters, weight.rows, 0, x)
     tiles = tiles or forward_tiles(m, x.dtype)
     chunk = chunk_of(k, weight.block_size, tiles.block_k)
     count = cdiv(m, tiles.block_m) * cdiv(weight.rows, tiles.block_n)
@@ -269,12 +185,12 @@ def _gemm_launch(
     programs = 2 * cores if m <= 64 else cores  # decoding waits for memory: the registers hold a second one's tile
     here = adapters if splits == 1 else ()
     biased = bias is not None and splits == 1
-    spec = _spec(weight, here, adapters=len(here), bias=biased, splits=splits > 1, dropout=False)
+    spec = spec_of(weight, here, adapters=len(here), bias=biased, splits=splits > 1, dropout=False)
     arguments: list[Any] = [TENSOR, x.stride(0), *[TENSOR] * len(weight.arguments())]
     arguments += [TENSOR, out.stride(0) if splits == 1 else weight.rows, *[TENSOR] * biased, m, weight.rows, k, k // 2]
     for adapter in here:
         rank = adapter.factor.shape[1]
-        arguments += [TENSOR, adapter.low.stride(0), *_rank_arguments(adapter), rank, padded(rank)]
+        arguments += [TENSOR, adapter.low.stride(0), *rank_arguments(adapter), rank, padded(rank)]
     return Launch(
         triton_build.load("lora_linear_gemm", **spec).lora_linear_gemm,
         (min(count, programs) if splits == 1 else count, splits),
@@ -308,7 +224,7 @@ def lora_linear_dx(
         tensors += [dy, *weight.arguments()]
     for j, adapter in enumerate(adapters):
         tensors += [adapter.low, adapter.factor, *dropout.seed[j : j + 1]]
-    what = "lora_linear_dx", *[number for weight in weights for number in _numbers(weight)], dropout.keep, tiles
+    what = "lora_linear_dx", *[number for weight in weights for number in numbers_of(weight)], dropout.keep, tiles
     launch = prepared(what, tensors, lambda: _dx_launch(dx, dys, weights, adapters, dropout, tiles))
     if dx.shape[0]:
         launch(tensors)
@@ -326,13 +242,13 @@ def _dx_launch(
     dtype = dys[0].dtype
     for dy, weight in zip(dys, weights):
         weight.check(dx.device)
-        _check_activation("dy", dy, weight.rows, dtype, dx.device)
-    _check_activation("dx", dx, weights[0].columns, dx.dtype, dx.device)
-    _check_adapters(adapters, 0, k, dys[0])
+        check_activation("dy", dy, weight.rows, dtype, dx.device)
+    check_activation("dx", dx, weights[0].columns, dx.dtype, dx.device)
+    check_adapters(adapters, 0, k, dys[0])
     first = weights[0]
     tiles = tiles or dx_tiles(m, dtype)
     chunk = chunk_of(k, first.block_size, tiles.block_k)
-    spec = _spec(first, (), adapters=len(adapters), linears=len(weights), dropout=bool(dropout.seed))
+    spec = spec_of(first, (), adapters=len(adapters), linears=len(weights), dropout=bool(dropout.seed))
     arguments: list[Any] = [TENSOR, dx.stride(0), m, k, k // 2, *([dropout.keep] if dropout.seed else [])]
     for dy, weight in zip(dys, weights):
         arguments += [TENSOR, dy.stride(0), *[TENSOR] * len(weight.arguments()), weight.rows]

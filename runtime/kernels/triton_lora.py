@@ -20,10 +20,10 @@ from torch import Tensor
 from ...lora_gradients import grad_x
 from ...lora_group import LoRAGroup, scratch, split_ranks
 from ...nf4 import QuantizedData
-from . import dispatch, triton_linear, triton_low_rank
+from . import dispatch, triton_linear, triton_low_rank, triton_operands
 from .dispatch import Candidate, Problem
-from .triton_linear import Adapter, Weight
 from .triton_low_rank import Dropout, Scale
+from .triton_operands import Adapter, Weight
 
 
 def _weight(group: LoRAGroup, index: int, k: int) -> Weight:
@@ -208,8 +208,8 @@ def _declines_low_rank(problem: Problem) -> str | None:
 def _declines_codes(problem: Problem) -> str | None:
     if problem.quant_type == "none":
         return "the weight is dense"
-    if triton_linear.declined(problem.k, problem.block_size) is not None:
-        return f"K is no multiple of {triton_linear.SMALLEST_CHUNK}"
+    if triton_operands.declined(problem.k, problem.block_size) is not None:
+        return f"K is no multiple of {triton_operands.SMALLEST_CHUNK}"
     return _declines_low_rank(problem) if problem.rank else None
 
 

@@ -22,7 +22,7 @@ from qlora_compile.runtime.kernels import (
     triton_paged_step,
 )
 from qlora_compile.runtime.kernels.paged_step_proof import proves_paged_step
-from qlora_compile.runtime.kernels.triton_linear import Adapter, Weight
+from qlora_compile.runtime.kernels.triton_operands import Adapter, Weight
 
 GENERATOR = torch.Generator().manual_seed(23)
 

@@ -25,8 +25,8 @@ from qlora_compile.runtime.kernels import (  # noqa: E402
     triton_linear,
     triton_low_rank,
 )
-from qlora_compile.runtime.kernels.triton_linear import Adapter, Weight  # noqa: E402
 from qlora_compile.runtime.kernels.triton_low_rank import Dropout, Scale  # noqa: E402
+from qlora_compile.runtime.kernels.triton_operands import Adapter, Weight  # noqa: E402
 
 launched: list[tuple[Any, ...]] = []
 

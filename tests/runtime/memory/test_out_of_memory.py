@@ -216,9 +216,7 @@ def test_a_step_that_ends_halfway_says_so(memory: Memory, monkeypatch: pytest.Mo
         real(pool, pages)
 
     monkeypatch.setattr(PagePool, "acquire", acquire)
-    with pytest.raises(
-        ModelStateError, match="others were not: There is no memory"
-    ):
+    with pytest.raises(ModelStateError, match="others were not: There is no memory"):
         optimizer.step()
 
 
