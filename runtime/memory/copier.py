@@ -66,7 +66,7 @@ class Copier:
         """Copies of the pages, and what comes into their memory after them, wait for what was computed up to here."""
 
     def wait_for(self, used: Any) -> None:
-        """What is copied from here on waits for this event of `used`; None: for nothing."""
+        """What comes to the device from here on waits for this event, `used` of a buffer's last page; None: for nothing."""
 
     def close(self) -> None:
         """Wait for everything and end the thread."""

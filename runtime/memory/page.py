@@ -35,8 +35,9 @@ class Page:
     dirty: bool = True  # written since it came
     pins: int = 0
     coming: Future | None = None
-    arrived: Any = None  # CUDA events: the copy to the device is done; the last kernel on it is done
-    used: Any = None
+    arrived: Any = None  # CUDA events: the copy to the device is done
+    used: Any = None  # the last kernel, or copy, that read its buffer is done
+    left: Any = None  # the copy to its slot is done
     spans: int = 0
     holes: list[tuple[int, int]] = field(default_factory=list)
 

@@ -1,8 +1,9 @@
-"""Copies on a CUDA stream of their own, ordered against the computation by events, never by waiting for the device.
+"""Copies on two CUDA streams of their own, one for each direction of the bus, ordered by events; the device never waits.
 
-    page comes     copy stream: copy, record `arrived`              computation: waits for it before it uses the page
-    page leaves    computation: records `used` when it is done      copy stream: waits for it before the copy, and before
-                                                                    anything else comes into the same memory
+    page comes     stream in: waits until the buffer's last page has left and the slot is written; copies; records `arrived`
+                   computation: waits for `arrived` before it uses the page
+    page leaves    computation: records `used` when it is done
+                   stream out: waits for `arrived` and `used`; copies; records `left`
 
 Host memory that is not pinned (a mapped file) is reached through two pinned buffers.
 """
@@ -21,15 +22,15 @@ from .page import Page
 
 
 class CudaStreams:
-    """What is asked of CUDA: one stream for copies beside the one that computes."""
+    """What is asked of CUDA: two streams for copies beside the one that computes."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._copies = torch.cuda.Stream(device)
+        self._in, self._out = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
     def empty(self, size: int) -> Tensor:
-        """Memory for a page, of the copy stream's."""
-        with torch.cuda.stream(self._copies):
+        """Memory for a page, of the stream in's."""
+        with torch.cuda.stream(self._in):
             return torch.empty(size, dtype=torch.uint8, device=self._device)
 
     def pinned(self, size: int) -> Tensor:
@@ -40,27 +41,41 @@ class CudaStreams:
         """Whether a copy from or to it returns at once."""
         return host.is_pinned()
 
-    def copy(self, target: Tensor, source: Tensor) -> None:
-        """Queue a copy; one of the two is pinned."""
-        with torch.cuda.stream(self._copies):
-            target.copy_(source, non_blocking=True)
+    def copy_in(self, buffer: Tensor, pinned: Tensor) -> None:
+        """Queue a copy to the device."""
+        with torch.cuda.stream(self._in):
+            buffer.copy_(pinned, non_blocking=True)
 
-    def zero(self, target: Tensor) -> None:
-        """Queue zeros."""
-        with torch.cuda.stream(self._copies):
-            target.zero_()
+    def copy_out(self, pinned: Tensor, buffer: Tensor) -> None:
+        """Queue a copy to the host."""
+        with torch.cuda.stream(self._out):
+            pinned.copy_(buffer, non_blocking=True)
+        buffer.record_stream(self._out)
 
-    def copied(self) -> Any:
-        """An event: all copies queued so far."""
-        return self._copies.record_event()
+    def zero(self, buffer: Tensor) -> None:
+        """Queue zeros, on the stream in."""
+        with torch.cuda.stream(self._in):
+            buffer.zero_()
+
+    def came(self) -> Any:
+        """An event: all that was queued in so far."""
+        return self._in.record_event()
+
+    def left(self) -> Any:
+        """An event: all that was queued out so far."""
+        return self._out.record_event()
 
     def computed(self) -> Any:
         """An event: all that was queued so far where the caller computes."""
         return torch.cuda.current_stream(self._device).record_event()
 
-    def copies_wait(self, event: Any) -> None:
-        """Copies queued from here on begin after the event."""
-        self._copies.wait_event(event)
+    def in_waits(self, event: Any) -> None:
+        """What is queued in from here on begins after the event."""
+        self._in.wait_event(event)
+
+    def out_waits(self, event: Any) -> None:
+        """What is queued out from here on begins after the event."""
+        self._out.wait_event(event)
 
     def computation_waits(self, event: Any, buffer: Tensor) -> None:
         """What the caller queues from here on begins after the event, and may use the buffer."""
@@ -85,28 +100,33 @@ class StreamCopier(Copier):
     def zero(self, page: Page) -> None:
         assert page.buffer is not None
         self._streams.zero(page.buffer)
-        page.arrived = self._streams.copied()
+        page.arrived = self._streams.came()
 
     def read(self, page: Page, host: Tensor) -> None:
         assert page.buffer is not None
+        if page.left is not None:
+            self._streams.in_waits(page.left)
         if self._streams.is_pinned(host):
-            self._streams.copy(page.buffer, host)
+            self._streams.copy_in(page.buffer, host)
         else:
             staging = self._free_staging(page.size)
             ctypes.memmove(staging.data_ptr(), host.data_ptr(), page.size)
-            self._streams.copy(page.buffer, staging)
-            self._staging.append((staging, self._streams.copied()))
-        page.arrived = self._streams.copied()
+            self._streams.copy_in(page.buffer, staging)
+            self._staging.append((staging, self._streams.came()))
+        page.arrived = self._streams.came()
 
     def write(self, page: Page, host: Tensor) -> None:
         assert page.buffer is not None
-        self.wait_for(page.used)
+        for event in (page.arrived, page.used):  # it may leave without having been used
+            if event is not None:
+                self._streams.out_waits(event)
         if self._streams.is_pinned(host):
-            self._streams.copy(host, page.buffer)
+            self._streams.copy_out(host, page.buffer)
+            page.left = page.used = self._streams.left()
             return
         staging = self._free_staging(page.size)
-        self._streams.copy(staging, page.buffer)
-        copied = self._streams.copied()
+        self._streams.copy_out(staging, page.buffer)
+        copied = self._streams.left()
         copied.synchronize()
         ctypes.memmove(host.data_ptr(), staging.data_ptr(), page.size)
         self._staging.append((staging, copied))
@@ -131,7 +151,7 @@ class StreamCopier(Copier):
 
     def wait_for(self, used: Any) -> None:
         if used is not None:
-            self._streams.copies_wait(used)
+            self._streams.in_waits(used)
 
 
 def make_copier(device: torch.device) -> Copier:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qlora_compile.errors import MemoryBudgetError, ModelStateError
 from qlora_compile.runtime.memory import Page, PagePool, mover
 from qlora_compile.runtime.memory.stream_copier import StreamCopier
 
@@ -32,12 +33,12 @@ class Event:
 
 
 class Device:
-    """Two streams of queued work, by the interface of `CudaStreams`. `order` is asked which of them may go on."""
+    """Three streams of queued work, by the interface of `CudaStreams`. `order` is asked which of them may go on."""
 
     def __init__(self, order: Callable[[], str], pinned: bool) -> None:
         self.order, self.host_is_pinned = order, pinned
         self.lock = threading.RLock()
-        self.streams: dict[str, deque[Any]] = {"copies": deque(), "computation": deque()}
+        self.streams: dict[str, deque[Any]] = {name: deque() for name in ("in", "out", "computation")}
 
     # --- what the copier calls
 
@@ -49,20 +50,29 @@ class Device:
     def is_pinned(self, host: Tensor) -> bool:
         return self.host_is_pinned
 
-    def copy(self, target: Tensor, source: Tensor) -> None:
-        self.queue("copies", lambda: target.copy_(source))
+    def copy_in(self, buffer: Tensor, pinned: Tensor) -> None:
+        self.queue("in", lambda: buffer.copy_(pinned))
 
-    def zero(self, target: Tensor) -> None:
-        self.queue("copies", target.zero_)
+    def copy_out(self, pinned: Tensor, buffer: Tensor) -> None:
+        self.queue("out", lambda: pinned.copy_(buffer))
 
-    def copied(self) -> Event:
-        return self.event("copies")
+    def zero(self, buffer: Tensor) -> None:
+        self.queue("in", buffer.zero_)
+
+    def came(self) -> Event:
+        return self.event("in")
+
+    def left(self) -> Event:
+        return self.event("out")
 
     def computed(self) -> Event:
         return self.event("computation")
 
-    def copies_wait(self, event: Event) -> None:
-        self.queue("copies", event)
+    def in_waits(self, event: Event) -> None:
+        self.queue("in", event)
+
+    def out_waits(self, event: Event) -> None:
+        self.queue("out", event)
 
     def computation_waits(self, event: Event, buffer: Tensor) -> None:
         self.queue("computation", event)
@@ -97,10 +107,12 @@ class Device:
 
 
 ORDERS: dict[str, Callable[[], Callable[[], str]]] = {
-    "copies first": lambda: lambda: "copies",
+    "in first": lambda: lambda: "in",
+    "out first": lambda: lambda: "out",
     "computation first": lambda: lambda: "computation",
     "nothing until it must": lambda: lambda: "",
-    "any": lambda: functools.partial(random.Random(5).choice, ["copies", "computation", ""]),
+    "any": lambda: functools.partial(random.Random(5).choice, ["in", "out", "computation", ""]),
+    "any but out": lambda: functools.partial(random.Random(6).choice, ["in", "computation", ""]),
 }
 
 
@@ -163,9 +175,45 @@ def test_copies_and_the_computation_wait_for_each_other(device: Device, pool: Pa
     assert pool.statistics().moved_in_bytes > 0
 
 
-def test_a_copy_that_fails_is_told(device: Device, pool: PagePool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora_compile.errors import ModelStateError
+def test_a_page_that_comes_back_waits_until_it_has_left(device: Device, pool: PagePool) -> None:
+    """Into a fresh buffer, which nothing has to leave."""
+    owner, seen = Owner(), list[Tensor]()
+    [page] = pool.allocate(owner, 4 * KIB, 1).pages
+    for value in (5, 6, 7):
+        with pool.on_device([page]):
+            launch(device, page, lambda buffer, value=value: buffer.fill_(value))
+        pool.evict()  # its memory is given back
+        with pool.on_device([page], writes=False):
+            launch(device, page, lambda buffer: seen.append(buffer.clone()))
+        pool.evict()
+    device.computed().synchronize()
+    assert [one.unique().tolist() for one in seen] == [[5], [6], [7]]
 
+
+def test_a_page_that_nothing_used_leaves_after_it_came(
+    device: Device, pool: PagePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It came beside one for which there was no memory; it is stored nowhere, so it is copied: zeros."""
+    owner, seen = Owner(), list[Tensor]()
+    page, other = pool.allocate(owner, 8 * KIB, 1).pages
+    buffers = iter([device.empty(4 * KIB)])
+    with monkeypatch.context() as patch, pytest.raises(MemoryBudgetError):
+        patch.setattr(device, "empty", functools.partial(_next_or_refuse, buffers))
+        pool.acquire([page, other])
+    pool.evict()
+    with pool.on_device([page], writes=False):
+        launch(device, page, lambda buffer: seen.append(buffer.clone()))
+    device.computed().synchronize()
+    assert page.stored and not seen[0].any()
+
+
+def _next_or_refuse(buffers: Iterator[Tensor], size: int) -> Tensor:
+    for buffer in buffers:
+        return buffer
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_a_copy_that_fails_is_told(device: Device, pool: PagePool, monkeypatch: pytest.MonkeyPatch) -> None:
     owner = Owner()
     [page] = pool.allocate(owner, 100, 1).pages
     with pool.on_device([page]):
@@ -174,7 +222,7 @@ def test_a_copy_that_fails_is_told(device: Device, pool: PagePool, monkeypatch: 
     def fail(*_: Any) -> None:
         raise RuntimeError("device lost")
 
-    monkeypatch.setattr(device, "copy", fail)
+    monkeypatch.setattr(device, "copy_out", fail)
     pool.evict()
     with pytest.raises(ModelStateError, match=r"lost on its way to the host \(device lost\)"):
         pool.acquire([page])
