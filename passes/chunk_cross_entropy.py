@@ -7,7 +7,7 @@ f is a scaling by a number (Granite, Cohere) and a soft cap `c * tanh(z / c)` (G
 the logits to h. Where the graph returns the logits, it returns None. What is not recognised stays, with the reason.
 
 With `keep_logits` (the default) the same where the head is frozen and the graph returns no logits; and where it returns z
-or f(z) of a head without bias:
+or f(z):
 
         ->  linear_cross_entropy_logits(h, W, b, t, ignore_index, ...): the loss, and z for the graph to return, or f of it
 
@@ -66,19 +66,19 @@ def _drop(loss: fx.Node, given: dict[str, Any], chain: LossChain) -> None:
 def _keep(loss: fx.Node, given: dict[str, Any], chain: LossChain, ctx: PassContext) -> None:
     """The logits, which the graph returns, without the gradient of them that nobody asks for."""
     x, weight, bias = chain.head.args
-    owner, example, output = ctx.param(weight), value(x), loss.graph.output_node()
-    if owner is None or ctx.edits.trains(owner):
+    example, output = value(x), loss.graph.output_node()
+    if _trains(weight, ctx) or (bias is not None and _trains(bias, ctx)):
         raise DeclinedError("the head trains")
     if not any(output in node.users for node in chain.nodes):
         return _drop(loss, given, chain)
-    if bias is not None:
-        raise DeclinedError("the head has a bias")
+    if bias is not None and chain.soft_cap:
+        raise DeclinedError("the head has a bias below a soft cap")
     if not isinstance(example, torch.Tensor) or not example.requires_grad:
         raise DeclinedError("nothing is differentiated")
     kept, changed = _returned(chain, output)
     if ctx.kept_logits:
         raise DeclinedError("the graph returns the logits of another loss")
-    args = (x, weight, None, given["target"], given["ignore_index"], chain.scale, chain.soft_cap)
+    args = (x, weight, bias, given["target"], given["ignore_index"], chain.scale, chain.soft_cap)
     both = emit(loss, torch.ops.qlora.linear_cross_entropy_logits.default, args, loss)
     new = emit(loss, operator.getitem, (both, 0), loss)
     logits = emit(loss, operator.getitem, (both, 1), chain.head)
@@ -93,6 +93,12 @@ def _keep(loss: fx.Node, given: dict[str, Any], chain: LossChain, ctx: PassConte
     function = (chain.scale, chain.soft_cap) if changed else (1.0, 0.0)
     ctx.kept_logits = tuple(KeptLogits(i, weight.name, *function) for i, node in enumerate(outs) if node is kept[-1])
     output.args = ((*(copies[kept[-1]] if node is kept[-1] else node for node in outs), x),)
+
+
+def _trains(tensor: Any, ctx: PassContext) -> bool:
+    """Whether a head's weight or bias trains, or may: nobody knows it."""
+    owner = ctx.param(tensor)
+    return owner is None or ctx.edits.trains(owner)
 
 
 def _returned(chain: LossChain, output: fx.Node) -> tuple[list[fx.Node], bool]:

@@ -4,7 +4,7 @@
     dz = (softmax(y) - onehot(target)) scale (1 - (y / soft_cap)²);  dx = dz W;  dW = dzᵀ x;  db = dz summed over the rows
 
 The logits of a chunk become their own gradient in place, as in Liger's fused_linear_cross_entropy. Where products run in
-bf16 and the head has no bias, one generated kernel reads a chunk's logits and gives losses and gradient; elsewhere torch
+bf16 and the head is frozen, one generated kernel reads a chunk's logits and gives losses and gradient; elsewhere torch
 does, in fp32. On a CPU rows that do not count cost nothing.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +59,7 @@ class Sweep:
         dw = torch.zeros_like(self.weight, dtype=torch.float32) if need_dw else None
         db = torch.zeros_like(self.bias, dtype=torch.float32) if need_db and self.bias is not None else None
         if logits is not None and kernel is not None:
-            torch.mm(x, self.weight.t(), out=logits)
+            self._head(x, logits)
         for chunk in self._chunks(len(target)):
             which = None if rows is None else rows[chunk]
             if kernel is not None:
@@ -111,10 +110,17 @@ class Sweep:
         if logits is not None:
             source = logits[chunk] if which is None else logits
         else:
-            torch.mm(x[chunk] if which is None else x.index_select(0, which), self.weight.t(), out=z)
+            self._head(x[chunk] if which is None else x.index_select(0, which), z)
             which = None
         kernel(source, target, losses, z if need else None, which, self.scale, self.soft_cap)
         return z
+
+    def _head(self, x: Tensor, out: Tensor) -> None:
+        """x Wᵀ + b, rounded once, as the head itself gives it."""
+        if self.bias is None:
+            torch.mm(x, self.weight.t(), out=out)
+        else:
+            torch.addmm(self.bias, x, self.weight.t(), out=out)
 
     def _kernel(self) -> Callable[..., None] | None:
         """The generated sweep over rows of logits, where it covers them."""
@@ -155,9 +161,10 @@ class Sweep:
         for columns, weight in self._tiles():
             if x.dtype == torch.float32:
                 torch.mm(x, weight.t(), out=z[:, columns])
-            else:
-                z[:, columns] = x @ weight.t()
-        return z if self.bias is None else z.add_(self.bias)
+            else:  # with the bias in it, as the head itself rounds
+                bias = None if self.bias is None else self.bias[columns].to(x.dtype)
+                z[:, columns] = torch.nn.functional.linear(x, weight, bias)
+        return z if self.bias is None or x.dtype != torch.float32 else z.add_(self.bias)
 
     def _softmax(self, z: Tensor, target: Tensor, need: bool) -> Tensor:
         """The losses of z's rows; z becomes d(sum of losses) / d(x Wᵀ + b) if needed, else it is spoilt."""
@@ -227,9 +234,10 @@ def product_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
     return torch.float32 if device == "cpu" and not multiplies_natively(dtype) else dtype
 
 
-def takes_kernel(bias: Any, weight: Tensor, device: str) -> bool:
+def takes_kernel(bias: Tensor | None, weight: Tensor, device: str) -> bool:
     """Whether the generated sweep covers it: logits that are the plain result of a bf16 product, before scale and cap."""
-    return bias is None and product_dtype(weight.dtype, device) == weight.dtype == torch.bfloat16
+    alike = bias is None or bias.dtype == weight.dtype
+    return alike and product_dtype(weight.dtype, device) == weight.dtype == torch.bfloat16
 
 
 def _of_device(by_device: dict[str, int], device: str) -> int:
