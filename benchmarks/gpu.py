@@ -1,148 +1,86 @@
 """One script for a machine with a GPU: are all kernels right, how fast are they, and the model that is made of them.
 
-    python benchmarks/gpu.py --out DIR [--seconds 480] [--layers N] [--batch 2 --seq-len 2048] [--parts kernels,paging,model]
+    python benchmarks/gpu.py --out DIR [--seconds 440] [--layers N] [--batch 2 --seq-len 2048] [--parts kernels,paging,model]
 
 Needs torch >= 2.11 with CUDA (or ROCm), triton and transformers; peft and bitsandbytes are measured beside us where they
-are installed. In this order, until the time is up: every kernel against fp64; dequantize beside a copy; every linear
-kernel beside cuBLAS (dense bf16) for the shapes of Llama-3-8B, with what bounds it (bytes at the speed of a copy,
-operations at cuBLAS's, both measured here, or neither: launches and latency); a paged optimizer; training steps and
-decoding of a Llama of that shape with as many layers as fit. DIR/gpu.json is written after each part, so that nothing
-measured is lost, and
-DIR/table-<kind>.json is the dispatch table to ship as qlora_compile/runtime/kernels/tables/<kind>.json.
+are installed. `jobs` says what is done in which order, each in a process of its own: every kernel against fp64; the device's
+speeds, and dequantize beside a copy; every linear kernel beside cuBLAS (dense bf16) for the shapes of Llama-3-8B; training
+steps and decoding of a Llama of that shape with as many layers as fit; a paged optimizer. Beside each number stands what
+bounds it: bytes at the speed of a read or a copy, operations at cuBLAS's, both measured here, the host, or launches.
+
+No job starts that cannot get its least time before --seconds are over, so some may be missing: the file says which, and
+why. DIR/gpu.json (of an earlier call: replaced) is written after each job, with "summary", and DIR/parts/ by the jobs as
+they go, so nothing measured is lost. DIR/table-<kind>.json is the dispatch table to ship as
+qlora_compile/runtime/kernels/tables/<kind>.json.
 
 `--small` takes tiny sizes, and `--device cpu` runs the same script without a GPU: that it works is tested so.
-Exit code 1: a kernel is wrong.
+Exit code 1: a kernel is wrong, or a job failed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import functools
+import importlib.util
+import os
+import signal
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import gpu_kernels
-import gpu_models
-import gpu_paging
+from gpu_run import Job, Run, say
+
+# Before torch is imported: whether there is a GPU is asked of its driver's tools. A process that has asked the GPU itself
+# cannot fork others that use it.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+
 import torch
-from bounds import explained
-from common import machine
 
-from qlora_compile.runtime.kernels import devices, dispatch, tuning
+THREADS = torch.get_num_threads()
+# Imports compute a little. OpenMP's threads do not survive a fork, and a process that waits for them hangs: there are none.
+torch.set_num_threads(1)
 
-GROUPS = (((4096, 1024, 1024), 4096), ((4096,), 4096), ((14336, 14336), 4096), ((4096,), 14336))
+import gpu_jobs  # noqa: E402
+from gpu_summary import line, summary  # noqa: E402
+
 PARTS = ("kernels", "paging", "model")
-ROWS = (1, 4096, 16, 64, 2048, 4, 512)  # what says most comes first: time may run out
+LLAMA, PEFT, BOTH = ("transformers",), ("transformers", "peft"), ("transformers", "peft", "bitsandbytes")
+FIRST, REST, SMALL_REST = (1, 4096), (2048, 16, 64, 4, 512), (16,)  # rows of x; what says most comes first
 
 
-class Run:
-    """What was found so far, the clock, and the file that is written after each part."""
-
-    def __init__(self, out: Path, device: str, seconds: float) -> None:
-        self.out, self.device, self.end = out, device, time.monotonic() + seconds
-        self.found: dict[str, Any] = {"machine": machine() | tuning.about(device)}
-        out.mkdir(parents=True, exist_ok=True)
-
-    def left(self) -> float:
-        return self.end - time.monotonic()
-
-    def keep(self, part: str, value: Any) -> None:
-        self.found[part] = value
-        (self.out / "gpu.json").write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
-
-
-def kernel_parts(run: Run, small: bool) -> list[str]:
-    """Checks and times of single kernels. Returns what is wrong."""
-    print("kernels against fp64", flush=True)
-    wrong = gpu_kernels.check(run.device, print)
-    run.keep("wrong", wrong)
-    shapes = ((96, 160), (33, 96)) if small else ((4096, 4096), (14336, 4096), (4096, 14336))
-    speeds = gpu_kernels.speeds(run.device, small)
-    run.keep("speeds", asdict(speeds))
-    print(f"copy {speeds.copy / 1e9:,.0f} GB/s, bf16 products {speeds.operations / 1e12:,.1f} TFLOP/s", flush=True)
-    rows = [gpu_kernels.dequantize_row(run.device, n, k, speeds) for n, k in shapes]
-    run.keep("dequantize", rows)
-    for r in rows:
-        copy = f"{r['of_copy_bandwidth']:.2f} of a copy of the same bytes"
-        print(f"dequantize {r['n']}x{r['k']}: {r['ours_us']:,.1f} us, {copy}; {explained(r['bound'])}")
-    groups = (((64, 32), 96),) if small else GROUPS
-    begin = run.left()
-    rows = gpu_kernels.linear_rows(
-        run.device, ROWS[:4] if small else ROWS, groups, lambda: run.left() < begin * 0.6 and not small, speeds
-    )
-    run.keep("linear", rows)
-    for r in rows:
-        times = ", ".join(f"{name} {us:,.0f}" for name, us in r["us"].items())
-        print(f"{r['op']} M={r['m']} N={r['n']} K={r['k']}: dense bf16 {r['dense_bf16_us']:,.0f} us; {times}")
-        print(f"    {r['best']}: {explained(r['bound'])}")
-    print("\n".join(gpu_kernels.shares_of_the_library(rows)))
-    entries = gpu_kernels.table_entries(rows, run.device)
-    path = run.out / f"table-{devices.kind(run.device)}.json"
-    body = {"about": tuning.about(run.device), "entries": [entry._asdict() for entry in entries]}
-    path.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
-    if not small:
-        tuning.remember(entries, run.device)  # the models run by what was measured
-        dispatch.forget_choices()
-    return wrong
+def jobs(small: bool) -> list[Job]:
+    """What is done, in this order: least and most seconds of each. Behind it those that an H200 with 16 cores is expected
+    to take: by results/gpu_h200.json, 1 s for a Triton kernel to compile, 3 for a process to find the GPU. They are 520 with
+    the imports, so the last may not get their time."""
+    linears, contender, paging = gpu_jobs.linears, gpu_jobs.contender, gpu_jobs.paging
+    bind = functools.partial
+    return [
+        Job("check", "kernels", gpu_jobs.check, 20, 150),  # 55
+        Job("speeds", "", gpu_jobs.speeds, 10, 60),  # 15
+        Job("linears", "kernels", bind(linears, FIRST), 25, 110),  # 45
+        Job("ours", "model", bind(contender, "ours", True), 40, 110, LLAMA),  # 45
+        Job("bitsandbytes", "model", bind(contender, "bitsandbytes", True), 55, 120, BOTH),  # 60
+        Job("dense_lora", "model", bind(contender, "dense_lora", True), 45, 110, PEFT),  # 50
+        Job("paging_resident", "paging", bind(paging, "resident"), 30, 90, LLAMA),  # 35
+        Job("paging_paged", "paging", bind(paging, "paged"), 30, 90, LLAMA),  # 30
+        Job("more_linears", "kernels", bind(linears, SMALL_REST if small else REST), 20, 120),  # 85
+        Job("ours_without_logits", "model", bind(contender, "ours_without_logits", False), 25, 80, LLAMA),  # 30
+        Job("bitsandbytes_bf16", "model", bind(contender, "bitsandbytes_bf16", False), 45, 100, BOTH),  # 55
+    ]
 
 
-def model_parts(run: Run, arguments: argparse.Namespace) -> None:
-    """Training and decoding, each contender after the other, as long as there is time."""
-    shape = gpu_models.SMALL if arguments.small else gpu_models.LLAMA_3_8B
-    layers = arguments.layers or (2 if arguments.small else layers_that_fit(run.device))
-    tokens = (2, 16) if arguments.small else (arguments.batch, arguments.seq_len)
-    found: dict[str, Any] = {"layers": layers, "tokens": tokens, "skipped": {}}
-    for part in ("training", "decoding"):
-        found[part] = {}
-        for name in gpu_models.CONTENDERS:
-            if part == "decoding" and name == "ours_without_logits":
-                continue  # it is about the loss
-            package = gpu_models.missing(name)
-            if package is not None or run.left() < 30:
-                found["skipped"][f"{part} {name}"] = f"{package} is not installed" if package else "no time left"
-                continue
-            if part == "training":
-                result = gpu_models.training(name, shape, layers, tokens, run.device, 2 if arguments.small else 8)
-            else:
-                result = gpu_models.decoding(name, shape, layers, run.device, 4 if arguments.small else 64)
-            found[part][name] = result
-            run.keep("model", found)
-            numbers = [f"{key} {value:.4g}" for key, value in result.items() if key != "profile"]
-            if "profile" in result:
-                numbers.append(f"device works {result['profile']['device_ms']:.4g} ms")
-            print(f"{part} {name}: {', '.join(numbers)}", flush=True)
-    for reason, why in found["skipped"].items():
-        print(f"not measured: {reason}: {why}")
-    run.keep("model", found)
-
-
-def paging_part(run: Run, small: bool) -> None:
-    """AdamW's states resident and paged, where there is time for both compilations."""
-    if run.left() < 90 and not small:
-        print("not measured: paging: no time left")
-        return
-    shape, layers = (gpu_models.SMALL, 2) if small else (gpu_paging.NARROW, gpu_paging.LAYERS)
-    batches, steps = (2, 2) if small else (gpu_paging.MICRO_BATCHES, 5)
-    found = {name: gpu_paging.run(name, shape, layers, batches, run.device, steps) for name in gpu_paging.CONTENDERS}
-    run.keep("paging", found)
-    print("\n".join(gpu_paging.lines(found)), flush=True)
-
-
-def layers_that_fit(device: str) -> int:
-    """Llama-3-8B has 32; a dense bf16 layer takes 0.44 GB, embedding, head and activations about 12."""
-    if device != "cuda":
-        return 1
-    free = torch.cuda.mem_get_info()[0]
-    return max(1, min(8, int((free - 12e9) / 1.5e9)))
+def start_method(device: str) -> str:
+    """ "fork", or where the driver's tools say nothing, so that torch has asked the GPU itself, "spawn": each job imports
+    anew, which takes longer."""
+    count = torch.cuda._device_count_amdsmi if torch.version.hip else torch.cuda._device_count_nvml
+    touched = torch.cuda.is_initialized() or "bitsandbytes" in sys.modules
+    return "spawn" if device == "cuda" and (touched or count() < 0) else "fork"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=480, help="stop starting parts after this")
+    parser.add_argument("--seconds", type=float, default=440, help="no job starts that cannot end before")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--batch", type=int, default=2)
@@ -150,21 +88,42 @@ def main() -> int:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--small", action="store_true", help="tiny sizes: does the script work?")
     arguments = parser.parse_args()
+    parts = tuple(arguments.parts.split(","))
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"--parts: no part {min(unknown)!r}, only {', '.join(PARTS)}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("error: torch sees no GPU here; --device cpu --small runs the script without one.", file=sys.stderr)
         return 2
-    parts = arguments.parts.split(",")
-    if unknown := set(parts) - set(PARTS):
-        parser.error(f"--parts: no part {min(unknown)!r}, only {', '.join(PARTS)}")
-    run = Run(arguments.out, arguments.device, arguments.seconds)
-    wrong = kernel_parts(run, arguments.small) if "kernels" in parts else []
-    if "paging" in parts:
-        paging_part(run, arguments.small)
-    if "model" in parts:
-        model_parts(run, arguments)
-    for line in wrong:
-        print("WRONG", line, file=sys.stderr)
-    return 1 if wrong else 0
+    if set(parts) & {"paging", "model"} and importlib.util.find_spec("transformers") is not None:
+        import transformers.models.llama.modeling_llama  # noqa: F401  # once, for all processes
+    torch.set_num_threads(THREADS)  # nothing computes from here on but the jobs
+    tokens = (2, 16) if arguments.small else (arguments.batch, arguments.seq_len)
+    settings = gpu_jobs.Settings(arguments.device, arguments.small, parts, arguments.layers, tokens)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the job, and writes the file
+    return measure(arguments.out, settings, arguments.seconds)
+
+
+def measure(out: Path, settings: gpu_jobs.Settings, seconds: float) -> int:
+    """All jobs of the parts that are wanted. Returns the exit code."""
+    run = Run(out, settings, seconds, method=start_method(settings.device), summarize=summary)
+    run.own["settings"] = asdict(settings)
+    said: set[str] = set()
+    for job in jobs(settings.small):
+        if job.part in ("", *settings.parts):
+            run.do(job)
+        else:
+            run.skip(job.name, "not asked for")
+        for text in map(line, run.found["summary"]):
+            if text not in said:
+                said.add(text)
+                say(text)
+    for entry in run.found["summary"]:
+        if entry["met"] is False:
+            say("NOT MET", line(entry))
+    for text in run.found.get("wrong", []):
+        print("WRONG", text, file=sys.stderr, flush=True)
+    say(f"{run.found['seconds']:.0f} s in all; {len(run.found['errors'])} jobs failed")
+    return run.exit_code()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every kernel of this device: its numbers against fp64, its time beside the library's bf16 product and bitsandbytes.
+"""Every kernel of this device: its numbers against fp64 from the same weights, or against its reference.
 
 Used by gpu.py. M rows of x, N output features, K input features.
 """
@@ -6,71 +6,44 @@ Used by gpu.py. M rows of x, N output features, K input features.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from bounds import Speeds, Work
+from gpu_run import say
+from gpu_timing import synchronize
 from torch import Tensor
 
 import qlora_compile as qc
 from qlora_compile.lora_group import LoRAGroup
 from qlora_compile.runtime import kernels
-from qlora_compile.runtime.kernels import dispatch, tuning
+from qlora_compile.runtime.kernels import dispatch
 from qlora_compile.runtime.kernels.dispatch import Problem
 
 RANK = 16
-DX = "lora_linear_backward, dX only"
+TOLERANCE = 3 * 2**-8  # of the largest value: bf16 keeps 8 bits, a result passes through three roundings (h or g, x, y)
+OPS = ("dequantize_4bit", "quantize_4bit", "paged_step")
+GPU_OPS = (*OPS, "cross_entropy", "dropout_mask")  # on a CPU plain torch may do these
+Sizes = tuple[int, tuple[int, ...], int, float]  # M, N of each linear, K, dropout
+ODD: tuple[Sizes, ...] = ((1, (70, 33), 96, 0.0), (5, (33,), 160, 0.0), (67, (48, 21, 9), 224, 0.25))
+# what is timed takes these ways too: eight weight rows a program, K divided over programs, whole tiles
+TIMED: tuple[Sizes, ...] = (
+    (1, (9216, 1024), 4096, 0.0),
+    (16, (512, 256), 4096, 0.0),
+    (64, (512,), 4096, 0.0),
+    (300, (512, 256), 4096, 0.0),
+)
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+class Exact(NamedTuple):
+    """In fp64: y_i and, by name, dx, dA_i, dB_i; h in bf16, as kernels get it."""
 
-
-def seconds(call: Callable[[], object], device: str, *, rounds: int = 20, budget_s: float = 0.3) -> float:
-    """Median of at most `rounds` calls after two that warm up.
-
-    On CUDA the call is captured as a graph and the graph is timed by events: what the device needs, without Python and
-    the launches, which would hide every kernel shorter than they are.
-    """
-    for _ in range(2):
-        call()
-    synchronize(device)
-    if device != "cuda":
-        return _median(functools.partial(_timed, call), rounds, budget_s)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return _median(functools.partial(_timed_on_cuda, graph.replay), rounds, budget_s)
-
-
-def _timed(call: Callable[[], object]) -> float:
-    before = time.perf_counter()
-    call()
-    return time.perf_counter() - before
-
-
-def _timed_on_cuda(call: Callable[[], object]) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / 1e3
-
-
-def _median(once: Callable[[], float], rounds: int, budget_s: float) -> float:
-    """Of what `once` says, at most `rounds` times and until the budget is used up."""
-    times: list[float] = []
-    begin = time.perf_counter()
-    while len(times) < rounds and (not times or time.perf_counter() - begin < budget_s):
-        times.append(once())
-    return statistics.median(times)
+    ys: dict[str, Tensor]
+    grads: dict[str, Tensor]
+    h: Tensor
 
 
 def group_of(sizes: Sequence[int], k: int, device: str, dropout: float = 0.0) -> tuple[LoRAGroup, list[Tensor]]:
@@ -100,166 +73,96 @@ def able(op: str, group: LoRAGroup, m: int, k: int, device: str) -> Iterator[dis
             yield candidate
 
 
+def bound_to(candidate: dispatch.Candidate, *args: Any) -> Callable[[], Any]:
+    assert candidate.run is not None  # `able` has none without
+    return functools.partial(candidate.run, *args)
+
+
 def problem_of(op: str, group: LoRAGroup, m: int, k: int, device: str) -> Problem:
     sizes = tuple(group.out_features)
     rank = sum(group.ranks())
     return Problem(op, dispatch.bucket(m), sizes, k, rank, torch.bfloat16, "nf4", 64, device, bool(group.dropout))
 
 
-def check(device: str, report: Callable[[str], None]) -> list[str]:
-    """Every candidate at odd sizes against fp64. Returns what is wrong."""
-    wrong = []
-    for op in ("dequantize_4bit", "quantize_4bit", "paged_step"):
-        if kernels.find(op, device) is None:
-            wrong.append(f"{op}: no kernel that gives the reference's numbers")
-    for m, sizes, k, dropout in ((1, (70, 33), 96, 0.0), (5, (33,), 160, 0.0), (67, (48, 21, 9), 224, 0.25)):
-        group, dense = group_of(sizes, k, device, dropout)
-        x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
-        dys = [torch.randn(m, n, device=device, dtype=torch.bfloat16) for n in sizes]
-        ys, dx, h = exact(group, dense, x, dys)
-        for again in ("", " again"):  # launches that are found again go another way
-            for candidate in able("lora_linear", group, m, k, device):
-                got = candidate.run(group, x, [])[0]  # type: ignore[misc]
-                wrong += compare(f"lora_linear {candidate.name} M={m}{again}", got, ys, report)
-            for candidate in able("lora_linear_backward", group, m, k, device):
-                got = candidate.run(group, dys, x, h, True, True)[0]  # type: ignore[misc]
-                wrong += compare(f"lora_linear_backward {candidate.name} M={m}{again}", [got], [dx], report)
-    return wrong
+def guarded(name: str, device: str, wrong: Callable[[str], None], call: Callable[[], Any]) -> Any:
+    """What the call returns, or None where it raises, which is told to `wrong`.
 
-
-def exact(group: LoRAGroup, dense: list[Tensor], x: Tensor, dys: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
-    """(y_i, dx, h) in fp64 from the same weights and masks; h in bf16, as kernels get it."""
-    wide, low = x.double().requires_grad_(), []
-    ys = []
-    for i, weight in enumerate(dense):
-        dropped = wide * group.mask(i, x).double() if group.dropout else wide
-        h = dropped @ group.lora_a[i].double().t()
-        low.append(h)
-        ys.append(wide @ weight.double().t() + 2.0 * h @ group.lora_b[i].double().t())
-    torch.autograd.backward(ys, [dy.double() for dy in dys])
-    assert wide.grad is not None
-    return [y.detach() for y in ys], wide.grad, torch.cat(low, 1).detach().to(x.dtype)
-
-
-def compare(name: str, got: list[Tensor], expected: list[Tensor], report: Callable[[str], None]) -> list[str]:
-    """Relative to the largest value: bf16 keeps 8 bits, and a result passes through three roundings (h or g, x, y)."""
-    error = max(((g.double() - e).abs().max() / e.abs().max()).item() for g, e in zip(got, expected, strict=True))
-    report(f"  {name}: largest error {error:.1e} of the largest value")
-    return [] if error < 3 * 2**-8 else [f"{name}: error {error:.1e} of the largest value"]
-
-
-def speeds(device: str, small: bool) -> Speeds:
-    """Copy and read bandwidth and the library's rate on this device, by the timer that times the kernels."""
-    return Speeds.measure(lambda call: seconds(call, device), device, small=small)
-
-
-def dequantize_row(device: str, n: int, k: int, speeds: Speeds) -> dict[str, Any]:
-    """Dequantize (double-quantized scales) into a reused buffer, beside a copy that moves as many bytes."""
-    q = qc.quantize_4bit(torch.randn(n, k, device=device, dtype=torch.bfloat16))
-    out = torch.empty(n, k, device=device, dtype=torch.bfloat16)
-    moved = n * k * 2 + sum(t.numel() * t.element_size() for t in (q.codes, q.absmax, q.absmax_scale))
-    source = torch.empty(moved // 2, device=device, dtype=torch.uint8)
-    target = torch.empty_like(source)
-    row = {"op": "dequantize_4bit", "n": n, "k": k, "bytes": moved}
-    row["ours_us"] = 1e6 * seconds(lambda: qc.dequantize_4bit(q, out=out), device)
-    row["copy_us"] = 1e6 * seconds(lambda: target.copy_(source), device)
-    peer = bitsandbytes_dequantize(out)
-    if peer is not None:
-        row["bitsandbytes_us"] = 1e6 * seconds(peer, device)
-    bound = speeds.explain(Work(moved - out.nbytes, out.nbytes), row["ours_us"] / 1e6)
-    return row | {"of_copy_bandwidth": row["copy_us"] / row["ours_us"], "bound": bound}
-
-
-def bitsandbytes_dequantize(weight: Tensor) -> Callable[[], object] | None:
-    if importlib.util.find_spec("bitsandbytes") is None:
+    Raises what a device does that has failed for good (an illegal address): nothing it says after that counts.
+    """
+    try:
+        return call()
+    except Exception as error:  # noqa: BLE001  # told, and makes the exit code 1
+        print(traceback.format_exc(), file=sys.stderr, flush=True)
+        first = (str(error).strip().splitlines() or [""])[0]
+        wrong(f"{name}: {type(error).__name__}: {first}"[:300])
+        synchronize(device)
         return None
-    from bitsandbytes import functional
-
-    codes, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-    return lambda: functional.dequantize_4bit(codes, state)
 
 
-def linear_rows(
-    device: str,
-    rows_of_x: Sequence[int],
-    groups: Sequence[tuple[tuple[int, ...], int]],
-    out_of_time: Callable[[], bool],
-    speeds: Speeds,
-) -> list[dict[str, Any]]:
-    """Every candidate, forward and backward, beside the library's bf16 product with a dense weight (no adapter)."""
-    found = []
-    made = [group_of(sizes, k, device) for sizes, k in groups]
-    for m in rows_of_x:
-        for group, dense in made:
-            if out_of_time():
-                return found
-            found += linear_row(device, group, torch.cat(dense), m, speeds)
-    return found
+def check(device: str, sizes: Sequence[Sizes], wrong: Callable[[str], None]) -> list[float]:
+    """Every candidate at these sizes against fp64, every other kernel by its own proof. What is wrong is told to `wrong`.
+    Returns the largest error of each comparison."""
+    for op in GPU_OPS if device == "cuda" else OPS:
+        told: list[str] = []
+        if guarded(op, device, told.append, functools.partial(kernels.find, op, device)) is None:
+            wrong(told[0] if told else f"{op}: no kernel that gives the reference's numbers")
+    errors: list[float] = []
+    for one in sizes:
+        name = "M={} N={} K={} dropout={}".format(*one)
+        errors += guarded(name, device, wrong, functools.partial(check_at, device, *one, wrong)) or []
+    return errors
 
 
-def linear_row(device: str, group: LoRAGroup, joined: Tensor, m: int, speeds: Speeds) -> list[dict[str, Any]]:
-    """Forward and backward at one number of rows; `joined` [sum N, K] is the group's dense weight."""
-    sizes, k = group.out_features, joined.shape[1]
+def check_at(
+    device: str, m: int, sizes: Sequence[int], k: int, dropout: float, wrong: Callable[[str], None]
+) -> list[float]:
+    """`check` of one group, each candidate twice: launches that are found again go another way."""
+    group, dense = group_of(sizes, k, device, dropout)
     x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
     dys = [torch.randn(m, n, device=device, dtype=torch.bfloat16) for n in sizes]
-    h, joined_dy = torch.randn(m, RANK * len(sizes), device=device, dtype=torch.bfloat16), torch.cat(dys, 1)
-    works: dict[str, tuple[Callable[[], object], tuple[Any, ...]]] = {
-        "lora_linear": (lambda: x @ joined.t(), (group, x, [])),
-        "lora_linear_backward": (lambda: joined_dy @ joined, (group, dys, x, h, True, True)),
-    }
-    if m >= 2048:  # the limit is on y and dX alone
-        works[DX] = works["lora_linear_backward"][0], (group, dys, x, h, True, False)
-    found = []
-    for op, (dense_call, args) in works.items():
-        times = {}
-        for candidate in able("lora_linear_backward" if op == DX else op, group, m, k, device):
-            call = functools.partial(candidate.run, *args)  # type: ignore[arg-type]
-            times[candidate.name] = round(1e6 * seconds(call, device), 1)
-        best = min(times, key=times.__getitem__)
-        row = {"op": op, "m": m, "n": list(sizes), "k": k, "dense_bf16_us": 1e6 * seconds(dense_call, device)}
-        bound = speeds.explain(group_work(group, m, k, op), times[best] / 1e6)
-        found.append(
-            row | {"us": times, "best": best, "dense_over_best": row["dense_bf16_us"] / times[best], "bound": bound}
-        )
-    return found
+    ys, grads, h = exactly(group, dense, x, dys)
+    backward = (("", True, grads), (" without dA and dB", False, {"dx": grads["dx"]}))
+    errors: list[float | None] = []
+    for again in ("", " again"):
+        for candidate in able("lora_linear", group, m, k, device):
+            name, call = f"lora_linear {candidate.name} M={m} N={sizes}{again}", bound_to(candidate, group, x, [])
+            errors.append(guarded(name, device, wrong, lambda: compare(name, call()[0], ys, wrong)))  # noqa: B023
+        for candidate in able("lora_linear_backward", group, m, k, device):
+            for what, need_adapters, expected in backward:
+                name = f"lora_linear_backward {candidate.name} M={m} N={sizes}{what}{again}"
+                call = bound_to(candidate, group, dys, x, h, True, need_adapters)
+                errors.append(guarded(name, device, wrong, lambda: compare(name, flat(call()), expected, wrong)))  # noqa: B023
+    return [error for error in errors if error is not None]
 
 
-def group_work(group: LoRAGroup, m: int, k: int, op: str) -> Work:
-    """Every weight and factor read once, x read and y written; backward: dy and x read, dx, dA and dB written."""
-    parts = [Work.of_linears(m, n, k, ranks=RANK) for n in group.out_features]
-    read, written = sum(part.read for part in parts), sum(part.written for part in parts)
-    x, factors = 2 * m * k, sum(4 * RANK * (n + k) for n in group.out_features)
-    read -= x * (len(parts) - 1)  # shared
-    operations = sum(part.operations for part in parts)
-    if op == "lora_linear":
-        return Work(read, written, operations)
-    if op == DX:
-        return Work(read + written - x, x, operations)
-    low_rank = sum(2 * m * RANK * (n + k) for n in group.out_features)
-    return Work(read + written, x + factors, operations + low_rank)
+def flat(grads: tuple[Tensor, list[Tensor], list[Tensor]]) -> list[Tensor]:
+    """dx, every dA, every dB."""
+    return [grads[0], *grads[1], *grads[2]]
 
 
-def shares_of_the_library(rows: list[dict[str, Any]]) -> list[str]:
-    """y and dX of many rows beside the library's two products with the dense weight, in words."""
-    said = []
-    for dx in (row for row in rows if row["op"] == DX):
-        same = (row for row in rows if row["op"] == "lora_linear" and all(row[key] == dx[key] for key in "mnk"))
-        for forward in same:
-            dense = forward["dense_bf16_us"] + dx["dense_bf16_us"]
-            ours = forward["us"][forward["best"]] + dx["us"][dx["best"]]
-            said.append(f"y and dX, M={dx['m']} N={dx['n']} K={dx['k']}: {dense / ours:.2f} of cuBLAS (limit 0.90)")
-    return said
+def exactly(group: LoRAGroup, dense: list[Tensor], x: Tensor, dys: list[Tensor]) -> Exact:
+    """From the same weights, factors and masks."""
+    wide, low, ys = x.double().requires_grad_(), [], []
+    a = [factor.double().requires_grad_() for factor in group.lora_a]
+    b = [factor.double().requires_grad_() for factor in group.lora_b]
+    for i, weight in enumerate(dense):
+        dropped = wide * group.mask(i, x).double() if group.dropout else wide
+        low.append(dropped @ a[i].t())
+        ys.append(wide @ weight.double().t() + group.alpha[i] * low[i] @ b[i].t())
+    grads = torch.autograd.grad(ys, [wide, *a, *b], [dy.double() for dy in dys])
+    names = ["dx", *[f"dA_{i}" for i in range(len(a))], *[f"dB_{i}" for i in range(len(b))]]
+    h = torch.cat(low, 1).detach().to(x.dtype)
+    return Exact({f"y_{i}": y.detach() for i, y in enumerate(ys)}, dict(zip(names, grads, strict=True)), h)
 
 
-def table_entries(rows: list[dict[str, Any]], device: str) -> list[tuning.Entry]:
-    """The rows as lines of a dispatch table (`runtime/kernels/tables/<kind>.json`)."""
-    out = []
-    for row in rows:
-        if row["op"] == DX:
-            continue
-        ranks = RANK * len(row["n"])
-        problem = Problem(
-            row["op"], dispatch.bucket(row["m"]), tuple(row["n"]), row["k"], ranks, torch.bfloat16, "nf4", 64, device
-        )
-        out.append(dispatch.entry_of(problem, row["us"]))
-    return out
+def compare(name: str, got: Sequence[Tensor], expected: Mapping[str, Tensor], wrong: Callable[[str], None]) -> float:
+    """The largest error, of the largest value of its tensor. NaN is an error too, and so is another shape."""
+    errors = {}
+    for (part, exact), mine in zip(expected.items(), got, strict=True):
+        same = mine.shape == exact.shape
+        errors[part] = ((mine.double() - exact).abs().max() / exact.abs().max()).item() if same else math.nan
+    part, worst = max(errors.items(), key=lambda item: (math.isnan(item[1]), item[1]))
+    say(f"  {name}: largest error {worst:.1e} of the largest value ({part})")
+    if not all(error < TOLERANCE for error in errors.values()):
+        wrong(f"{name}: {part} is off by {worst:.1e} of its largest value")
+    return worst
