@@ -126,7 +126,9 @@ def finetune(
     """
     config = finetune_config(dict(locals()))
     from .runtime.finetune import finetune as run
+    from .runtime.host_memory import keep_freed_memory
 
+    keep_freed_memory()
     result = run(config)
     if os.environ.get("RANK", "0") != "0":
         return  # of the processes of one run, the first answers
