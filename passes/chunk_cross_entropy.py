@@ -142,5 +142,5 @@ def _slice_of(x: Any, node: fx.Node, before: fx.Node) -> fx.Node:
 
 def _drop_from_outputs(chain: LossChain) -> None:
     """The graph's output has None where it had logits: Dynamo builds the model's output from these slots."""
-    output = next(node for node in reversed(chain.head.graph.nodes) if node.op == "output")
+    output = chain.head.graph.output_node()
     output.args = fx.map_arg(output.args, lambda node: None if node in chain.nodes else node)

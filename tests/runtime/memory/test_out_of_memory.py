@@ -60,6 +60,15 @@ def pages_of(pool: PagePool, count: int) -> tuple[Owner, list[Any]]:
     return owner, pool.allocate(owner, count * 4 * KIB, 1).pages
 
 
+def fill_and_evict(pool: PagePool, pages: list[Any]) -> None:
+    """1, 2, ... in the pages, which then are on the host."""
+    for number, page in enumerate(pages):
+        with pool.on_device([page]):
+            page.buffer.fill_(number + 1)
+    pool.evict()
+    pool.wait()
+
+
 def test_a_page_that_never_came_is_zeros_when_it_does(pool: PagePool, memory: Memory) -> None:
     _owner, pages = pages_of(pool, 6)
     pool.reserve(pages)  # places in the host tier, with garbage in them
@@ -79,11 +88,7 @@ def test_a_page_that_never_came_is_zeros_when_it_does(pool: PagePool, memory: Me
 
 def test_a_prefetch_that_found_no_memory_is_made_up_for(pool: PagePool, memory: Memory) -> None:
     _owner, pages = pages_of(pool, 4)
-    for number, page in enumerate(pages):
-        with pool.on_device([page]):
-            page.buffer.fill_(number + 1)
-    pool.evict()
-    pool.wait()
+    fill_and_evict(pool, pages)
     memory.left = 0
     assert pool.prefetch(pages[:2]) == 2
     pool.wait()
@@ -97,11 +102,7 @@ def test_a_prefetch_that_found_no_memory_is_made_up_for(pool: PagePool, memory: 
 def test_a_page_takes_the_place_of_one_that_nobody_holds(pool: PagePool, memory: Memory) -> None:
     """The budget has room for both, the device does not."""
     _owner, pages = pages_of(pool, 3)
-    for number, page in enumerate(pages):
-        with pool.on_device([page]):
-            page.buffer.fill_(number + 1)
-    pool.evict()
-    pool.wait()
+    fill_and_evict(pool, pages)
     memory.left = 1
     for number in (0, 1, 2, 0):
         with pool.on_device([pages[number]], writes=False):
