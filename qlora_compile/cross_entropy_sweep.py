@@ -10,6 +10,7 @@ does, in fp32. On a CPU rows that do not count cost nothing.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -127,6 +128,13 @@ class Sweep:
         covered = takes_kernel(self.bias, self.weight, self.x.device.type) and self.x.dtype == self.weight.dtype
         return kernel_for("cross_entropy", self.x.device) if covered else None
 
+    @functools.cached_property
+    def _gemm(self) -> Callable[..., None] | None:
+        """The generated product in fp32, where there is one for this machine and it reads the head as it is."""
+        reads = all(t.dtype in (torch.float32, torch.bfloat16, torch.float16) for t in (self.x, self.weight))
+        plain = reads and self.weight.is_contiguous() and (self.bias is None or self.bias.is_contiguous())
+        return kernel_for("wide_gemm", self.x.device) if plain and self._product_dtype() == torch.float32 else None
+
     def _check(self, target: Tensor) -> None:
         if len(target) == 0 or target.device.type != "cpu":  # a GPU reports it: a loss of NaN, or gather's assert
             return
@@ -158,6 +166,9 @@ class Sweep:
     def _logits(self, x: Tensor) -> Tensor:
         """x [m, K] -> x Wᵀ + b, fp32 [m, V], in a reused buffer."""
         z = scratch("logits", (len(x), len(self.weight)), x, torch.float32)
+        if self._gemm is not None:
+            self._gemm([(x, self.weight.t(), 1.0)], z, self.bias)
+            return z
         for columns, weight in self._tiles():
             if x.dtype == torch.float32:
                 torch.mm(x, weight.t(), out=z[:, columns])
@@ -193,6 +204,10 @@ class Sweep:
 
     def _times_weight(self, dz: Tensor) -> Tensor:
         """dz [m, V] -> dz W, fp32 [m, K]."""
+        if self._gemm is not None:
+            out = dz.new_empty((len(dz), self.weight.shape[1]))
+            self._gemm([(dz, self.weight, 1.0)], out)
+            return out
         out = dz.new_zeros((len(dz), self.weight.shape[1]))
         for columns, weight in self._tiles():
             if weight.dtype == torch.float32:

@@ -2,20 +2,20 @@
 
     wide_linear:     y = x Wᵀ + b           wide_matmul:  y = a b (batched)
 
-Inputs, outputs and what is saved for backward have the tensors' own dtype; each result is rounded once. fp32 copies live
-in reused buffers, of a bounded number of rows. M rows, N output features, K input features. `widen_matmuls` puts these
-ops into a graph.
+Inputs, outputs and what is saved for backward have the tensors' own dtype; each result is rounded once. A linear is one
+generated product (`wide_gemm`) where there is one for this machine; else fp32 copies live in reused buffers, of a bounded
+number of rows. M rows, N output features, K input features. `widen_matmuls` puts these ops into a graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .lora_group import scratch
+from .lora_group import as_rows, kernel_for, scratch
 from .ops import define_op
 
 WEIGHT_ROWS = 4096  # rows of a dense weight at a time: a vocabulary's worth of fp32 is never there at once
@@ -30,16 +30,25 @@ def _widened(name: str, x: Tensor) -> Tensor:
     return scratch(name, (x.shape[0], x.shape[1]), x, torch.float32).copy_(x)
 
 
+def _contiguous_one_way(weight: Tensor) -> Tensor:
+    """As `wide_gemm` reads a matrix."""
+    return weight if 1 in weight.stride() else weight.contiguous()
+
+
 # --- linear ----------------------------------------------------------------------------------------------------------
 
 
 @define_op
 def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K], W [N, K], b [N] -> x Wᵀ + b [..., N] in x's dtype."""
-    n, k = weight.shape
-    rows = x.reshape(-1, k)
-    wide = rows.float()
+    n = weight.shape[0]
+    rows = as_rows(x, x.dtype)
     out = x.new_empty((rows.shape[0], n))
+    gemm = kernel_for("wide_gemm", x.device)
+    if gemm is not None:
+        gemm([(rows, _contiguous_one_way(weight).t(), 1.0)], out, bias if bias is None else bias.contiguous())
+        return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], n))
+    wide = rows.float()
     for part in _ranges(n, WEIGHT_ROWS):
         y = scratch("y", (rows.shape[0], part.stop - part.start), x, torch.float32)
         torch.mm(wide, _widened("weight", weight[part]).t(), out=y)
@@ -56,7 +65,10 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def wide_linear_backward(dy: Tensor, x: Tensor | None, weight: Tensor, need_dx: bool) -> list[Tensor]:
     """dy [..., N] -> [dx [..., K] (if need_dx), dW [N, K] (if there is x)]."""
     n, k = weight.shape
-    dys = dy.reshape(-1, n)
+    dys = as_rows(dy, dy.dtype)
+    gemm = kernel_for("wide_gemm", dy.device)
+    if gemm is not None:
+        return _backward_by(gemm, dys, x, _contiguous_one_way(weight), (*dy.shape[:-1], k) if need_dx else None)
     rows = x.reshape(-1, k).float() if x is not None else None
     dx = torch.zeros((dys.shape[0], k), dtype=torch.float32, device=dy.device) if need_dx else None
     dw = torch.empty_like(weight) if x is not None else None
@@ -68,6 +80,21 @@ def wide_linear_backward(dy: Tensor, x: Tensor | None, weight: Tensor, need_dx: 
             dw[part] = wide.t() @ rows
     grads = [] if dx is None else [dx.to(dy.dtype).view(*dy.shape[:-1], k)]
     return grads if dw is None else [*grads, dw]
+
+
+def _backward_by(
+    gemm: Callable[..., None], dy: Tensor, x: Tensor | None, weight: Tensor, shape: Sequence[int] | None
+) -> list[Tensor]:
+    """[dx of this shape, dW], those that are wanted."""
+    grads = []
+    if shape is not None:
+        dx = dy.new_empty((len(dy), weight.shape[1]))
+        gemm([(dy, weight, 1.0)], dx)
+        grads.append(dx.view(shape))
+    if x is not None:
+        grads.append(torch.empty_like(weight))
+        gemm([(dy.t(), as_rows(x, x.dtype), 1.0)], grads[-1])
+    return grads
 
 
 @torch.library.register_fake("qlora::wide_linear_backward")

@@ -40,6 +40,8 @@ def workspace_bytes(node: fx.Node, device: str) -> list[int | Rows]:
     """Bytes alive inside the op at its widest moment, one number for each part that scales alike."""
     if node.target in _LOSSES:
         return _loss_bytes(named_arguments(node), device)
+    if node.target in (_FORWARD, _BACKWARD) and _is_fused(given := named_arguments(node), device):
+        return [_fused_bytes(given, backward=node.target is _BACKWARD)]
     if node.target is _FORWARD:
         given = named_arguments(node)
         x, dtype = given["x"], given["dtype"]
@@ -62,15 +64,30 @@ def _backward_bytes(given: dict[str, Any]) -> int:
     return cast + copied + low + joined + uncast
 
 
+def _is_fused(given: dict[str, Any], device: str) -> bool:
+    """Whether the generated product reads everything where it is, and nothing is decoded, cast or joined before it."""
+    whole = given["quant_type"] == "none" or given["x"].shape[-1] % given["block_size"] == 0
+    return device == "cpu" and whole and kernel_for("wide_gemm", torch.device(device)) is not None
+
+
+def _fused_bytes(given: dict[str, Any], backward: bool) -> int:
+    """h (g) in fp32, x or what drops some of it, and y (dx) before its cast back."""
+    x, dtype = given["x"], given["dtype"]
+    tokens, k, ranks = math.prod(x.shape[:-1]), x.shape[-1], sum(a.shape[0] for a in given["lora_a"])
+    wide = 4 * k if given["dropout"] else 0
+    out = k if backward else max(given["out_features"])
+    cast = (k + out + (sum(given["out_features"]) if backward else 0)) * dtype.itemsize if x.dtype != dtype else 0
+    return int(tokens * (4 * ranks + wide + cast))
+
+
 def scratch_bytes(node: fx.Node, device: str) -> dict[str, int | Rows]:
     """The buffers of `scratch` that the op needs, by name: on a CPU they grow to the largest and are never given back."""
     if node.target in _LOSSES:
         return _loss_scratch(named_arguments(node), device)
     if node.target in _EXPERTS:
         return _expert_scratch(named_arguments(node))
-    if node.target not in (_FORWARD, _BACKWARD):
+    if node.target not in (_FORWARD, _BACKWARD) or _is_fused(given := named_arguments(node), device):
         return {}
-    given = named_arguments(node)
     k, dtype, rows = given["x"].shape[-1], given["dtype"], given["out_features"]
     if node.target is _FORWARD:
         return {f"weight {dtype}": max(rows) * k * dtype.itemsize} if given["quant_type"] != "none" else {}
@@ -86,9 +103,14 @@ def _loss_scratch(given: dict[str, Any], device: str) -> dict[str, int | Rows]:
         f"logits {dtype}": Rows(math.prod(x.shape[:-1]), v * dtype.itemsize, loss.most_rows(v, device))
     }
     product = loss.product_dtype(x.dtype, device)
-    if product != given["weight"].dtype:
+    if product != given["weight"].dtype and not _has_gemm(product, device):
         found[f"head {product}"] = loss.tile_rows(v, k) * k * product.itemsize
     return found
+
+
+def _has_gemm(product: torch.dtype, device: str) -> bool:
+    """Whether the generated product in fp32 reads the head as it is."""
+    return device == "cpu" and product == torch.float32 and kernel_for("wide_gemm", torch.device(device)) is not None
 
 
 def _is_swept(given: dict[str, Any], device: str) -> bool:

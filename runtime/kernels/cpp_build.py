@@ -30,6 +30,7 @@ PURPOSES = {
     "quantize_4bit": "fp32, bf16 or fp16 weight -> 4-bit codes and fp32 block scales",
     "linear_4bit_small": "y = x @ W^T for a few rows of x, straight from 4-bit codes",
     "wide_linear_4bit_small": "y = x @ W^T for a few rows of x, straight from 4-bit codes, in fp32",
+    "wide_gemm": "sums of products of dense and 4-bit matrices in fp32, rounded once",
     "paged_step": "AdamW or Lion over pages of 32-bit or 8-bit optimizer state",
     "attention": "softmax(q k^T + mask) v by blocks, and its gradients",
     "wide_attention": "softmax(q k^T + mask) v by blocks with fp32 products, and its gradients",

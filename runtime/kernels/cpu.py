@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...nf4 import QuantizedData, check_format, dynamic_map, pack_scales
-from . import cpp_build, cpu_attention, cpu_cross_entropy, cpu_linear, cpu_low_rank, cpu_paged_step
+from . import cpp_build, cpu_attention, cpu_cross_entropy, cpu_gemm, cpu_linear, cpu_low_rank, cpu_paged_step
 from .checks import check, check_scales
 from .cpu_common import DTYPES, QUANT_TYPES, isa_number
 
@@ -104,6 +104,7 @@ KERNELS: dict[str, Callable[[], Callable[..., Any] | None]] = {
     "wide_attention_backward": cpu_attention.make_wide_attention_backward,
     "cross_entropy": cpu_cross_entropy.make_cross_entropy,
     "paged_step": cpu_paged_step.make_paged_step,
+    "wide_gemm": cpu_gemm.make_wide_gemm,
 }
 # The template of each kernel: one of its own name, except where a library holds several kernels.
 _SHARED = {

@@ -35,6 +35,12 @@ def has_avx512_bf16() -> bool:
     return _allows_avx512() and torch.cpu._is_avx512_bf16_supported()
 
 
+def has_avx2() -> bool:
+    """Machines with AVX-512 too."""
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    return x86 and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+
+
 def _allows_avx512() -> bool:
     """On x86: ATEN_CPU_CAPABILITY holds torch's own kernels, and so ours, to AVX2 or to no vectors at all."""
     return torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")

@@ -12,7 +12,7 @@ from torch import Tensor
 from ... import wide_ops  # noqa: F401  defines its ops
 from ...lora_gradients import backward
 from ...lora_group import LoRAGroup, forward
-from . import cpp_build, cpu_linear, devices, dispatch, fp32_linear
+from . import cpp_build, cpu_gemm, cpu_linear, devices, dispatch, fp32_linear, fused_linear
 from .cpu_common import DTYPES
 from .cpu_linear import Adapter, SmallLinear
 from .dispatch import Candidate, Problem
@@ -98,6 +98,18 @@ def declines_fp32(problem: Problem) -> str | None:
     return "products are in fp32 already" if problem.dtype.itemsize >= 4 else None
 
 
+def _declines_fused(problem: Problem) -> str | None:
+    if problem.dtype not in DTYPES:
+        return "for fp32, bf16 and fp16"
+    if problem.quant_type != "none" and problem.k % problem.block_size:
+        return f"K is no multiple of the block of {problem.block_size}"
+    return cpu_gemm.declines()
+
+
+def _prefers_fused(problem: Problem) -> bool:
+    return cpu_gemm.is_widest() and prefers_fp32_products(problem)
+
+
 DEQUANTIZE = ("dequantize_4bit",)
 LOW_RANK = ("lora_down",)  # one source for all three
 
@@ -106,6 +118,9 @@ dispatch.register(
 )
 _wide = functools.partial(_from_codes, wide=True), ("cpu",), _declines_codes_fp32, prefers_fp32_products
 dispatch.register(Candidate("lora_linear", "codes_fp32", *_wide, ("wide_linear_4bit_small",)))
+_fused = ("cpu",), _declines_fused, _prefers_fused, ("wide_gemm",)
+dispatch.register(Candidate("lora_linear", "fused_fp32", fused_linear.lora_forward, *_fused))
+dispatch.register(Candidate("lora_linear_backward", "fused_fp32", fused_linear.lora_backward, *_fused))
 dispatch.register(
     Candidate("lora_linear", "fp32_gemm", fp32_linear.lora_forward, ("cpu",), declines_fp32, prefers_fp32, DEQUANTIZE)
 )

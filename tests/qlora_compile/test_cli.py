@@ -154,7 +154,7 @@ def test_doctor_as_json_and_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(found["kernels"]["cpu"]) == {"quantize_4bit", "dequantize_4bit"}
     chosen = found["chosen"]["cpu"]
     assert set(chosen) == set(cli_doctor.TYPICAL)
-    assert chosen["its backward"].split()[0] in ("library_gemm", "fp32_gemm")
+    assert chosen["its backward"].split()[0] in ("library_gemm", "fp32_gemm", "fused_fp32")
     assert cli.main(["doctor"]) == code
     assert f"torch {torch.__version__}" in " ".join(capsys.readouterr().out.split())
 

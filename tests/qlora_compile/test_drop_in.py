@@ -82,6 +82,7 @@ def test_training_is_peft_s_own(four_bit: Callable[..., Any], tmp_path: Path) ->
     assert {linear.lowering for linear in report.linears} <= {
         "library_gemm",
         "fp32_gemm",
+        "fused_fp32",
         "codes",
         "codes_fp32",
     }  # by machine

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora_compile import cross_entropy_sweep as sweep
 from qlora_compile import linear_cross_entropy as module
 from qlora_compile import lora_group
+from qlora_compile.runtime.kernels import cpu_gemm
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
@@ -136,7 +137,7 @@ def test_nothing_waits_for_the_number_of_rows(monkeypatch: pytest.MonkeyPatch, n
     assert loss.isfinite() and dx.isfinite().all() and not dx[target == -100].any() and dx.any()
 
 
-@pytest.mark.parametrize("half_products", [False, True])
+@pytest.mark.parametrize("half_products", [False, True, None], ids=["fp32", "half", "wide_gemm"])
 @pytest.mark.parametrize(
     "name",
     [
@@ -144,12 +145,18 @@ def test_nothing_waits_for_the_number_of_rows(monkeypatch: pytest.MonkeyPatch, n
         *("bf16_frozen", "bf16_frozen_bias", "bf16_frozen_scaled", "bf16_frozen_capped"),
     ],
 )
-def test_many_chunks_tiles_and_blocks(monkeypatch: pytest.MonkeyPatch, name: str, half_products: bool) -> None:
+def test_many_chunks_tiles_and_blocks(monkeypatch: pytest.MonkeyPatch, name: str, half_products: bool | None) -> None:
+    """Products in fp32 by the library, in half precision, and in fp32 by the generated GEMM."""
     monkeypatch.setattr(sweep, "LEAST_ROWS", 1)
     monkeypatch.setattr(sweep, "CHUNK_BYTES", {"cpu": 7 * 211 * 4 + 3})
     monkeypatch.setattr(sweep, "BLOCK_BYTES", {"cpu": 3 * 211 * 4})
     monkeypatch.setattr(sweep, "TILE_BYTES", 60 * 45 * 4)
-    monkeypatch.setattr(sweep, "multiplies_natively", lambda dtype: half_products)
+    monkeypatch.setattr(sweep, "multiplies_natively", lambda dtype: bool(half_products))
+    if half_products is None and cpu_gemm.declines():
+        pytest.skip("wide_gemm cannot run here")
+    gemm = cpu_gemm.wide_gemm if half_products is None else None
+    find = sweep.kernel_for
+    monkeypatch.setattr(sweep, "kernel_for", lambda op, device: gemm if op == "wide_gemm" else find(op, device))
     check(CASES[name])
 
 

@@ -84,7 +84,7 @@ def test_linears_with_shape_bits_rank_and_group(double_quant: bool, scale_bytes:
     assert q.bytes_before == 21 * 37 * 4
     assert q.bytes_after == 389 + scale_bytes  # 777 weights: 389 bytes of codes and 25 blocks of 32
     assert q.bits == pytest.approx((389 + scale_bytes) * 8 / 777)
-    assert {linear.lowering for linear in report.linears} <= {"library_gemm", "fp32_gemm"}
+    assert {linear.lowering for linear in report.linears} <= {"library_gemm", "fp32_gemm", "fused_fp32"}
 
 
 def test_memory_before_and_after() -> None:
@@ -190,7 +190,7 @@ def test_rank_zero_and_a_dense_base() -> None:
     torch._dynamo.reset()
     report = qc.explain(_compiled(quantize=False))
     assert {linear.bits for linear in report.linears} == {32.0}
-    assert {linear.lowering for linear in report.linears} <= {"library_gemm", "fp32_gemm"}
+    assert {linear.lowering for linear in report.linears} <= {"library_gemm", "fp32_gemm", "fused_fp32"}
 
 
 def test_a_plain_model_has_nothing_to_explain() -> None:

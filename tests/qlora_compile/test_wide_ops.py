@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_compile import wide_ops
+from qlora_compile.runtime.kernels import cpu_gemm
 
 OPS = torch.ops.qlora
 HALVES = [torch.bfloat16, torch.float16]
@@ -27,9 +28,12 @@ def both(inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("step", [4096, 100])
+@pytest.mark.parametrize("step", [4096, 100, 0])
 def test_linear(dtype: torch.dtype, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also with fewer rows of the weight at a time than it has."""
+    """By the library, also with fewer rows of the weight at a time than it has; and (0) by the generated product."""
+    if step == 0 and cpu_gemm.declines():
+        pytest.skip("wide_gemm cannot run here")
+    monkeypatch.setattr(wide_ops, "kernel_for", lambda op, device: None if step else cpu_gemm.wide_gemm)
     monkeypatch.setattr(wide_ops, "WEIGHT_ROWS", step)
     torch.manual_seed(step)
     x, w, b = torch.randn(3, 5, 65), torch.randn(257, 65), torch.randn(257)

@@ -1,5 +1,6 @@
 // Runs every path of the codec kernels on buffers of exactly the promised sizes, for the sanitizers to watch, and
 // compares each path with the portable one. Exit status 0: all equal.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -52,6 +53,26 @@ extern "C" int qlora_has_cross_entropy() __attribute__((weak));
 extern "C" void qlora_cross_entropy(
     const uint16_t*, const int64_t*, const int64_t*, float*, uint16_t*, int64_t, int64_t, int
 ) __attribute__((weak));
+struct Matrix {  // these three as in wide_gemm.cpp.jinja
+    const void* data;
+    int64_t dtype, row, column;
+};
+struct Term {
+    Matrix left, right;
+    const void* absmax;
+    const float *absmax_scale, *absmax_offset, *dynamic_map;
+    int64_t quant_type, block_size, K;
+    double factor;
+};
+struct Product {
+    void* out;
+    int64_t dtype, row, column;
+    const void* bias;
+    int64_t bias_dtype, M, N, threads, terms;
+    Term term[2];
+};
+extern "C" int qlora_has_wide_gemm() __attribute__((weak));
+extern "C" void qlora_wide_gemm(const Product*) __attribute__((weak));
 extern "C" void qlora_quantize_4bit(const void*, uint8_t*, float*, int64_t, int64_t, int, int, int, int);
 
 namespace {
@@ -245,9 +266,52 @@ bool check_cross_entropy(int64_t M, int64_t V) {
            std::memcmp(losses[0].get(), losses[1].get(), static_cast<size_t>(M) * 4) == 0;
 }
 
+// x W^T + h B^T and y W + h^T A from exactly sized buffers: one thread and three give the same bytes, and so do codes and
+// the dense weight that they mean.
+bool check_gemm(int64_t M, int64_t N, int64_t K, int64_t block_size, int dtype) {
+    const int64_t numel = N * K, blocks = numel / block_size, R = 5;
+    const auto weight = weights(numel, 0), x = weights(M * K, dtype), y = weights(M * N, dtype), h = weights(M * R, 0);
+    const auto a = weights(R * K, dtype), b = weights(N * R, 0), bias = weights(std::max(N, K), dtype);
+    auto codes = buffer<uint8_t>(numel / 2);
+    auto absmax = buffer<float>(blocks), dense = buffer<float>(numel), map = buffer<float>(256);
+    qlora_quantize_4bit(weight.get(), codes.get(), absmax.get(), numel, block_size, 0, 0, 0, 2);
+    qlora_dequantize_4bit(
+        codes.get(), absmax.get(), nullptr, nullptr, map.get(), dense.get(), numel, block_size, 0, 0, 0, 0, 2
+    );
+    for (const bool forward : {true, false}) {
+        const int64_t columns = forward ? N : K, inner = forward ? K : N, bytes = M * columns * size_of(dtype);
+        std::unique_ptr<uint8_t[]> out[3];
+        for (int run = 0; run < 3; ++run) {
+            out[run] = buffer<uint8_t>(bytes);
+            const Matrix rows{forward ? x.get() : y.get(), dtype, inner, 1};
+            const void* data = run == 2 ? static_cast<const void*>(dense.get()) : codes.get();
+            const Matrix w{data, run == 2 ? 0 : -1, forward ? 1 : K, forward ? K : 1};
+            const Matrix low = forward ? Matrix{h.get(), 0, R, 1} : Matrix{h.get(), 0, 1, M};
+            const Matrix up = forward ? Matrix{b.get(), 0, 1, R} : Matrix{a.get(), dtype, K, 1};
+            const Product product{out[run].get(), dtype, columns, 1, bias.get(), dtype, M, columns, 1 + 2 * (run % 2), 2,
+                                  {{rows, w, absmax.get(), nullptr, nullptr, map.get(), 0, block_size, inner, 1.0},
+                                   {low, up, nullptr, nullptr, nullptr, nullptr, 0, 1, R, -0.5}}};
+            qlora_wide_gemm(&product);
+        }
+        for (int run = 1; run < 3; ++run)
+            if (std::memcmp(out[0].get(), out[run].get(), static_cast<size_t>(bytes)) != 0) return false;
+    }
+    return true;
+}
+
 }  // namespace
 
 int main() {
+    if (qlora_has_wide_gemm && qlora_has_wide_gemm())
+        for (const int64_t M : {0, 1, 7, 110})
+            for (const int64_t N : {1, 16, 37, 530})
+                for (const int64_t K : {32, 96, 1088})
+                    for (int dtype = 0; dtype < 3; ++dtype)
+                        if (!check_gemm(M, N, K, K % 64 == 0 ? 64 : 32, dtype)) {
+                            std::printf("gemm, M %d N %d K %d: other bytes\n", static_cast<int>(M), static_cast<int>(N),
+                                        static_cast<int>(K));
+                            return 1;
+                        }
     if (qlora_has_cross_entropy && qlora_has_cross_entropy())
         for (const int64_t M : {0, 1, 5})
             for (const int64_t V : {1, 31, 32, 20011})

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qlora_compile.errors import KernelError, UnknownOptionError
-from qlora_compile.runtime.kernels import devices, dispatch, tuning
+from qlora_compile.runtime.kernels import cpu_gemm, devices, dispatch, tuning
 from qlora_compile.runtime.kernels.dispatch import Candidate, Problem
 
 BF16 = Problem("lora_linear", 512, (192, 64), 128, 8, torch.bfloat16, "nf4", 64)
@@ -41,11 +41,14 @@ def ship(tmp_path: Path, *entries: tuple[object, ...]) -> None:
 def test_default_is_fp32_only_where_bf16_has_no_instructions(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
     monkeypatch.setattr(devices, "multiplies_natively", lambda dtype: native)
     choice = dispatch.choose(BF16)
-    assert choice.name == ("library_gemm" if native else "fp32_gemm")
+    widest = cpu_gemm.is_widest() and cpu_gemm.declines() is None  # AVX2 is
+    assert choice.name == ("library_gemm" if native else "fused_fp32" if widest else "fp32_gemm")
     assert choice.why == f"the default for {devices.kind('cpu')}"
     # no second precision to choose from
     choice = dispatch.choose(BF16._replace(dtype=torch.float32))
-    assert choice.name == "library_gemm" and "fp32_gemm declines: products are in fp32 already" in choice.why
+    assert choice.name == ("fused_fp32" if widest else "library_gemm")
+    forced = dispatch.choose(BF16._replace(dtype=torch.float32), "fp32_gemm")
+    assert "fp32_gemm was asked for but declines: products are in fp32 already" in forced.why
 
 
 def test_the_nearest_entry_of_the_table_decides(tmp_path: Path) -> None:

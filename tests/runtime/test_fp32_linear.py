@@ -1,5 +1,5 @@
-"""lora_linear and its backward computed in fp32 (the kernels `fp32_gemm` and, for few rows, `codes_fp32`), against fp64 sums
-over the same 4-bit weight."""
+"""lora_linear and its backward computed in fp32 (the kernels `fp32_gemm`, `fused_fp32` and, for few rows, `codes_fp32`),
+against fp64 sums over the same 4-bit weight."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qlora_compile import nf4, ops  # noqa: F401  defines torch.ops.qlora
-from qlora_compile.runtime.kernels import cpp_build, devices, dispatch, fp32_linear, lora_kernels
+from qlora_compile.runtime.kernels import cpp_build, cpu_gemm, devices, dispatch, fp32_linear, lora_kernels
 
 K, NS, RANKS = 192, (320, 72), (8, 5)
 
@@ -60,17 +60,27 @@ def close(got: Tensor, expected: Tensor, dtype: torch.dtype, extra: float = 0.0)
     assert ((got.double() - expected).abs() <= tolerance).all(), float((got.double() - expected).abs().max())
 
 
+every_kernel = pytest.mark.parametrize(
+    "kernel",
+    [
+        "fp32_gemm",
+        pytest.param("fused_fp32", marks=pytest.mark.skipif(bool(cpu_gemm.declines()), reason="cannot run here")),
+    ],
+)
+
+
+@every_kernel
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4", "none"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [2048, 7])
 def test_forward_and_gradients_are_rounded_once(
-    dtype: torch.dtype, quant_type: str, rows: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, quant_type: str, rows: int, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also with fewer rows at a time than there are (7 of 33)."""
     monkeypatch.setattr(fp32_linear, "ROWS", rows)
     x, a, b, weights = case(dtype, quant_type, seed=rows)
     bias = [torch.randn(n).to(dtype) for n in NS] if rows == 7 else []
-    *ys, h = run("fp32_gemm", x, a, b, weights, bias, dtype, quant_type)
+    *ys, h = run(kernel, x, a, b, weights, bias, dtype, quant_type)
     assert h.dtype == dtype and h.shape == (33, sum(RANKS))
     wide = [t.detach().double().requires_grad_() for t in (x, *a, *b)]
     xs, as_, bs = wide[0], wide[1:3], wide[3:]
@@ -127,24 +137,26 @@ def test_it_is_the_choice_for_few_rows_where_nothing_narrower_is_multiplied(monk
         dispatch.forget_choices()
 
 
-def test_it_agrees_with_the_library_under_dropout() -> None:
+@every_kernel
+def test_it_agrees_with_the_library_under_dropout(kernel: str) -> None:
     """Same seeds, same masks; the library's way rounds h, the weight and each product to bf16."""
     x, a, b, weights = case(torch.bfloat16, "nf4", seed=3)
     results = []
-    for kernel in ("fp32_gemm", "library_gemm"):
-        ys = run(kernel, x, a, b, weights, [], torch.bfloat16, "nf4", dropout=0.25)[:-1]
+    for name in (kernel, "library_gemm"):
+        ys = run(name, x, a, b, weights, [], torch.bfloat16, "nf4", dropout=0.25)[:-1]
         results.append([*ys, *torch.autograd.grad([y.float().square().sum() for y in ys], [x, *a, *b])])
     for got, want in zip(*results):
         # some ten roundings of 2^-9 add up in the gradient of a square
         assert (got - want).abs().max() <= want.abs().max() * 2**-5
 
 
-def test_no_rows_and_what_is_not_needed() -> None:
+@every_kernel
+def test_no_rows_and_what_is_not_needed(kernel: str) -> None:
     x, a, b, weights = case(torch.bfloat16, "nf4", seed=4)
-    ys = run("fp32_gemm", x[:, :0], a, b, weights, [], torch.bfloat16, "nf4")[:-1]
+    ys = run(kernel, x[:, :0], a, b, weights, [], torch.bfloat16, "nf4")[:-1]
     assert [tuple(y.shape) for y in ys] == [(3, 0, n) for n in NS]
-    ys = run("fp32_gemm", x, [t.detach() for t in a], [t.detach() for t in b], weights, [], torch.bfloat16, "nf4")[:-1]
+    ys = run(kernel, x, [t.detach() for t in a], [t.detach() for t in b], weights, [], torch.bfloat16, "nf4")[:-1]
     (dx,) = torch.autograd.grad([y.sum() for y in ys], [x])
     assert dx.shape == x.shape and dx.abs().sum() > 0
-    ys = run("fp32_gemm", x.detach(), a, b, weights, [], torch.bfloat16, "nf4")[:-1]
+    ys = run(kernel, x.detach(), a, b, weights, [], torch.bfloat16, "nf4")[:-1]
     assert len(torch.autograd.grad([y.sum() for y in ys], [*a, *b])) == 4
