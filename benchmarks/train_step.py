@@ -23,12 +23,13 @@ says how small any contender's ratio could be.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,14 +101,39 @@ PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "mkldnn_linear"
 
 
 def product_share(step: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """One step under the profiler: its seconds, and those within the library's matrix products."""
+    """One step under the profiler: its seconds, and those within matrix products, the library's and our generated one."""
     import torch
 
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with (
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
+        generated_products() as ours,
+    ):
         answer = step()
     names = {f"{space}::{name}{end}" for space in ("aten", "mkldnn") for name in PRODUCTS for end in ("", "_")}
     own = [event.self_cpu_time_total for event in profile.key_averages() if event.key in names]
-    return answer | {"products_s": sum(own) / 1e6}
+    return answer | {"products_s": sum(own) / 1e6 + sum(ours)}
+
+
+@contextlib.contextmanager
+def generated_products() -> Iterator[list[float]]:
+    """The seconds of each call of `wide_gemm`'s C function, decoding and rounding included; none where it does not run."""
+    if "qlora_compile.runtime.kernels.cpu_gemm" not in sys.modules:
+        yield []
+        return
+    from qlora_compile.runtime.kernels import cpu_gemm
+
+    find, seconds = cpu_gemm._function, list[float]()
+
+    def timed(call: bytes) -> None:
+        begin = time.perf_counter()
+        find()(call)
+        seconds.append(time.perf_counter() - begin)
+
+    cpu_gemm._function = lambda: timed
+    try:
+        yield seconds
+    finally:
+        cpu_gemm._function = find
 
 
 def operations(arguments: argparse.Namespace, contender: str) -> float:

@@ -65,6 +65,12 @@ class ExpertGroup:
         suits = numbers and suit_kernels((*self.lora_a, *self.lora_b), self.dtype)
         return kernel_for(op, self.weight.device) if suits else None
 
+    def fused_kernel(self, op: str) -> Callable[..., Any] | None:
+        """The kernel "grouped_lora_linear" or "grouped_lora_linear_backward", if there is one and it covers this call."""
+        known = (torch.float32, torch.bfloat16, torch.float16)
+        suits = all(t.dtype in known for t in (*self.lora_a, *self.lora_b)) and self.dtype in known
+        return kernel_for(op, self.weight.device) if suits else None
+
     def runs(self) -> Iterator[tuple[int, slice]]:
         """(expert, its rows) for each expert that has rows. Reads the offsets: on a GPU the one wait of the op."""
         start = 0
@@ -93,8 +99,12 @@ class ExpertGroup:
 def grouped_forward(group: ExpertGroup, x: Tensor) -> tuple[Tensor, Tensor]:
     """x [S, K] -> (y [S, N], h [S, sum R]) in the compute dtype; rows of no expert are zero.
 
-    As in `lora_group.forward`, the library adds its product to the low-rank one within the fp32 sum.
+    By the generated kernel, if there is one. As in `lora_group.forward`, the library adds its product to the low-rank one
+    within the fp32 sum.
     """
+    fused = group.fused_kernel("grouped_lora_linear")
+    if fused is not None:
+        return fused(group, x)  # type: ignore[no-any-return]
     columns = group.columns()
     y = x.new_empty((x.shape[0], group.shape[0]))
     h = x.new_empty((x.shape[0], sum(a.shape[1] for a in group.lora_a)))
@@ -111,7 +121,7 @@ def grouped_forward(group: ExpertGroup, x: Tensor) -> tuple[Tensor, Tensor]:
             if up is not None:
                 up(low, group.lora_b[j][expert], factor, out, j > 0)
             else:
-                _multiply(out, _scaled(low, factor, rows), group.b[j][expert].t(), add=j > 0)
+                _multiply(out, scaled(low, factor, rows), group.b[j][expert].t(), add=j > 0)
         _multiply(out, mine, group.dense(expert).t(), add=bool(columns))
         end = rows.stop
     y[end:].zero_()
@@ -127,7 +137,7 @@ def _multiply(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
         torch.mm(left, right, out=out)
 
 
-def _scaled(low: Tensor, factor: Tensor | float, rows: slice) -> Tensor:
+def scaled(low: Tensor, factor: Tensor | float, rows: slice) -> Tensor:
     """[rows, R], each row times its adapter's factor."""
     return low * (factor[rows] if isinstance(factor, Tensor) and factor.dim() else factor)
 
@@ -147,6 +157,9 @@ def grouped_backward(
 
     With g = factor dy_e B_e:  dx_e = dy_e W_e + g A_e,  dA_e = gᵀ x_e,  dB_e = factor dy_eᵀ h_e.
     """
+    fused = group.fused_kernel("grouped_lora_linear_backward")
+    if fused is not None:
+        return fused(group, dy, x, h, need_dx, need_adapters)  # type: ignore[no-any-return]
     columns = group.columns()
     dx = torch.empty_like(x) if need_dx else None
     da = [torch.zeros_like(a) for a in group.lora_a] if need_adapters else []
@@ -161,10 +174,10 @@ def grouped_backward(
                 grads = (da[j][expert], db[j][expert]) if need_adapters else (None, None)
                 kernel(dy[rows], x[rows], mine, group.lora_b[j][expert], factor, low, *grads)
             else:
-                low = _scaled(dy[rows] @ group.b[j][expert], factor, rows)
+                low = scaled(dy[rows] @ group.b[j][expert], factor, rows)
                 if need_adapters:
                     da[j][expert] = low.t() @ x[rows]
-                    db[j][expert] = dy[rows].t() @ _scaled(mine, factor, rows)
+                    db[j][expert] = dy[rows].t() @ scaled(mine, factor, rows)
             if dx is not None:
                 _multiply(dx[rows], low, group.a[j][expert], add=j > 0)
         if dx is not None:

@@ -85,7 +85,7 @@ def scratch_bytes(node: fx.Node, device: str) -> dict[str, int | Rows]:
     if node.target in _LOSSES:
         return _loss_scratch(named_arguments(node), device)
     if node.target in _EXPERTS:
-        return _expert_scratch(named_arguments(node))
+        return _expert_scratch(named_arguments(node), device)
     if node.target not in (_FORWARD, _BACKWARD) or _is_fused(given := named_arguments(node), device):
         return {}
     k, dtype, rows = given["x"].shape[-1], given["dtype"], given["out_features"]
@@ -148,12 +148,13 @@ def _loss_bytes(given: dict[str, Any], device: str) -> list[int | Rows]:
     return [Rows(tokens, every), moment, *(size for size in (dw_bytes, added) if size)]
 
 
-def _expert_scratch(given: dict[str, Any]) -> dict[str, int | Rows]:
-    """One expert's dense matrix at a time; a dense weight of another dtype is cast into a fresh tensor instead."""
-    n = given["dy"].shape[1] if "dy" in given else given["out_features"]
-    dtype, quantized = given["dtype"], given["quant_type"] != "none"
-    return (
-        {f"weight {dtype}": n * given["x"].shape[1] * dtype.itemsize}
-        if quantized and given.get("need_dx", True)
-        else {}
-    )
+def _expert_scratch(given: dict[str, Any], device: str) -> dict[str, int | Rows]:
+    """One expert's dense matrix at a time, where its codes are not multiplied as they are; a dense weight of another dtype
+    is cast into a fresh tensor instead."""
+    n, k = given["dy"].shape[1] if "dy" in given else given["out_features"], given["x"].shape[1]
+    dtype, columns = given["dtype"], n if given["transposed"] else k
+    if given["quant_type"] == "none" or not given.get("need_dx", True):
+        return {}
+    if columns % given["block_size"] == 0 and _has_gemm(torch.float32, device):
+        return {}
+    return {f"weight {dtype}": n * k * dtype.itemsize}

@@ -116,6 +116,12 @@ def wide_gemm(terms: Sequence[Term], out: Tensor, bias: Tensor | None = None) ->
     function(struct.pack(f"={_CALL}" + _TERM * len(terms), *words))
 
 
+def readable(t: Tensor) -> Tensor:
+    """A vector or a matrix as the product takes it: mostly the tensor itself."""
+    t = t if t.dtype in DTYPES else t.float()
+    return t if t.dim() == 1 or 1 in t.stride() else t.contiguous()
+
+
 def _matrix(name: str, tensor: Tensor, rows: int, columns: int) -> tuple[int, int, int, int]:
     """Pointer, dtype and strides, once they are known to be right; one of the strides is 1."""
     dtype = DTYPES.get(tensor.dtype)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...lora_group import LoRAGroup
 from .cpu_common import DTYPES
-from .cpu_gemm import Codes, Term, wide_gemm
+from .cpu_gemm import Codes, Term, readable, wide_gemm
 
 
 def lora_forward(group: LoRAGroup, x: Tensor, bias: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -24,9 +24,9 @@ def lora_forward(group: LoRAGroup, x: Tensor, bias: Sequence[Tensor]) -> tuple[l
     ys = []
     for i, mine in enumerate(group.adapters_of()):
         terms = [Term(x, _weight(group, i, k).t())]
-        terms += [Term(parts[j], _readable(group.lora_b[j]).t(), group.factor(j)) for j in mine]
+        terms += [Term(parts[j], readable(group.lora_b[j]).t(), group.factor(j)) for j in mine]
         ys.append(x.new_empty((m, group.out_features[i])))
-        wide_gemm(terms, ys[-1], _readable(bias[i]) if bias else None)
+        wide_gemm(terms, ys[-1], readable(bias[i]) if bias else None)
     return ys, low.to(x.dtype)
 
 
@@ -41,7 +41,7 @@ def lora_backward(
     for i, mine in enumerate(group.adapters_of()):
         for j in mine:
             b = group.lora_b[j]
-            wide_gemm([Term(dys[i], _readable(b), group.factor(j))], g[j])
+            wide_gemm([Term(dys[i], readable(b), group.factor(j))], g[j])
             if need_adapters:
                 grad = torch.empty(b.shape, dtype=b.dtype if b.dtype in DTYPES else torch.float32)
                 wide_gemm([Term(parts[j].t(), dys[i], group.factor(j))], grad.t())
@@ -52,16 +52,10 @@ def lora_backward(
 
 def _weight(group: LoRAGroup, index: int, k: int) -> Tensor | Codes:
     if group.quant_type == "none":
-        return _readable(group.weight[index])
+        return readable(group.weight[index])
     scale, offset = (group.absmax_scale[index], group.absmax_offset[index]) if group.absmax_scale else (None, None)
     numbers = group.out_features[index], k, group.quant_type, group.block_size
     return Codes(group.weight[index], group.absmax[index], scale, offset, *numbers)
-
-
-def _readable(t: Tensor) -> Tensor:
-    """As the product takes it: mostly the tensor itself."""
-    t = t if t.dtype in DTYPES else t.float()
-    return t if t.dim() == 1 or 1 in t.stride() else t.contiguous()
 
 
 def _dropped(group: LoRAGroup, j: int, x: Tensor) -> Tensor:
@@ -76,12 +70,12 @@ def _low_rank(group: LoRAGroup, x: Tensor) -> Tensor:
         wide_gemm([Term(x, _a_cat(group).t())], low)
         return low
     for j, part in enumerate(low.split(group.ranks(), dim=1) if group.lora_a else ()):
-        wide_gemm([Term(_dropped(group, j, x), _readable(group.lora_a[j]).t())], part)
+        wide_gemm([Term(_dropped(group, j, x), readable(group.lora_a[j]).t())], part)
     return low
 
 
 def _a_cat(group: LoRAGroup) -> Tensor:
-    rows = [_readable(a) for a in group.lora_a]
+    rows = [readable(a) for a in group.lora_a]
     return rows[0] if len(rows) == 1 else torch.cat([row.float() for row in rows])
 
 
@@ -101,7 +95,7 @@ def _grad_x(group: LoRAGroup, dys: list[Tensor], g: list[Tensor], x: Tensor) -> 
     k = x.shape[1]
     terms = [Term(dy, _weight(group, i, k)) for i, dy in enumerate(dys)]
     if not group.dropout:
-        terms += [Term(low, _readable(a)) for low, a in zip(g, group.lora_a, strict=True)]
+        terms += [Term(low, readable(a)) for low, a in zip(g, group.lora_a, strict=True)]
     dx = torch.empty(x.shape, dtype=torch.float32 if group.dropout else x.dtype)
     wide_gemm(terms, dx)
     if group.dropout:

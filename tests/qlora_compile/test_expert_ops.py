@@ -10,6 +10,7 @@ from torch import Tensor
 
 import qlora_compile as qc
 from qlora_compile import expert_ops, expert_products  # noqa: F401  defines the ops
+from qlora_compile.runtime.kernels import cpu_gemm, fused_experts
 
 E, N, K, R = 5, 21, 37, 3
 ROWS = (4, 0, 1, 9, 0)  # experts without tokens, one with a single one
@@ -70,12 +71,31 @@ def _reference(given: dict[str, Any], x: Tensor, a: list[Tensor], b: list[Tensor
 TOLERANCES = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (0.6, 0.03)}
 
 
+def _hold_to(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the library's products, or to the generated GEMM on whatever machine can run it."""
+    if kernel == "fused" and cpu_gemm.declines():
+        pytest.skip("wide_gemm cannot run here")
+    fused = {
+        "grouped_lora_linear": fused_experts.grouped_forward,
+        "grouped_lora_linear_backward": fused_experts.grouped_backward,
+    }
+    find = expert_products.kernel_for
+    held = dict.fromkeys(fused) if kernel == "library" else fused
+    monkeypatch.setattr(expert_products, "kernel_for", lambda op, d: held[op] if op in held else find(op, d))
+
+
+@pytest.mark.parametrize(("kernel", "sizes"), [("library", (N, K)), ("fused", (N, K)), ("fused", (64, 96))])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("quant_type", "double"), [("nf4", True), ("fp4", False), ("none", True)])
 def test_numbers_and_gradients_are_those_of_fp64(
-    quant_type: str, double: bool, transposed: bool, dtype: torch.dtype
-) -> None:
+    quant_type: str, double: bool, transposed: bool, dtype: torch.dtype, kernel: str, sizes: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The generated GEMM reads codes where rows are whole blocks (64, 96), else what was decoded."""
+    _hold_to(kernel, monkeypatch)
+    monkeypatch.setitem(globals(), "N", sizes[0])
+    monkeypatch.setitem(globals(), "K", sizes[1])
     given = _arguments(quant_type=quant_type, transposed=transposed, dtype=dtype, adapters=2, tail=2, double=double)
     atol, rtol = TOLERANCES[dtype]
     wide = [t.detach().double().requires_grad_() for t in (given["x"], *given["lora_a"], *given["lora_b"])]
@@ -138,6 +158,22 @@ def test_each_expert_has_the_bytes_that_it_has_alone(double: bool) -> None:
         assert torch.equal(together.dequantize()[expert], alone.dequantize())
 
 
+def test_a_factor_for_each_row_by_both_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where rows of a batch choose an adapter each."""
+    results = []
+    for kernel in ("library", "fused"):
+        torch.manual_seed(0)
+        given = _arguments(quant_type="none", transposed=False, dtype=torch.float32, adapters=2)
+        given["scaling"][0] = torch.rand(sum(ROWS))
+        with monkeypatch.context() as patch:
+            _hold_to(kernel, patch)
+            y, h = OP(*given.values())
+            y.square().sum().backward()
+        results.append([y, h, *(t.grad for t in (given["x"], *given["lora_a"], *given["lora_b"]))])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.detach().abs().max()))
+
+
 def test_only_experts_with_rows_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     from qlora_compile import expert_products
 
@@ -176,6 +212,6 @@ def test_an_adapters_weight_may_be_a_number_on_the_device() -> None:
     """Where reading it would wait for the device it stays a tensor, which no row is taken of."""
     low, rows = torch.randn(3, R), slice(2, 5)
     factors = [1.5, torch.tensor(1.5), torch.full((6, 1), 1.5)]
-    assert all(torch.equal(expert_products._scaled(low, factor, rows), low * 1.5) for factor in factors)
+    assert all(torch.equal(expert_products.scaled(low, factor, rows), low * 1.5) for factor in factors)
     assert expert_products._read(torch.tensor(2.0), torch.bfloat16) == 2.0
     assert expert_products._read(torch.empty((), device="meta"), torch.bfloat16).dtype == torch.float32  # type: ignore[union-attr]
