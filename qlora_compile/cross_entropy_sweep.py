@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .lora_group import as_rows, kernel_for, multiplies_natively, scratch
 from .memory_plan import chunk_rows
+from .nf4 import DTYPES
 
 CHUNK_BYTES = {"cpu": 64 << 20, "other": 256 << 20}  # of fp32 logits at a time
 BLOCK_BYTES = {
@@ -131,7 +132,7 @@ class Sweep:
     @functools.cached_property
     def _gemm(self) -> Callable[..., None] | None:
         """The generated product in fp32, where there is one for this machine and it reads the head as it is."""
-        reads = all(t.dtype in (torch.float32, torch.bfloat16, torch.float16) for t in (self.x, self.weight))
+        reads = all(t.dtype in DTYPES for t in (self.x, self.weight))
         plain = reads and self.weight.is_contiguous() and (self.bias is None or self.bias.is_contiguous())
         return kernel_for("wide_gemm", self.x.device) if plain and self._product_dtype() == torch.float32 else None
 

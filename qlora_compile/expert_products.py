@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .lora_group import dequantize_into, kernel_for, scratch, suit_kernels
+from .nf4 import DTYPES
 
 
 def decode_expert(
@@ -67,8 +68,7 @@ class ExpertGroup:
 
     def fused_kernel(self, op: str) -> Callable[..., Any] | None:
         """The kernel "grouped_lora_linear" or "grouped_lora_linear_backward", if there is one and it covers this call."""
-        known = (torch.float32, torch.bfloat16, torch.float16)
-        suits = all(t.dtype in known for t in (*self.lora_a, *self.lora_b)) and self.dtype in known
+        suits = all(dtype in DTYPES for dtype in (self.dtype, *(t.dtype for t in (*self.lora_a, *self.lora_b))))
         return kernel_for(op, self.weight.device) if suits else None
 
     def runs(self) -> Iterator[tuple[int, slice]]:

@@ -51,7 +51,7 @@ def dequantize_into(
 ) -> Tensor:
     """Write the weight's values into `out` (contiguous, any shape and floating dtype), in row-major order."""
     kernel = kernel_for("dequantize_4bit", codes.device)
-    if kernel is not None and out.dtype in (torch.float32, torch.bfloat16, torch.float16):
+    if kernel is not None and out.dtype in nf4.DTYPES:
         kernel(codes, absmax, absmax_scale, absmax_offset, out.numel(), quant_type, block_size, out)
         return out
     dense = nf4.dequantize_reference(
@@ -170,9 +170,9 @@ class LoRAGroup:
         """The kernel "lora_down", "lora_up" or "lora_backward", if there is one for this call."""
         return kernel_for(op, x.device) if self.suits_kernels else None
 
-    def a_cat(self) -> Tensor:
-        """All adapters' A, one under the other: [sum R, K] in the compute dtype."""
-        rows = [a.to(self.dtype) for a in self.lora_a]
+    def a_cat(self, dtype: torch.dtype | None = None) -> Tensor:
+        """All adapters' A, one under the other: [sum R, K] in the compute dtype, or in this one."""
+        rows = [a.to(dtype or self.dtype) for a in self.lora_a]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def ranks(self) -> list[int]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .errors import ConfigError, InvalidWeightError
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights that are quantized, and of what kernels read
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 SCALE_BLOCK_SIZE = 256  # block size of the second quantization, that of the scales
 _CHUNK = 1 << 22  # elements handled at a time: bounds temporary memory; a multiple of every block size, and even
@@ -181,7 +182,7 @@ def quantize_reference(weight: Tensor, quant_type: str, block_size: int, double_
     Raises ConfigError (no such quant_type or block_size), InvalidWeightError (another dtype).
     """
     check_format(quant_type, block_size)
-    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if weight.dtype not in DTYPES:
         name = str(weight.dtype).removeprefix("torch.")
         raise InvalidWeightError(f"Only float32, bfloat16 and float16 weights can be quantized, got {name}.")
     flat = weight.detach().reshape(-1)

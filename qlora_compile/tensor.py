@@ -230,7 +230,7 @@ def quantize_4bit(
     Source: Dettmers et al., arXiv 2305.14314, section 3; bytes as bitsandbytes 0.50.2 writes them on CPU.
     """
     nf4.check_format(quant_type, block_size)
-    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if weight.dtype not in nf4.DTYPES:
         raise InvalidWeightError(f"Only fp32, bf16 and fp16 weights can be quantized, this one is {weight.dtype}.")
     if transposed and weight.dim() != 2:
         raise InvalidWeightError(f"Only a 2-D weight can be stored transposed, this one is {tuple(weight.shape)}.")

@@ -172,6 +172,23 @@ def compile_library(source: Path, library: Path, compiler: str, flags: tuple[str
         Path(temporary).unlink(missing_ok=True)
 
 
+def bind(op: str, *types: Any, library: str = "", needs: str = "") -> Any:
+    """The C function `qlora_<op>` of a library (of its own name, if none is given), with the types of its arguments.
+
+    needs: the instruction set that it is written for; on a machine without it, by name or by the answer of the library's
+    `qlora_has_<library>`, the result is None. Raises KernelError.
+    """
+    if needs and needs not in instruction_sets():
+        return None
+    name = library or op
+    loaded = load(name)
+    if needs and not getattr(loaded, f"qlora_has_{name}")():
+        return None
+    function = getattr(loaded, f"qlora_{op}")
+    function.argtypes, function.restype = types, None
+    return function
+
+
 @functools.cache
 def load(op: str) -> Any:
     """The op's shared library (`ctypes.CDLL`), compiled if the cache has none. Raises KernelError."""

@@ -37,19 +37,13 @@ def supported_isas() -> tuple[str, ...]:
     return tuple(isa for isa in cpp_build.instruction_sets() if isa_number(isa) <= best)
 
 
-def _bind(op: str, *types: Any) -> Any:
-    function = getattr(cpp_build.load(op), f"qlora_{op}")
-    function.argtypes, function.restype = types, None
-    return function
-
-
 def _data(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
 def make_dequantize_4bit() -> Callable[..., None]:
     """Builds the kernel and returns `dequantize_4bit`. Raises KernelError."""
-    kernel = _bind("dequantize_4bit", *[_pointer] * 6, *[_int64] * 3, *[_int] * 4)
+    kernel = cpp_build.bind("dequantize_4bit", *[_pointer] * 6, *[_int64] * 3, *[_int] * 4)
     scale_map = dynamic_map()
 
     def dequantize_4bit(
@@ -79,7 +73,7 @@ def make_dequantize_4bit() -> Callable[..., None]:
 
 def make_quantize_4bit() -> Callable[..., QuantizedData]:
     """Builds the kernel and returns `quantize_4bit`. Raises KernelError."""
-    kernel = _bind("quantize_4bit", *[_pointer] * 3, _int64, _int64, *[_int] * 4)
+    kernel = cpp_build.bind("quantize_4bit", *[_pointer] * 3, _int64, _int64, *[_int] * 4)
 
     def quantize_4bit(
         weight: Tensor, quant_type: str, block_size: int, double_quant: bool, isa: str = "auto"

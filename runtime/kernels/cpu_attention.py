@@ -52,19 +52,11 @@ Run = Callable[..., None]  # (call, and for the wide kernel an instruction set's
 
 def _bf16_kernel(name: str) -> Run | None:
     """The C function of the bf16 kernel, or None on a machine that cannot run it."""
-    if "avx512" not in cpp_build.instruction_sets():
-        return None
-    library = cpp_build.load("attention")
-    if not library.qlora_has_attention():
-        return None
-    function = getattr(library, name)
-    function.argtypes, function.restype = (ctypes.POINTER(_Call),), None
-    return function  # type: ignore[no-any-return]
+    return cpp_build.bind(name, ctypes.POINTER(_Call), library="attention", needs="avx512")  # type: ignore[no-any-return]
 
 
 def _wide_kernel(name: str) -> Run:
-    function = getattr(cpp_build.load("wide_attention"), name)
-    function.argtypes, function.restype = (ctypes.POINTER(_Call), ctypes.c_int), None
+    function = cpp_build.bind(name, ctypes.POINTER(_Call), ctypes.c_int, library="wide_attention")
     return lambda call, isa="auto": function(call, isa_number(isa))
 
 
@@ -151,21 +143,21 @@ def _backward(run: Run, dtypes: Sequence[torch.dtype]) -> Callable[..., None]:
 
 def make_attention_forward() -> Callable[..., None] | None:
     """Builds the library and returns `attention_forward`; None on a machine without AVX-512 BF16. Raises KernelError."""
-    run = _bf16_kernel("qlora_attention_forward")
+    run = _bf16_kernel("attention_forward")
     return None if run is None else _forward(run, (torch.bfloat16,))
 
 
 def make_attention_backward() -> Callable[..., None] | None:
     """Builds the library and returns `attention_backward`; None on a machine without AVX-512 BF16. Raises KernelError."""
-    run = _bf16_kernel("qlora_attention_backward")
+    run = _bf16_kernel("attention_backward")
     return None if run is None else _backward(run, (torch.bfloat16,))
 
 
 def make_wide_attention_forward() -> Callable[..., None]:
     """Builds the library and returns `attention_forward` with products in fp32, for all of DTYPES. Raises KernelError."""
-    return _forward(_wide_kernel("qlora_wide_attention_forward"), (*DTYPES,))
+    return _forward(_wide_kernel("wide_attention_forward"), (*DTYPES,))
 
 
 def make_wide_attention_backward() -> Callable[..., None]:
     """Builds the library and returns `attention_backward` with products in fp32, for all of DTYPES. Raises KernelError."""
-    return _backward(_wide_kernel("qlora_wide_attention_backward"), (*DTYPES,))
+    return _backward(_wide_kernel("wide_attention_backward"), (*DTYPES,))

@@ -14,14 +14,10 @@ from . import cpp_build
 
 def make_cross_entropy() -> Callable[..., None] | None:
     """Builds the library and returns `cross_entropy`; None on a machine without AVX-512 BF16. Raises KernelError."""
-    if "avx512" not in cpp_build.instruction_sets():
+    types = (*[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 2, *[ctypes.c_float] * 2, ctypes.c_int)
+    kernel = cpp_build.bind("cross_entropy", *types, needs="avx512")
+    if kernel is None:
         return None
-    library = cpp_build.load("cross_entropy")
-    if not library.qlora_has_cross_entropy():
-        return None
-    kernel = library.qlora_cross_entropy
-    kernel.argtypes = (*[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 2, *[ctypes.c_float] * 2, ctypes.c_int)
-    kernel.restype = None
 
     def cross_entropy(
         z: Tensor,

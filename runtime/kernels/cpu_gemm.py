@@ -58,14 +58,7 @@ class Term(NamedTuple):
 @functools.cache
 def _function() -> Any:
     """The C function, built on first use; None on a machine without AVX2. Raises KernelError."""
-    if "avx2" not in cpp_build.instruction_sets():
-        return None
-    library = cpp_build.load("wide_gemm")
-    if not library.qlora_has_wide_gemm():
-        return None
-    function = library.qlora_wide_gemm
-    function.argtypes, function.restype = [ctypes.c_char_p], None
-    return function
+    return cpp_build.bind("wide_gemm", ctypes.c_char_p, needs="avx2")
 
 
 def is_widest() -> bool:

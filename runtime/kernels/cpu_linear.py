@@ -6,6 +6,7 @@ machine. M rows of x, N output features, K input features, R the rank of one ada
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import struct
 from collections.abc import Callable, Sequence
@@ -138,26 +139,13 @@ def declines_small(dtype: torch.dtype) -> str | None:
 @functools.cache
 def _function() -> Any:
     """The C function, built on first use; None on a machine without AVX-512 BF16. Raises KernelError."""
-    import ctypes
-
-    if "avx512" not in cpp_build.instruction_sets():
-        return None
-    library = cpp_build.load("linear_4bit_small")
-    if not library.qlora_has_linear_4bit_small():
-        return None
-    function = library.qlora_linear_4bit_small
-    function.argtypes, function.restype = [ctypes.c_char_p], None
-    return function
+    return cpp_build.bind("linear_4bit_small", ctypes.c_char_p, needs="avx512")
 
 
 @functools.cache
 def _wide_function() -> Any:
     """The C function of the fp32 product, built on first use. Raises KernelError."""
-    import ctypes
-
-    function = cpp_build.load("wide_linear_4bit_small").qlora_wide_linear_4bit_small
-    function.argtypes, function.restype = [ctypes.c_char_p, ctypes.c_int], None
-    return function
+    return cpp_build.bind("wide_linear_4bit_small", ctypes.c_char_p, ctypes.c_int)
 
 
 def make_linear_4bit_small() -> Callable[..., None] | None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,19 +19,8 @@ from ...errors import KernelError
 from . import cpp_build
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # enum Dtype of common.cpp.jinja
+_LIBRARY = {"library": "low_rank", "needs": "avx512"}
 _int, _int64, _pointer, _float = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
-
-
-def _bind(name: str, *types: Any) -> Any:
-    """The C function `qlora_<name>` of the library, or None on a machine that cannot run it."""
-    if "avx512" not in cpp_build.instruction_sets():
-        return None
-    library = cpp_build.load("low_rank")
-    if not library.qlora_has_low_rank():
-        return None
-    function = getattr(library, f"qlora_{name}")
-    function.argtypes, function.restype = types, None
-    return function
 
 
 def _row_stride(name: str, tensor: Tensor, rows: int, columns: int) -> int:
@@ -61,7 +49,7 @@ def _factor_dtype(name: str, tensor: Tensor, rows: int, columns: int) -> int:
 
 def make_lora_down() -> Callable[..., None] | None:
     """Builds the library and returns `lora_down`; None on a machine without AVX-512 BF16. Raises KernelError."""
-    kernel = _bind("lora_down", _pointer, *[_int64] * 3, _pointer, _int64, _pointer, _int)
+    kernel = cpp_build.bind("lora_down", _pointer, *[_int64] * 3, _pointer, _int64, _pointer, _int, **_LIBRARY)
     if kernel is None:
         return None
 
@@ -85,7 +73,9 @@ def make_lora_down() -> Callable[..., None] | None:
 
 def make_lora_up() -> Callable[..., None] | None:
     """Builds the library and returns `lora_up`; None on a machine without AVX-512 BF16. Raises KernelError."""
-    kernel = _bind("lora_up", _pointer, _int64, _pointer, _int, _float, _pointer, *[_int64] * 3, _int, _int)
+    kernel = cpp_build.bind(
+        "lora_up", _pointer, _int64, _pointer, _int, _float, _pointer, *[_int64] * 3, _int, _int, **_LIBRARY
+    )
     if kernel is None:
         return None
 
@@ -106,7 +96,7 @@ def make_lora_backward() -> Callable[..., None] | None:
     """Builds the library and returns `lora_backward`; None on a machine without AVX-512 BF16. Raises KernelError."""
     activation, factor = (_pointer, _int64), (_pointer, _int)
     types = (*activation * 3, *factor, _float, *activation, *factor * 2, *[_int64] * 4, _int)
-    kernel = _bind("lora_backward", *types)
+    kernel = cpp_build.bind("lora_backward", *types, **_LIBRARY)
     if kernel is None:
         return None
 

@@ -76,9 +76,7 @@ def _decades(signed: bool, bounds: list[float]) -> tuple[Tensor, ...]:
 
 def make_paged_step() -> Callable[..., None]:
     """Builds the kernel and returns `paged_step`. Raises KernelError."""
-    kernel = cpp_build.load("paged_step").qlora_paged_step
-    kernel.argtypes = (_pointer, _int64, _pointer, *[_pointer] * 2, *[_int] * 4)
-    kernel.restype = None
+    kernel = cpp_build.bind("paged_step", _pointer, _int64, _pointer, *[_pointer] * 2, *[_int] * 4)
     maps = [code_map(True), code_map(False)]
 
     def paged_step(pieces: Tensor, numbers: Tensor, lion: bool, narrow: bool, isa: str = "auto") -> None:

@@ -36,7 +36,7 @@ def grouped_forward(group: ExpertGroup, x: Tensor) -> tuple[Tensor, Tensor]:
         terms = [Term(mine, _weight(group, expert).t())]
         for a, b, factor, own in zip(group.lora_a, group.lora_b, group.factors, columns, strict=True):
             wide_gemm([Term(mine, readable(a[expert]).t())], low[:, own])
-            terms.append(Term(*_times(low[:, own], factor, rows, readable(b[expert]).t())))
+            terms.append(Term(scaled(low[:, own], factor, rows), readable(b[expert]).t()))
         h[rows] = low
         wide_gemm(terms, y[rows])
     return y, h
@@ -53,22 +53,15 @@ def grouped_backward(
         terms = [Term(dy[rows], _weight(group, expert))]
         for j, (factor, own) in enumerate(zip(group.factors, group.columns(), strict=True)):
             low = torch.empty((rows.stop - rows.start, own.stop - own.start), dtype=torch.float32)
-            b = readable(group.lora_b[j][expert])
-            wide_gemm([Term(dy[rows], b)], low)
+            wide_gemm([Term(dy[rows], readable(group.lora_b[j][expert]))], low)
             low = scaled(low, factor, rows)
             if need_adapters:
                 wide_gemm([Term(low.t(), x[rows])], da[j][expert])
-                left, _, number = _times(h[rows, own], factor, rows, b)
-                wide_gemm([Term(left.t(), dy[rows], number)], db[j][expert].t())
+                wide_gemm([Term(scaled(h[rows, own].float(), factor, rows).t(), dy[rows])], db[j][expert].t())
             terms.append(Term(low, readable(group.lora_a[j][expert])))
         if dx is not None:
             wide_gemm(terms, dx[rows])
     return dx, da, db
-
-
-def _times(low: Tensor, factor: Tensor | float, rows: slice, right: Tensor) -> tuple[Tensor, Tensor, float]:
-    """A term's left, right and number: rows that have factors of their own are multiplied by them."""
-    return (low, right, factor) if isinstance(factor, float | int) else (scaled(low.float(), factor, rows), right, 1.0)
 
 
 def _weight(group: ExpertGroup, expert: int) -> Tensor | Codes:

@@ -67,16 +67,11 @@ def _low_rank(group: LoRAGroup, x: Tensor) -> Tensor:
     """dropout_j(x) A_jᵀ for all adapters side by side: [M, sum R] in fp32. One product where nothing drops."""
     low = torch.empty((len(x), sum(group.ranks())), dtype=torch.float32)
     if not group.dropout and group.lora_a:
-        wide_gemm([Term(x, _a_cat(group).t())], low)
+        wide_gemm([Term(x, readable(group.a_cat(torch.float32)).t())], low)
         return low
     for j, part in enumerate(low.split(group.ranks(), dim=1) if group.lora_a else ()):
         wide_gemm([Term(_dropped(group, j, x), readable(group.lora_a[j]).t())], part)
     return low
-
-
-def _a_cat(group: LoRAGroup) -> Tensor:
-    rows = [readable(a) for a in group.lora_a]
-    return rows[0] if len(rows) == 1 else torch.cat([row.float() for row in rows])
 
 
 def _grad_a(group: LoRAGroup, x: Tensor, low: Tensor, g: list[Tensor]) -> list[Tensor]:
