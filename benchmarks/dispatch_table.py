@@ -27,7 +27,7 @@ GROUPS = [
     ((4096,), 4096, 16),
 ]
 ROWS = (1, 4, 8, 16, 32, 64, 128, 512)
-ATTENTIONS = [(32, 64), (256, 64), (1024, 64), (1024, 128)]  # queries (as many keys), size of a head
+ATTENTIONS = [(32, 64), (64, 64), (256, 64), (1024, 64), (1024, 128)]  # queries (as many keys), size of a head
 DENSE = [(16, 2048, 2048), (512, 2048, 2048), (512, 8192, 576)]  # rows, N, K
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from ...nf4 import SCALE_BLOCK_SIZE
 from . import dispatch, tuning
 from .dispatch import Candidate, Problem
 
+HOPELESS = 4.0  # times the fastest of the nearest line of the shipped table: not measured again, it can take a minute
+
 
 def measure(problem: Problem) -> dict[str, float]:
     """Microseconds by candidate, measured unless this machine's file has them. Only one candidate: nothing to measure."""
@@ -20,16 +22,24 @@ def measure(problem: Problem) -> dict[str, float]:
     for entry in tuning.measured(problem.device):
         if entry[:6] == mine[:6]:
             return entry.microseconds
-    times = time_candidates(problem)
+    times = time_candidates(problem, _hopeless(problem))
     if times:
         tuning.remember([dispatch.entry_of(problem, times)], problem.device)
         dispatch.forget_choices()
     return times
 
 
-def time_candidates(problem: Problem) -> dict[str, float]:
+def _hopeless(problem: Problem) -> set[str]:
+    """The candidates that the table which ships for this kind of device knows to be far behind."""
+    entry = dispatch.nearest(problem, dispatch.table(problem.device), exact=False)
+    times = entry.microseconds if entry is not None else {}
+    return {name for name, time in times.items() if time > HOPELESS * min(times.values())}
+
+
+def time_candidates(problem: Problem, without: Collection[str] = ()) -> dict[str, float]:
     """Microseconds by candidate, measured now and not remembered; empty if there is only one."""
-    able = [c for c in dispatch.candidates(problem.op, problem.device) if c.run and c.declines(problem) is None]
+    known = dispatch.candidates(problem.op, problem.device)
+    able = [c for c in known if c.run and c.name not in without and c.declines(problem) is None]
     if len(able) < 2:
         return {}
     make = {"dense_linear": _dense, "attention": _attention}.get(problem.op, _lora)

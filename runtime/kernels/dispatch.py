@@ -144,7 +144,7 @@ def choose(problem: Problem, forced: str = "") -> Choice:
         others = "; ".join(f"{name} declines: {why}" for name, why in reasons.items() if name != forced)
         return Choice(problem, only, (f"the only one that takes it ({others})" if others else "the only one") + note)
     for entries, source in ((tuning.measured(problem.device), "measured here"), (table(problem.device), "table")):
-        found = _nearest(problem, entries, exact=source != "table")
+        found = nearest(problem, entries, exact=source != "table")
         timed = [name for name in found.microseconds if name in able] if found is not None else []
         if found is not None and timed:
             best = min(timed, key=found.microseconds.__getitem__)
@@ -173,7 +173,7 @@ def entry_of(problem: Problem, microseconds: dict[str, float]) -> Entry:
     return Entry(problem.op, problem.m, sum(problem.n), problem.k, dtype, problem.quant_type != "none", microseconds)
 
 
-def _nearest(problem: Problem, entries: Sequence[Entry], *, exact: bool) -> Entry | None:
+def nearest(problem: Problem, entries: Sequence[Entry], *, exact: bool) -> Entry | None:
     """The entry of the same op and dtype that is nearest in log2 of M (first) and of the weight's size."""
     mine = entry_of(problem, {})
     same = [e for e in entries if (e.op, e.dtype, e.quantized) == (mine.op, mine.dtype, mine.quantized)]
