@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -64,6 +65,18 @@ def test_source_header_names_template_spec_and_flags() -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("op", ["wide_attention", "wide_linear_4bit_small"])
+@pytest.mark.skipif(len(cpp_build.instruction_sets()) == 1, reason="another architecture")
+def test_what_stands_in_an_instruction_sets_namespace_is_compiled_for_it(op: str) -> None:
+    """SSE code between AVX code costs hundreds of cycles each way on some processors: half the time of short rows."""
+    source = cpp_build.render(op, "test")
+    for name in ("avx512", "avx2"):
+        (part,) = re.findall(rf"^namespace {name} {{\n(.*?)^}}  // namespace {name}$", source, re.DOTALL | re.MULTILINE)
+        functions = re.findall(r"^\w.*\) (?:const )?{$", part, re.MULTILINE)
+        assert len(functions) > 5
+        assert [f for f in functions if not f.startswith(f"{name.upper()} ")] == []
+
+
 def test_compile_failure_carries_the_compilers_message(tmp_path: Path) -> None:
     source = tmp_path / "broken.cpp"
     source.write_text("int main( { return undeclared_name; }\n")
