@@ -56,9 +56,8 @@ def build(contender: str, folder: str) -> Any:
 
     from qlora_compile.runtime.kernels import devices
 
-    dtype = (
-        torch.bfloat16 if devices.multiplies_natively(torch.bfloat16) else torch.float32
-    )  # the peer's and the floor's
+    # the peer's and the floor's
+    dtype = torch.bfloat16 if devices.multiplies_natively(torch.bfloat16) else torch.float32
     if contender == "ours":
         import qlora_compile as qc
 
