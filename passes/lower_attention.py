@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from .. import attention_ops  # noqa: F401  defines the op
-from ..fx_utils import dtype_of, emit, hint, is_call, replace, value
+from .. import attention_ops
+from ..attention_ops import SDPA_NAMES
+from ..fx_utils import emit, hint, is_call, replace, value
 from ..pass_manager import PassContext
 from .mask_terms import MaskReader, same_size
-from .simplify_masks import SDPA_NAMES, causal_terms
+from .simplify_masks import causal_terms
 
 _WHOLE = slice(None)
 
@@ -83,24 +84,7 @@ def _is_of_keys(term: fx.Node) -> bool:
 
 
 def _decline(given: dict[str, Any]) -> str | None:
-    tensors = [value(given.get(name)) for name in SDPA_NAMES[:3]]
-    mask = value(given.get("attn_mask"))
-    if any(not isinstance(t, Tensor) or t.dim() != 4 for t in tensors):
-        return "it has not four dimensions"
-    if given.get("dropout_p", 0.0) != 0.0:
-        return "it drops out"
-    (batch, heads), (k_batch, k_heads), v_sizes = (tuple(t.shape[:2]) for t in tensors)
-    if batch != k_batch or (k_batch, k_heads) != v_sizes:
-        return "queries, keys and values have different batches or heads"
-    if heads != k_heads and not (given.get("enable_gqa") and heads % k_heads == 0):
-        return "queries and keys have different numbers of heads"
-    if any(dtype_of(given[name]) != dtype_of(given["query"]) for name in SDPA_NAMES[1:3]):
-        return "queries, keys and values have different dtypes"
-    if not isinstance(given.get("scale"), (int, float, type(None))):
-        return "its scale is computed"
-    if mask is not None and (mask.requires_grad or mask.dim() not in (2, 3, 4)):
-        return "its mask trains or has other dimensions"
-    return None
+    return attention_ops.why_not(**given | {name: value(given.get(name)) for name in SDPA_NAMES[:4]})
 
 
 def _before_repeat(node: fx.Node) -> fx.Node:

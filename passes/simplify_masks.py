@@ -12,11 +12,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ..attention_ops import SDPA_NAMES
 from ..fx_utils import is_call, value
 from ..pass_manager import PassContext
 from .mask_terms import MaskReader, Terms, same_size
-
-SDPA_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 def simplify_masks(gm: fx.GraphModule, ctx: PassContext) -> int:

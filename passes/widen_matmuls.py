@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .. import wide_ops  # noqa: F401  defines the ops
+from .. import wide_ops
 from ..fx_utils import dtype_of, emit, hint, is_call, is_linear, replace, value
 from ..pass_manager import PassContext
 
@@ -39,7 +39,7 @@ def widen_matmuls(gm: fx.GraphModule, ctx: PassContext) -> int:
 
 def _wanted(node: fx.Node, rows: int, n: int, k: int, ctx: PassContext) -> bool:
     choice = ctx.choose("dense_linear", rows=rows, n=(n,), k=k, dtype=value(node).dtype, device=value(node).device.type)
-    if choice is None or choice.name != "fp32_gemm":
+    if choice is None or choice.name != wide_ops.KERNEL:
         return False
     node.meta["qlora_kernels"] = (("dense_linear", choice),)
     return True

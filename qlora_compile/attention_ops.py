@@ -20,12 +20,44 @@ from torch import Tensor
 from .lora_group import kernel_for
 from .ops import define_op
 
+SDPA_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # the first of its arguments
 SCORES = 1 << 21  # attention scores at a time (8 MiB): whole heads, or a part of the queries
 FLASH, FLASH_FP32 = "flash", "flash_fp32"
 _GENERATED = {  # kernel -> what its two functions' names begin with, and the dtypes that they read
     FLASH: ("attention", (torch.bfloat16,)),
     FLASH_FP32: ("wide_attention", (torch.float32, torch.bfloat16, torch.float16)),
 }
+
+
+def why_not(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: Any = None,
+    enable_gqa: bool = False,
+) -> str | None:
+    """Why the op does not compute this `F.scaled_dot_product_attention`, in a few words, or None."""
+    tensors = query, key, value
+    if any(not isinstance(t, Tensor) or t.dim() != 4 for t in tensors):
+        return "it has not four dimensions"
+    if dropout_p != 0.0:
+        return "it drops out"
+    (batch, heads), (k_batch, k_heads), v_sizes = (tuple(t.shape[:2]) for t in tensors)
+    if batch != k_batch or (k_batch, k_heads) != v_sizes:
+        return "queries, keys and values have different batches or heads"
+    if heads != k_heads and not (enable_gqa and heads % k_heads == 0):
+        return "queries and keys have different numbers of heads"
+    if any(t.dtype != query.dtype for t in (key, value)):
+        return "queries, keys and values have different dtypes"
+    if not isinstance(scale, (int, float, type(None))):
+        return "its scale is computed"
+    if attn_mask is not None and (attn_mask.requires_grad or attn_mask.dim() not in (2, 3, 4)):
+        return "its mask trains or has other dimensions"
+    return None
 
 
 def _ranges(count: int, step: int) -> Iterator[slice]:

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from .eager_kernels import EagerKernels
 from .lora_group import LoRAGroup, as_rows, from_rows, implementation, kernel_version
 from .tensor import QuantizedTensor
 
@@ -98,15 +99,15 @@ def _is_watched() -> bool:
     """Whether somebody wants to see the ops one by one."""
     return bool(
         torch._C._len_torch_dispatch_stack()
-        or (torch._C._len_torch_function_stack() and not _only_default_device())
+        or (torch._C._len_torch_function_stack() and not _only_known_modes())
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
     )
 
 
-def _only_default_device() -> bool:
-    return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
+def _only_known_modes() -> bool:
+    return all(type(mode) in (DeviceContext, EagerKernels) for mode in _get_current_function_mode_stack())
 
 
 def _state(module: Any) -> tuple[Any, ...] | None:

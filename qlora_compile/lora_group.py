@@ -30,6 +30,11 @@ def kernel_for(op: str, device: torch.device) -> Callable[..., Any] | None:
     return _kernels().find(op, device.type)
 
 
+def choose_kernel(op: str, **sizes: Any) -> Any:
+    """The `dispatch.Choice` for an op at these sizes, without measuring."""
+    return _kernels().choose_kernel(op, **sizes)
+
+
 def kernel_version() -> int:
     """Changes when a choice of `implementation` may change: after a measurement, or when a kernel was registered."""
     return _kernels().dispatch.version  # type: ignore[no-any-return]

@@ -18,6 +18,7 @@ from torch import Tensor
 from .lora_group import as_rows, kernel_for, scratch
 from .ops import define_op
 
+KERNEL = "fp32_gemm"  # its name in the table, as a candidate for "dense_linear"
 WEIGHT_ROWS = 4096  # rows of a dense weight at a time: a vocabulary's worth of fp32 is never there at once
 
 

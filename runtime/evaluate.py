@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..eager_kernels import eager_kernels
 from ..errors import NonFiniteError
 from .data import IGNORE, PackedData
 
@@ -34,7 +35,8 @@ def evaluate(model: nn.Module, data: PackedData, batch: int, limit: int | None =
     """Perplexity of `model` on up to `limit` micro-batches of `data`, in evaluation mode and without gradients.
 
     Runs the model eagerly also where it is compiled: the numbers are the same, and evaluation is too short to pay for
-    a second graph. Raises NonFiniteError where the loss is NaN or infinite.
+    a second graph. Dense products and attention run by the kernels that such a graph would have. Raises NonFiniteError
+    where the loss is NaN or infinite.
     """
     device = next(model.parameters()).device
     started, was_training = time.perf_counter(), model.training
@@ -42,7 +44,7 @@ def evaluate(model: nn.Module, data: PackedData, batch: int, limit: int | None =
     counts = torch.zeros(len(losses), dtype=torch.int64)
     model.eval()
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), eager_kernels(device):
             for blocks in data.in_order(batch, limit):
                 part = data.batch(blocks)
                 logits = model(input_ids=part.input_ids.to(device)).logits
