@@ -6,7 +6,7 @@
     evict_page        state of some parameters leaves the device
 
 What they act on lives outside the graph: `pager` names the optimizer, `numbers` its parameters in the optimizer's order.
-An optimizer that is gone, or that another one has taken over from, makes them do nothing, `step_page` an error.
+An optimizer that is gone makes them do nothing, `step_page` an error, as does a parameter that another one has taken over.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from .errors import ModelStateError
 
 
 class Pager(Protocol):
-    """What stands behind the ops. `active` is False once another optimizer has its parameters."""
+    """What stands behind the ops."""
 
-    active: bool
+    def has(self, parameter: Tensor) -> bool:
+        """Whether this very tensor is its, and no optimizer's that was made later."""
 
     def prefetch(self, numbers: Sequence[int]) -> None:
         """Begin to bring state in, as far as there is room."""
@@ -54,13 +55,9 @@ def register_pager(pager: Pager) -> int:
 
 
 def pager_of(parameter: Tensor) -> Pager | None:
-    """The paged optimizer that was made last with this parameter, if it is alive."""
-    return _active(getattr(parameter, PAGER, -1))
-
-
-def _active(number: int) -> Pager | None:
-    pager = _pagers.get(number)
-    return pager if pager is not None and pager.active else None
+    """The paged optimizer that was made last with this parameter, if it is alive. A copy of a parameter has none."""
+    pager = _pagers.get(getattr(parameter, PAGER, -1))
+    return pager if pager is not None and pager.has(parameter) else None
 
 
 def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -71,20 +68,20 @@ def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> N
 
 
 def _prefetch_page(token: Tensor, after: Sequence[Tensor], pager: int, numbers: Sequence[int]) -> None:
-    found = _active(pager)
+    found = _pagers.get(pager)
     if found is not None:
         found.prefetch(numbers)
 
 
 def _accumulate_grad(gradients: Sequence[Tensor], pager: int, numbers: Sequence[int]) -> list[Tensor]:
-    found = _active(pager)
+    found = _pagers.get(pager)
     return [g.clone() for g in gradients] if found is None else found.accumulate(gradients, numbers)
 
 
 def _step_page(
     token: Tensor, gradients: Sequence[Tensor], parameters: Sequence[Tensor], pager: int, numbers: Sequence[int]
 ) -> None:
-    found = _active(pager)
+    found = _pagers.get(pager)
     if found is None:
         raise ModelStateError(
             "This backward pass belongs to an optimizer with step_in_backward=True that is gone or was replaced after the "
@@ -94,7 +91,7 @@ def _step_page(
 
 
 def _evict_page(token: Tensor, pager: int, numbers: Sequence[int]) -> None:
-    found = _active(pager)
+    found = _pagers.get(pager)
     if found is not None:
         found.evict(numbers)
 

@@ -3,7 +3,8 @@
     compiled    the graph's prefetch_page, accumulate_grad, step_page and evict_page end up here
     eager       with step_in_backward, a hook on each parameter steps as soon as its gradient is accumulated
 
-A parameter belongs to the optimizer that was made last with it; an earlier one goes on with plain `step()` calls only.
+A parameter belongs to the optimizer that was made last with it; an earlier one goes on with plain `step()` calls, and
+with step_in_backward not at all.
 """
 
 from __future__ import annotations
@@ -34,18 +35,20 @@ class BackwardPager:
 
     def __init__(self, optimizer: PagedOptimizer) -> None:
         self._optimizer = weakref.ref(optimizer)
-        self.active = True
         self.planned = False  # a compiled backward pass prefetches what the step begins with
         self.gradients = GradientPages(optimizer.pool)
         self.number = register_pager(self)
         self._parameters: list[tuple[int, weakref.ref[nn.Parameter]]] = []  # (group, parameter), by number
-        self._handles: list[Any] = []
+        self._numbers: dict[int, int] = {}  # by id of a parameter that it has
+        self.taken: set[int] = set()  # numbers of those that another optimizer has now
+        self._handles: dict[int, Any] = {}  # hooks, by number
         self._stepped: dict[int, None] = {}  # in this backward pass, in order
         self._waiting: Counter[Page] = Counter()  # by page: parameters that were not stepped yet
         self._away: deque[Page] = deque()  # asked for when there was no room
         self._order: list[int] = []  # of the pass before
         self.skipped: list[int] = []  # gradients that were not finite
         self._totals: dict[int, Tensor] = {}  # sums of gradients that nobody has looked at yet
+        weakref.finalize(self, _disown, self.number, self._parameters, self._handles).atexit = False
 
     @property
     def optimizer(self) -> PagedOptimizer:
@@ -59,25 +62,30 @@ class BackwardPager:
         known = len(self._parameters)
         groups = self.optimizer.param_groups
         flat = [(index, parameter) for index, group in enumerate(groups) for parameter in group["params"]]
-        self._parameters = [(index, weakref.ref(parameter)) for index, parameter in flat]
+        self._parameters[:] = [(index, weakref.ref(parameter)) for index, parameter in flat]
         for number, (_, parameter) in [*enumerate(flat)][known:]:
             before = pager_of(parameter)
-            if isinstance(before, BackwardPager) and before is not self:
-                before.retire()
+            if isinstance(before, BackwardPager):
+                before._let_go(parameter)
             setattr(parameter, PAGER, self.number)
-            if self.optimizer.step_in_backward:
-                self._handles.append(parameter.register_post_accumulate_grad_hook(self._hook(number)))
+            self._numbers[id(parameter)] = number
+            if self.optimizer.step_in_backward and parameter.requires_grad:
+                self._watch(number)
 
-    def retire(self) -> None:
-        """Another optimizer has the parameters now."""
-        self.active = False
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+    def _let_go(self, parameter: Tensor) -> None:
+        """Another optimizer has the parameter now."""
+        number = self._numbers.pop(id(parameter))
+        self.taken.add(number)
+        if number in self._handles:
+            self._handles.pop(number).remove()
+
+    def has(self, parameter: Tensor) -> bool:
+        number = self._numbers.get(id(parameter))
+        return number is not None and self._parameters[number][1]() is parameter
 
     def number_of(self, parameter: Tensor) -> int:
-        """Its place in the optimizer."""
-        return next(number for number, (_, other) in enumerate(self._parameters) if other() is parameter)
+        """Its place in the optimizer, which has it."""
+        return self._numbers[id(parameter)]
 
     def _parameter(self, number: int) -> nn.Parameter:
         parameter = self._parameters[number][1]()
@@ -101,15 +109,24 @@ class BackwardPager:
         return [self.gradients.place(self._parameter(number), gradient) for gradient, number in pairs]
 
     def step(self, gradients: Sequence[Tensor], numbers: Sequence[int]) -> None:
-        """Update these parameters. Raises ModelStateError where one of them was updated since the last `step()`."""
+        """Update those of these parameters that the backward pass is to reach: `inputs=` may name others."""
+        pairs = zip(gradients, numbers, strict=True)
+        wanted = [(gradient, number) for gradient, number in pairs if _is_reached(self._parameter(number))]
+        if wanted:
+            self._update([gradient for gradient, _ in wanted], [number for _, number in wanted])
+
+    def _update(self, gradients: Sequence[Tensor], numbers: Sequence[int]) -> None:
+        """Raises ModelStateError where one of them was updated since the last `step()`, or is another optimizer's."""
         optimizer = self.optimizer
         check_one_process(type(optimizer).__name__)
+        self.check_whole()
         again = next((number for number in numbers if number in self._stepped), None)
         if again is not None:
             raise ModelStateError(
                 f"Parameter {again} got a second gradient before {type(optimizer).__name__}.step(): with "
-                "step_in_backward=True there is one backward pass to a step, in which each gradient is whole. Use "
-                "step_in_backward=False to accumulate, or for a model with graph breaks between uses of a parameter."
+                "step_in_backward=True there is one backward pass to a step, in which each gradient is whole. Call step() "
+                "after each, or zero_grad() to go on after one that failed; use step_in_backward=False to accumulate, or "
+                "for a model with graph breaks between uses of a parameter."
             )
         if not self._stepped:
             self._waiting = Counter(page for number in range(len(self._parameters)) for page in self._pages([number]))
@@ -127,6 +144,15 @@ class BackwardPager:
         chosen = [(group, self._parameter(n), g) for group, n, g, good in given if good]
         optimizer.update_some(chosen, tuple(n for n, good in zip(numbers, finite) if good), totals)
 
+    def check_whole(self) -> None:
+        """Raises ModelStateError where another optimizer has taken some of the parameters over."""
+        if self.taken:
+            raise ModelStateError(
+                f"{len(self.taken)} parameters of this {type(self.optimizer).__name__} with step_in_backward=True were "
+                f"taken over by a paged optimizer made later, number {min(self.taken)} among them: go on with that one, or "
+                "make a new one of all that train."
+            )
+
     def evict(self, numbers: Sequence[int]) -> None:
         """Send out the pages of these parameters in which nothing waits for its update."""
         self.optimizer.pool.evict([p for p in self._pages(numbers) if self._waiting[p] <= 0], keep_spare=True)
@@ -134,7 +160,8 @@ class BackwardPager:
 
     # --- eager --------------------------------------------------------------------------------------------------------
 
-    def _hook(self, number: int) -> Any:
+    def _watch(self, number: int) -> None:
+        """Update the parameter whenever its gradient has been accumulated."""
         me = weakref.ref(self)
 
         def hook(parameter: Tensor) -> None:
@@ -144,11 +171,22 @@ class BackwardPager:
                 parameter.grad = None
                 pager.step_eagerly(number, gradient)
 
-        return hook
+        self._handles[number] = self._parameter(number).register_post_accumulate_grad_hook(hook)
+
+    def catch_up(self) -> None:
+        """Parameters that were frozen when they were claimed and train now: the gradients that they have."""
+        for number, (_, reference) in enumerate(self._parameters):
+            parameter = reference()
+            if parameter is None or not parameter.requires_grad or number in self._handles or number in self.taken:
+                continue
+            self._watch(number)
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is not None:
+                self._update([gradient], [number])
 
     def step_eagerly(self, number: int, gradient: Tensor) -> None:
         """One parameter's step, with what came after it in the pass before prefetched."""
-        self.step([gradient], [number])
+        self._update([gradient], [number])
         if self.optimizer.pool.budget is None:
             return
         self.evict([number])
@@ -157,19 +195,56 @@ class BackwardPager:
 
     def finish(self) -> dict[int, Tensor]:
         """The end of a backward pass -> the parameters whose gradient was not finite, by number."""
-        if self._totals:
-            good = torch.isfinite(torch.stack([*self._totals.values()])).tolist()
-            late = [number for number, fine in zip(self._totals, good) if not fine]
-            for number in late:  # the kernel left it as it was
-                self.optimizer._states[id(self._parameter(number))].step -= 1
-            self.skipped += late
-            self._totals = {}
+        self._look_at_totals()
         self._order, self._stepped = list(self._stepped), {}
         self._away.clear()
         skipped, self.skipped = self.skipped, []
         return {number: self._parameter(number) for number in skipped}
 
+    def abandon(self) -> None:
+        """The end of a backward pass that failed: what it has updated may be updated by the next one."""
+        self._look_at_totals()
+        self._stepped.clear()
+        self._away.clear()
+
+    def _look_at_totals(self) -> None:
+        if not self._totals:
+            return
+        good = torch.isfinite(torch.stack([*self._totals.values()])).tolist()
+        late = [number for number, fine in zip(self._totals, good) if not fine]
+        for number in late:  # the kernel left it as it was
+            state = self.optimizer.states.get(self._parameter(number))
+            assert state is not None
+            state.step -= 1
+        self.skipped += late
+        self._totals = {}
+
     def _pages(self, numbers: Iterable[int]) -> list[Page]:
-        states = self.optimizer._states
-        found = [states.get(id(self._parameters[number][1]())) for number in numbers]
+        states = self.optimizer.states
+        found = [states.get(self._parameters[number][1]()) for number in numbers]
         return list(dict.fromkeys(span.page for state in found if state is not None for span in state.spans))
+
+
+def _is_reached(parameter: Tensor) -> bool:
+    """Whether the backward pass that is running accumulates this parameter's gradient.
+
+    Raises ModelStateError where it was to return it, which it has no more.
+    """
+    node = torch.autograd.graph.get_gradient_edge(parameter).node
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError as error:  # that is how it says so
+        raise ModelStateError(
+            "torch.autograd.grad was asked for the gradient of a parameter that step_in_backward=True updates with it and "
+            "does not return: make the optimizer with step_in_backward=False, or name other inputs."
+        ) from error
+
+
+def _disown(number: int, parameters: Sequence[tuple[int, weakref.ref[nn.Parameter]]], handles: dict[int, Any]) -> None:
+    """The optimizer is gone: graphs that name it are traced anew, and gradients stay where they are accumulated."""
+    for _, reference in parameters:
+        parameter = reference()
+        if getattr(parameter, PAGER, -1) == number:
+            setattr(parameter, PAGER, -1)
+    for handle in handles.values():
+        handle.remove()

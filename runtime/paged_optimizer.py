@@ -6,31 +6,32 @@ holds, and is freed with its parameter. Results do not depend on the budget.
 
 from __future__ import annotations
 
+import copy
 import itertools
-import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, MemoryBudgetError, ModelStateError, NoAdapterError, NonFiniteError
+from ..errors import ConfigError, ModelStateError, NoAdapterError, NonFiniteError, QLoRACompileError
 from .memory import PagePool, PoolStatistics
 from .optimizer import NO_ADAPTERS
 from .paged_backward import BackwardPager
 from .paged_optimizer_checks import (
     NO_SCALER,
     check_gradient,
+    check_group,
     check_numbers,
     check_one_process,
     check_place,
     check_unchanged,
     trainable,
 )
-from .paged_optimizer_layout import ParamState, layout_for
 from .paged_optimizer_state import StateView, from_dict
-from .paged_optimizer_sweep import Numbers, Plan, Task, sweep
+from .paged_optimizer_sweep import Numbers, Task, sweep
+from .paged_optimizer_table import StateTable
 from .sharded import local_part
 
 Closure = Callable[[], Any]
@@ -47,7 +48,7 @@ class PagedOptimizer(torch.optim.Optimizer):
     or several processes, which need all gradients first.
     `optimizer.pool` is the pool: its `budget` may be assigned while training, `statistics()` counts.
 
-    Raises NoAdapterError for a list without a trainable parameter, MemoryBudgetError for a budget that cannot work,
+    Raises NoAdapterError for a list without a trainable parameter for a budget that cannot work,
     ModelStateError for parameters on several devices, ConfigError for other bad values.
     """
 
@@ -73,8 +74,7 @@ class PagedOptimizer(torch.optim.Optimizer):
             raise NoAdapterError(NO_ADAPTERS)
         self.state_bits = state_bits
         self.pool = PagePool(first.device, device_budget, folder=page_folder, host_budget=host_budget)
-        self._states: dict[int, ParamState] = {}  # by id: a lookup by tensor costs more than its update
-        self._plans: dict[tuple[int, ...], Plan] = {}  # by the parameters' numbers; () for all that have a gradient
+        self.states = StateTable(self.pool, lion=self.lion, state_bits=state_bits)
         self.skipped: dict[int, Tensor] = {}  # in the last step, by number: gradients not finite
         self.step_in_backward = step_in_backward
         if step_in_backward:
@@ -82,15 +82,39 @@ class PagedOptimizer(torch.optim.Optimizer):
         self.pager = BackwardPager(self)
         super().__init__(given, defaults)
         self.pager.claim()
-        self.state = StateView(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; every parameter must be on the pool's device and of a floating-point type that is known here."""
+        """As torch's; what trains must be on the pool's device and of a floating-point type that is known here.
+
+        Raises ConfigError, ModelStateError, with nothing changed.
+        """
         super().add_param_group(param_group)
-        for parameter in self.param_groups[-1]["params"]:
-            check_place(parameter, self.pool.device)
-        if hasattr(self, "state"):  # after the constructor: a group of its own
-            self.pager.claim()
+        try:
+            check_group(self.param_groups[-1], type(self).__name__)
+            for parameter in self.param_groups[-1]["params"]:
+                if parameter.requires_grad:
+                    check_place(parameter, self.pool.device)
+        except QLoRACompileError:
+            self.param_groups.pop()
+            raise
+        self.pager.claim()
+
+    @property
+    def state(self) -> StateView:
+        """Parameter -> its state, copied out of the pages; an empty dictionary may be assigned, and resets all."""
+        return StateView(self)
+
+    @state.setter
+    def state(self, value: Mapping[Any, Any]) -> None:
+        if value:
+            raise ModelStateError("The state lies in pages: change it with load_state_dict.")
+        self.state.clear()
+
+    def __getstate__(self) -> Any:
+        raise ModelStateError(
+            f"A {type(self).__name__} cannot be copied or pickled, its state lies in pages: keep state_dict(), and load "
+            "that into a new optimizer."
+        )
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
@@ -107,7 +131,7 @@ class PagedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self.update()
         if self.pager.planned:
-            self.pool.evict()  # nothing of it is needed before the backward pass brings it back
+            self.pool.vacate()  # nothing of it is needed before the backward pass brings it back
         return loss
 
     def _end_step(self, closure: Closure | None) -> None:
@@ -115,7 +139,9 @@ class PagedOptimizer(torch.optim.Optimizer):
             raise ModelStateError("step_in_backward=True takes no closure: call backward(), then step().")
         if hasattr(self, "found_inf"):
             raise ModelStateError(NO_SCALER)
-        self._generation += 1
+        self.pager.check_whole()
+        self.pager.catch_up()
+        self.states.generation += 1
         self.skipped = self.pager.finish()
         if self.skipped:
             raise NonFiniteError(
@@ -131,9 +157,10 @@ class PagedOptimizer(torch.optim.Optimizer):
         return False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's; pages of gradients are given back."""
+        """As torch's; pages of gradients are given back, and a backward pass that failed is over."""
         super().zero_grad(set_to_none)
         self.pager.gradients.release()
+        self.pager.abandon()
 
     def update(self) -> None:
         """One step of all parameters that have a `.grad`."""
@@ -152,7 +179,16 @@ class PagedOptimizer(torch.optim.Optimizer):
         totals: Sequence[Tensor] = (),
     ) -> None:
         """One step of these (group, parameter, gradient). `numbers`, theirs, names the plan to use again; `totals` are the
-        gradients' sums, for a kernel that looks at them itself."""
+        gradients' sums, for a kernel that looks at them itself. Raises MemoryBudgetError with nothing changed."""
+        with self.states.undone():
+            self._update_some(pairs, numbers, totals)
+
+    def _update_some(
+        self,
+        pairs: Sequence[tuple[dict[str, Any], nn.Parameter, Tensor]],
+        numbers: tuple[int, ...],
+        totals: Sequence[Tensor],
+    ) -> None:
         tasks: list[Task] = []
         copies: list[tuple[Tensor, Tensor]] = []
         written: list[Tensor] = []
@@ -161,9 +197,7 @@ class PagedOptimizer(torch.optim.Optimizer):
         for (group, parameter, gradient), total in zip(pairs, totals or itertools.repeat(None)):
             if parameter.device != device:
                 check_place(parameter, device)
-            state = self._states.get(id(parameter))
-            if state is None:
-                state = self._new_state(parameter, (self._generation, id(group)))
+            state = self.states.get(parameter) or self.states.add(parameter, id(group))
             mine = values = local_part(parameter)
             check_unchanged(mine, state.dtype, state.numel)
             key = (id(group), state.step + 1)
@@ -176,21 +210,13 @@ class PagedOptimizer(torch.optim.Optimizer):
             tasks.append(Task(values, self._plain(local_part(gradient), mine), state, known[key], total))
         if not tasks:
             return
-        sweep(self.pool, tasks, self._plan_for(tasks, numbers))
+        # with step_in_backward one backward pass is one generation
+        sweep(self.pool, tasks, self.states.plan_for(tasks, numbers, begins=not self.step_in_backward))
         for task in tasks:
             task.state.step += 1
         for mine, values in copies:
             mine.detach().copy_(values)
         torch.autograd.graph.increment_version(written)
-
-    _generation = 0  # pages are shared only by parameters of one group that were first used in the same step
-
-    def _plan_for(self, tasks: Sequence[Task], numbers: tuple[int, ...]) -> Plan:
-        plan = self._plans.get(numbers)
-        if plan is None or not plan.fits(tasks):
-            plan = self._plans[numbers] = Plan(tasks)
-            self._generation += not self.step_in_backward  # there one backward pass is one generation
-        return plan
 
     def _plain(self, gradient: Tensor, parameter: Tensor) -> Tensor:
         if gradient.layout is not torch.strided:
@@ -198,41 +224,19 @@ class PagedOptimizer(torch.optim.Optimizer):
         check_gradient(gradient, parameter)
         return gradient if gradient.is_contiguous() else gradient.contiguous()
 
-    def _new_state(self, parameter: nn.Parameter, share: object) -> ParamState:
-        mine = local_part(parameter)  # of a parameter that FSDP2 split, each rank keeps the state of its rows
-        layout = layout_for(mine, lion=self.lion, state_bits=self.state_bits)
-        items = -(-mine.numel() // layout.unit)
-        allocation = self.pool.allocate(parameter, items, layout.item_bytes, share)
-        key, states = id(parameter), self._states
-        owner = weakref.ref(parameter, lambda _: states.pop(key, None))
-        state = ParamState(layout, mine.numel(), allocation, owner, mine.dtype)
-        if layout.master:
-            try:
-                state.write(self.pool, {"master": mine.detach().float().contiguous().view(-1)})
-            except MemoryBudgetError:
-                self.pool.free(allocation)
-                raise
-        states[key] = state  # whole: a state without its master would be taken for one
-        return state
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state dictionary of ours, of torch.optim.AdamW, or of bitsandbytes' optimizers (8-bit or 32-bit).
 
-        Raises CheckpointError, with nothing changed, where it does not fit.
+        Raises CheckpointError where it does not fit and MemoryBudgetError where there is no room, with nothing changed.
         """
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, state_dict) or state_dict
         loaded = from_dict(self, state_dict)
-        groups = [dict(group, betas=tuple(group["betas"])) for group in state_dict["param_groups"]]
-        super().load_state_dict({"state": {}, "param_groups": groups})
-        self.state = StateView(self)
-        for state in self._states.values():
-            self.pool.free(state.allocation)
-        self._states.clear()
-        self._generation += 1
-        self._plans.clear()
-        for parameter, (step, values) in loaded.items():
-            state = self._new_state(parameter, (self._generation, 0))
-            state.step = step
-            state.write(self.pool, values)
+        self.states.fill(loaded)
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update({**copy.deepcopy(saved), "params": group["params"], "betas": tuple(saved["betas"])})
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def statistics(self) -> PoolStatistics:
         """The pool's counts."""

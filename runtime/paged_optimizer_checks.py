@@ -34,6 +34,19 @@ def check_numbers(defaults: dict[str, Any]) -> None:
             raise ConfigError(f"{name} must be {wanted}, got {value!r}.")
 
 
+REFUSED = ("amsgrad", "maximize")  # what torch's AdamW can do and ours cannot
+
+
+def check_group(group: dict[str, Any], name: str) -> None:
+    """Raises ConfigError for a group that asks for what the optimizer `name` does not do, or a number out of range."""
+    check_numbers({option: group[option] for option in ("lr", "betas", "eps", "weight_decay") if option in group})
+    for option in REFUSED:
+        if group.get(option):
+            raise ConfigError(f"{name} does not know {option}=True: leave it out of the parameter group.")
+    if group.get("decoupled_weight_decay") is False and group.get("weight_decay"):
+        raise ConfigError(f"{name} decays weights apart from the gradient: leave out decoupled_weight_decay=False.")
+
+
 def _is_number(value: Any) -> bool:
     """A real number, or the 0-dim tensor that torch's optimizers take as a learning rate."""
     return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, ModelStateError
+from ..errors import CheckpointError, ConfigError, ModelStateError
 from ..nf4 import dynamic_map
+from .paged_optimizer_checks import check_group
 from .paged_optimizer_layout import (
     BLOCK,
     ParamState,
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 _WRAPPED = "__bnb_optimizer_quant_state__"  # bitsandbytes hides its tensors from FSDP in a dictionary of this name
 _TORCH_NAMES = {"first": "exp_avg", "second": "exp_avg_sq"}
 _NUMBERS = {"first": "1", "second": "2"}  # bitsandbytes': state1, absmax1, qmap1
-_REFUSED = ("amsgrad", "maximize")
 
 
 def to_dict(state: ParamState, values: Views, parameter: Tensor, state_bits: int) -> dict[str, Any]:
@@ -96,9 +96,11 @@ def from_dict(optimizer: PagedOptimizer, state_dict: Mapping[str, Any]) -> dict[
             f"The optimizer's state dictionary has groups of {there} parameters, this optimizer has {here}: "
             "the parameters are not those that it was saved with."
         )
-    for name in _REFUSED:
-        if any(group.get(name) for group in groups):
-            raise CheckpointError(f"The state was made with {name}=True, which {type(optimizer).__name__} does not do.")
+    for group in groups:
+        try:
+            check_group(dict(group), type(optimizer).__name__)
+        except ConfigError as error:
+            raise CheckpointError(f"The optimizer's state dictionary is of other settings: {error}") from error
     indices = [index for group in groups for index in group["params"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     loaded = {}
@@ -109,6 +111,10 @@ def from_dict(optimizer: PagedOptimizer, state_dict: Mapping[str, Any]) -> dict[
                     f"The optimizer's state of parameter {index} is no dictionary: it is another optimizer's."
                 )
             flat = {**saved[index], **saved[index].get(_WRAPPED, {})}
+            if optimizer.lion and not {"exp_avg_sq", "state2"}.isdisjoint(flat):
+                raise CheckpointError(
+                    f"The optimizer's state of parameter {index} has a second moment: it is not Lion's."
+                )
             layout = layout_for(local_part(parameter), lion=optimizer.lion, state_bits=optimizer.state_bits)
             loaded[parameter] = (_step(flat, index), _values(flat, parameter, layout, f"parameter {index}"))
     return loaded
@@ -184,8 +190,12 @@ class StateView(MutableMapping):
     def __init__(self, optimizer: PagedOptimizer) -> None:
         self._optimizer = optimizer
 
+    def __contains__(self, parameter: object) -> bool:
+        return self._optimizer.states.get(parameter) is not None
+
     def __getitem__(self, parameter: Tensor) -> dict[str, Any]:
-        state = self._optimizer._states.get(id(parameter))
+        """{} where there is none, as in torch's optimizers."""
+        state = self._optimizer.states.get(parameter)
         if state is None:
             return {}
         return to_dict(state, state.read(self._optimizer.pool), parameter, self._optimizer.state_bits)
@@ -194,12 +204,25 @@ class StateView(MutableMapping):
         raise ModelStateError("The state lies in pages: change it with load_state_dict.")
 
     def __delitem__(self, parameter: Tensor) -> None:
-        self._optimizer.pool.free(self._optimizer._states.pop(id(parameter)).allocation)
-        self._optimizer._plans.clear()
+        if parameter not in self:
+            raise KeyError(parameter)
+        self._optimizer.states.free([id(parameter)])
+
+    def pop(self, parameter: Tensor, *default: Any) -> Any:
+        """The state, which is reset; KeyError without one and without a default."""
+        if parameter not in self and default:
+            return default[0]
+        found = self[parameter]
+        del self[parameter]
+        return found
+
+    def clear(self) -> None:
+        """Reset everything."""
+        self._optimizer.states.clear()
 
     def __iter__(self) -> Iterator[Tensor]:
-        owners = [state.owner() for state in self._optimizer._states.values()]
+        owners = [state.owner() for state in self._optimizer.states]
         return iter([owner for owner in owners if owner is not None])
 
     def __len__(self) -> int:
-        return len(self._optimizer._states)
+        return len(self._optimizer.states)

@@ -188,7 +188,10 @@ def update_reference(task: Task, span: Span) -> None:
     start = span.first * layout.unit
     part = slice(start, start + layout.count(span, numel))
     values, gradient = task.values.detach().view(-1)[part], task.gradient.detach().view(-1)[part].float()
-    target = views["master"] if layout.master else values
+    target = values
+    if layout.master:  # one that does not round to its parameter any more is of before somebody wrote into that
+        target = views["master"]
+        target.copy_(torch.where(target.to(values.dtype) == values, target, values.float()))
     moments = _decoded(views) if layout.narrow else views
     if layout.lion:
         _lion(target, gradient, moments["first"], task.numbers)

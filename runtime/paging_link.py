@@ -36,13 +36,18 @@ def page_links(inputs: Mapping[int, tuple[str, Tensor]]) -> tuple[PageLink, ...]
     found: dict[int, tuple[BackwardPager, dict[int, tuple[str, Tensor]]]] = {}
     for position, (name, tensor) in inputs.items():
         pager = pager_of(tensor) if tensor.requires_grad else None
-        if isinstance(pager, BackwardPager):
+        if isinstance(pager, BackwardPager) and not (pager.optimizer.step_in_backward and _has_hooks(tensor)):
             found.setdefault(pager.number, (pager, {}))[1][position] = (name, tensor)
     links = []
     for pager, parameters in found.values():
         numbers = {position: pager.number_of(tensor) for position, (_, tensor) in parameters.items()}
         links.append(_link(_described(pager), numbers, parameters))
     return tuple(links)
+
+
+def _has_hooks(tensor: Tensor) -> bool:
+    """Whether somebody wants to see or change its gradient, which must then leave the graph."""
+    return bool(tensor._backward_hooks)
 
 
 def planned_link(

@@ -72,7 +72,8 @@ class PagePool:
         with self._lock:
             self._reap()
             allocation = self._table.allocate(items, item_bytes, share)
-        weakref.finalize(owner, self._doomed.append, allocation).atexit = False
+        # weakly: an owner that outlives the pool does not keep its pages
+        weakref.finalize(owner, _doom, weakref.ref(self), weakref.ref(allocation)).atexit = False
         return allocation
 
     def free(self, allocation: Allocation) -> None:
@@ -224,6 +225,17 @@ class PagePool:
                 self._mover.drop_spare()
             return sum(page.size for page in leaving)
 
+    def vacate(self) -> None:
+        """`evict` of all pages, as far as the host tiers have room."""
+        with self._lock:
+            self._reap()
+            for page in [page for page in self._resident if page.pins == 0]:
+                try:
+                    self._send_out([page])
+                except MemoryBudgetError:
+                    break
+            self._mover.drop_spare()
+
     def forget(self, pages: Iterable[Page]) -> None:
         """The contents of these pages are void: those that nobody holds leave the device without a copy."""
         with self._lock:
@@ -315,3 +327,10 @@ class PagePool:
         with self._lock:
             self._table.clear()
             self._resident.clear()
+
+
+def _doom(pool: weakref.ref[PagePool], allocation: weakref.ref[Allocation]) -> None:
+    """The owner is gone. Called by the garbage collector, at any time: nothing is done here that takes a lock."""
+    there, lost = pool(), allocation()
+    if there is not None and lost is not None:
+        there._doomed.append(lost)

@@ -16,6 +16,7 @@ class PageTable:
     def __init__(self, page_bytes: int, trace: Callable[[str, Page], None]) -> None:
         self.page_bytes, self._trace = page_bytes, trace
         self.pages: dict[int, Page] = {}
+        self._allocations: set[Allocation] = set()
         self._open: dict[object, list[Page]] = {}  # by `share`: pages that may have a hole
         self._numbers = itertools.count()
 
@@ -26,7 +27,9 @@ class PageTable:
                 f"Pages of {format_bytes(self.page_bytes)} are smaller than one item of {item_bytes} bytes: "
                 f"give a budget of at least {format_bytes(8 * item_bytes)}."
             )
-        return Allocation(items, item_bytes, list(self._spans(items, item_bytes, share)))
+        allocation = Allocation(items, item_bytes, list(self._spans(items, item_bytes, share)))
+        self._allocations.add(allocation)
+        return allocation
 
     def _spans(self, items: int, item_bytes: int, share: object) -> Iterator[Span]:
         """Fill a hole that takes all that is left, else whole new pages."""
@@ -52,6 +55,7 @@ class PageTable:
     def free(self, allocation: Allocation) -> list[Page]:
         """Take an allocation out -> the pages that are gone with it. Twice is the same as once."""
         gone = []
+        self._allocations.discard(allocation)
         for span in allocation.spans:
             page = span.page
             if not page.holes:
@@ -73,4 +77,5 @@ class PageTable:
     def clear(self) -> None:
         """Forget everything."""
         self.pages.clear()
+        self._allocations.clear()
         self._open.clear()

@@ -1,0 +1,316 @@
+"""Paged optimizers beside other code: parameters that it changes, optimizers made again, copied, or out of memory."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qlora_compile as qc
+from qlora_compile.errors import CheckpointError, ConfigError, MemoryBudgetError, ModelStateError
+from qlora_compile.page_ops import PAGER
+from qlora_compile.runtime import kernels, paged_optimizer_sweep
+from qlora_compile.runtime.kernels import cpp_build, cpu
+
+Kernel = Callable[..., None]
+
+
+def make_params(count: int = 4, dtype: torch.dtype = torch.float32, size: int = 67) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(1)
+    return [nn.Parameter(torch.randn(size, 41, generator=generator).to(dtype)) for _ in range(count)]
+
+
+def give_gradients(params: list[nn.Parameter], seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+
+
+def stepped(params: list[nn.Parameter], steps: int = 1, **options: Any) -> qc.PagedAdamW:
+    optimizer = qc.PagedAdamW(params, **options)
+    for step in range(steps):
+        give_gradients(params, step)
+        optimizer.step()
+    return optimizer
+
+
+def every_kernel() -> list[Kernel | None]:
+    if cpp_build.find_compiler() is None:
+        return [None]
+    kernel = kernels.find("paged_step", "cpu")
+    assert kernel is not None
+    return [None, *[lambda *args, isa=isa: kernel(*args, isa=isa) for isa in ("auto", *cpu.supported_isas())]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_half_parameter_that_others_wrote_into_keeps_what_they_wrote(
+    dtype: torch.dtype, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rate of 0 updates nothing: what was written stays to the bit, and the master of the rest."""
+    for kernel in every_kernel():
+        monkeypatch.setattr(paged_optimizer_sweep.kernels, "find", lambda op, device, kernel=kernel: kernel)
+        (param,) = params = make_params(1, dtype, size=131)  # blocks of 256 and a rest
+        optimizer = stepped(params, 3, lr=1e-3, state_bits=bits, weight_decay=0.0)
+        optimizer.param_groups[0]["lr"] = 0.0
+        before = optimizer.state[param]["master"]
+        written = torch.randn(131, 41).to(dtype)
+        chosen = torch.rand(131, 41) < 0.5
+        param.data = torch.where(chosen, written, param.data)  # no version counter sees it
+        expected = param.detach().clone()
+        optimizer.step()
+        assert torch.equal(param, expected)
+        kept = torch.where(before.to(dtype) == expected, before, expected.float())
+        assert torch.equal(optimizer.state[param]["master"], kept)
+        assert not torch.equal(before, before.to(dtype).float())
+
+
+def test_a_state_that_is_loaded_before_its_model_does_not_bring_the_old_weights_back() -> None:
+    trained = make_params(2, torch.bfloat16)
+    saved = stepped(trained, 3, lr=1e-2).state_dict()
+    fresh = [nn.Parameter(torch.zeros_like(p)) for p in trained]
+    optimizer = qc.PagedAdamW(fresh)
+    optimizer.load_state_dict(saved)
+    optimizer.param_groups[0]["lr"] = 0.0
+    with torch.no_grad():
+        for p, q in zip(fresh, trained, strict=True):
+            p.copy_(q)
+    give_gradients(fresh)
+    optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(fresh, trained, strict=True))
+
+
+@pytest.mark.parametrize("step_in_backward", [False, True])
+def test_a_deleted_optimizer_is_gone_with_its_pages(step_in_backward: bool) -> None:
+    """At once, while its parameters live on: no cycle waits for the collector."""
+    params = make_params()
+    optimizer = qc.PagedAdamW(params, device_budget="64KiB", step_in_backward=step_in_backward)
+    sum(p.square().sum() for p in params).backward()
+    optimizer.step()
+    pages = [weakref.ref(page) for page in optimizer.pool._table.pages.values()]
+    dead = weakref.ref(optimizer)
+    gc.collect()
+    gc.disable()
+    try:
+        del optimizer
+        assert dead() is None and pages and all(page() is None for page in pages)
+    finally:
+        gc.enable()
+    assert all(getattr(p, PAGER) == -1 and not p._post_accumulate_grad_hooks for p in params)
+    sum(p.square().sum() for p in params).backward()
+    assert all(p.grad is not None for p in params)  # another optimizer finds its gradients
+
+
+def test_groups_ask_for_nothing_that_is_ignored() -> None:
+    params = make_params()
+    for option in ("maximize", "amsgrad"):
+        with pytest.raises(ConfigError, match=f"{option}=True"):
+            qc.PagedAdamW([{"params": params, option: True}])
+    optimizer = qc.PagedAdamW(params[:1])
+    for group in ({"maximize": True}, {"lr": -1.0}, {"betas": (0.9, 0.99, 0.999)}):
+        with pytest.raises(ConfigError):
+            optimizer.add_param_group({"params": params[1:2], **group})
+    with pytest.raises(ModelStateError, match="float64"):
+        optimizer.add_param_group({"params": nn.Parameter(torch.zeros(3, dtype=torch.float64))})
+    assert len(optimizer.param_groups) == 1
+    give_gradients(params)
+    optimizer.step()
+    optimizer.add_param_group({"params": params[1:2]})
+    optimizer.step()
+    assert len(optimizer.state) == 2
+
+
+def test_states_of_other_optimizers_are_refused() -> None:
+    params = make_params(1)
+    give_gradients(params)
+    others = {
+        "decoupled_weight_decay": torch.optim.Adam(params, weight_decay=0.1),
+        "amsgrad": torch.optim.AdamW(params, amsgrad=True),
+    }
+    for name, other in others.items():
+        other.step()
+        with pytest.raises(CheckpointError, match=name):
+            qc.PagedAdamW(params).load_state_dict(other.state_dict())
+    with pytest.raises(CheckpointError, match="second moment: it is not Lion's"):
+        qc.PagedLion(params).load_state_dict(stepped(params).state_dict())
+    wrong = stepped(params).state_dict()
+    wrong["param_groups"][0]["betas"] = (0.9, 0.99, 0.999)
+    with pytest.raises(CheckpointError, match="betas must be two"):
+        qc.PagedAdamW(params).load_state_dict(wrong)
+
+
+def test_a_state_that_finds_no_room_changes_nothing() -> None:
+    params = make_params(8)
+    saved = stepped(params, 5, lr=0.5).state_dict()
+    optimizer = qc.PagedAdamW(params, lr=0.25, device_budget="32KiB", host_budget="64KiB")
+    give_gradients(params[:1])
+    for p in params[1:]:
+        p.grad = None
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(MemoryBudgetError):
+        optimizer.load_state_dict(saved)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"] and after["state"].keys() == before["state"].keys() == {0}
+    for name, value in before["state"][0].items():
+        assert torch.equal(value, after["state"][0][name]), name
+    give_gradients(params[:1])
+    optimizer.step()
+    assert optimizer.state[params[0]]["step"] == 2
+
+
+def test_loading_fills_what_is_there_and_hooks_may_change_it() -> None:
+    params = make_params(3)
+    saved = stepped(params, 2).state_dict()
+    optimizer = stepped(params, 5)
+    pages = optimizer.statistics().pages
+    seen: list[Any] = []
+    optimizer.register_load_state_dict_pre_hook(lambda _, state: {**state, "state": {0: state["state"][0]}})
+    optimizer.register_load_state_dict_post_hook(seen.append)
+    optimizer.load_state_dict(saved)
+    assert [p in optimizer.state for p in params] == [True, False, False] and seen == [optimizer]
+    assert optimizer.state[params[0]]["step"] == 2 and optimizer.statistics().pages <= pages
+    assert torch.equal(optimizer.state[params[0]]["exp_avg"], saved["state"][0]["exp_avg"])
+
+
+def test_the_state_is_a_mapping_as_torchs_is() -> None:
+    params = make_params(2)
+    optimizer = stepped(params[:1])
+    optimizer.add_param_group({"params": params[1:]})
+    state = optimizer.state
+    assert params[0] in state and params[1] not in state and state[params[1]] == {}
+    assert state.pop(params[1], None) is None
+    with pytest.raises(KeyError):
+        state.pop(params[1])
+    assert set(state.pop(params[0])) == {"step", "exp_avg", "exp_avg_sq"} and len(optimizer.state) == 0
+    stepped_again = stepped(params)
+    stepped_again.state = defaultdict(dict)  # type: ignore[assignment]
+    assert stepped_again.state_dict()["state"] == {} and stepped_again.statistics().pages == 0
+    with pytest.raises(ModelStateError, match="load_state_dict"):
+        stepped_again.state = {params[0]: {}}  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_copies_are_refused_in_a_sentence(copied: Callable[[Any], Any]) -> None:
+    with pytest.raises(ModelStateError, match="keep state_dict"):
+        copied(stepped(make_params()))
+
+
+def test_frozen_parameters_may_be_given_and_train_later() -> None:
+    def run(step_in_backward: bool) -> list[Tensor]:
+        params = make_params(3)
+        codes = nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
+        params[1].requires_grad_(False)
+        optimizer = qc.PagedAdamW([*params, codes], lr=0.1, step_in_backward=step_in_backward)
+        for step in range(4):
+            if step == 2:
+                params[1].requires_grad_(True)
+            sum((p + 1).square().sum() for p in params).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [p.detach() for p in params]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(False), run(True), strict=True))
+
+
+def test_a_later_optimizer_of_one_parameter_is_named_by_the_first() -> None:
+    params = make_params()
+    first = qc.PagedAdamW(params, step_in_backward=True)
+    second = qc.PagedAdamW(params[1:2])
+    with pytest.raises(ModelStateError, match=r"1 parameters of this PagedAdamW .* number 1 among them"):
+        sum(p.square().sum() for p in params).backward()
+    with pytest.raises(ModelStateError, match="taken over by a paged optimizer made later"):
+        first.step()
+    del second
+
+
+def test_a_backward_pass_that_failed_is_over_with_zero_grad() -> None:
+    params = make_params(2)
+    optimizer = qc.PagedAdamW(params, step_in_backward=True)
+
+    def fails(_: Tensor) -> None:
+        raise ValueError("by the user")
+
+    handle = params[1].register_hook(fails)
+    with pytest.raises(ValueError, match="by the user"):
+        (params[1].square().sum() + params[0].square().sum()).backward()
+    handle.remove()
+    with pytest.raises(ModelStateError, match=r"zero_grad\(\) to go on after one that failed"):
+        params[0].square().sum().backward()
+    optimizer.zero_grad()
+    sum(p.square().sum() for p in params).backward()
+    optimizer.step()
+    assert optimizer.state[params[1]]["step"] == 1
+
+
+def test_a_copy_of_a_parameter_belongs_to_nobody() -> None:
+    model = qc.prepare(nn.Sequential(nn.Linear(64, 32)), {"r": 2, "lowering": "aot_eager"})
+    optimizer = qc.PagedAdamW([p for p in model.parameters() if p.requires_grad], step_in_backward=True)
+    twin = copy.deepcopy(model)
+    twin.compile(backend="qlora")
+    twin(torch.randn(3, 64)).sum().backward()
+    assert any(p.grad is not None for p in twin.parameters()) and len(optimizer.state) == 0
+
+
+class TestCompiledBackward:
+    """With step_in_backward only what the backward pass was to reach is updated."""
+
+    def made(self) -> tuple[nn.Module, list[nn.Parameter], qc.PagedAdamW]:
+        model = qc.prepare(nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 32)), {"r": 2, "lowering": "aot_eager"})
+        params = [p for p in model.parameters() if p.requires_grad]
+        optimizer = qc.PagedAdamW(params, lr=0.1, step_in_backward=True)
+        model.compile(backend="qlora")
+        return model, params, optimizer
+
+    def test_gradients_of_inputs_train_nothing(self) -> None:
+        model, params, optimizer = self.made()
+        x = torch.randn(3, 64, requires_grad=True)
+        before = [p.detach().clone() for p in params]
+        torch.autograd.grad(model(x).square().sum(), x)
+        model(x).square().sum().backward(inputs=[x])
+        assert x.grad is not None and all(torch.equal(a, b) for a, b in zip(before, params, strict=True))
+        model(x).square().sum().backward(inputs=params[:1])
+        assert [p in optimizer.state for p in params] == [True, False, False, False]
+
+    def test_gradients_of_parameters_are_not_to_be_had(self) -> None:
+        model, params, _ = self.made()
+        with pytest.raises(ModelStateError, match="does not return"):
+            torch.autograd.grad(model(torch.randn(3, 64)).sum(), params)
+
+    def test_hooks_see_their_gradient(self) -> None:
+        found = []
+        for compiled in (False, True):
+            torch.manual_seed(0)
+            torch._dynamo.reset()
+            model = qc.prepare(nn.Sequential(nn.Linear(64, 48)), {"r": 2, "lowering": "aot_eager"})
+            params = [p for p in model.parameters() if p.requires_grad]
+            params[0].register_hook(lambda gradient: gradient.clamp(-0.1, 0.1))
+            optimizer = qc.PagedAdamW(params, lr=0.1, step_in_backward=True)
+            if compiled:
+                model.compile(backend="qlora")
+            for _ in range(3):
+                model(torch.ones(3, 64)).square().sum().backward()
+                optimizer.step()
+            found.append([p.detach() for p in params])
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b)
+
+    def test_a_full_host_costs_no_step(self) -> None:
+        """What the next backward pass does not find on the host is there still."""
+        model = qc.prepare(nn.Sequential(*[nn.Linear(64, 64) for _ in range(4)]), {"r": 16, "lowering": "aot_eager"})
+        params = [p for p in model.parameters() if p.requires_grad]
+        optimizer = qc.PagedAdamW(params, device_budget="256KiB", host_budget="32KiB")
+        model.compile(backend="qlora")
+        for step in range(3):
+            model(torch.randn(3, 64)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert all(optimizer.state[p]["step"] == step + 1 for p in params)
