@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,11 @@ def _parse_line(line: str, where: str) -> Record:
         raise DataError(f"{where}: this line is not JSON ({error.msg} at column {error.colno}).") from None
     except RecursionError:
         raise DataError(f"{where}: this line's JSON is nested too deeply.") from None
+    except ValueError:  # the only other one: Python converts no longer text to an integer
+        most = sys.get_int_max_str_digits()
+        raise DataError(
+            f"{where}: this line holds an integer of more than {most} digits: write it as a string."
+        ) from None
     if not isinstance(value, dict):
         raise DataError(f"{where}: a line must be a JSON object, this one is a {type(value).__name__}.")
     if "messages" in value:

@@ -33,6 +33,7 @@ def tokenize(record: Record, tokenizer: Any) -> Tokens:
         tokens = _tokenize_spans(text, spans, tokenizer, record.where, add_special_tokens=True)
     else:
         text = record.text or ""
+        _check_characters(text, record.where)
         ids = tokenizer(text, verbose=False)["input_ids"]
         tokens = Tokens(ids, [True] * len(ids))
     return _end(tokens, text, tokenizer)
@@ -87,7 +88,17 @@ def _tokenize_spans(
     """A token is learned where it holds at least one character of a span, so none of a completion is lost."""
     if not tokenizer.is_fast:
         raise DataError(f"{where}: this needs a tokenizer that reports offsets: the model must have a tokenizer.json.")
+    _check_characters(text, where)
     encoding = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False)
     offsets = encoding["offset_mapping"]
     learn = [any(start < last and end > first for first, last in spans) for start, end in offsets]
     return Tokens(list(encoding["input_ids"]), learn)
+
+
+def _check_characters(text: str, where: str) -> None:
+    """Raises DataError for half of a surrogate pair, which JSON can spell and no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise DataError(f"{where}: {half} is only half of a character: complete the pair or remove it.") from None

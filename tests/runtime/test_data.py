@@ -82,6 +82,11 @@ class TestReading:
             ({"messages": []}, "must be a list of messages"),
             ({"messages": [{"role": "user"}]}, 'with "role" and "content"'),
             ({"messages": [{"role": "user", "content": "x"}]}, 'no message has the role "assistant"'),
+            pytest.param(
+                '{"text": "x", "id": ' + "1" * 5000 + "}",
+                "integer of more than 4300 digits: write it as a string",
+                id="long integer",
+            ),
         ],
     )
     def test_a_bad_line_is_named_with_file_and_number(self, tmp_path: Path, line: Any, message: str) -> None:
@@ -148,6 +153,19 @@ class TestTemplates:
         assert "lazy" not in learned and "wizards" not in learned and learned.count("<eos>") == 2
         # The template wrote the last end itself: no second one is added.
         assert tokens.ids.count(tokenizer.eos_token_id) == 4
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            {"text": "a \ud83d b"},
+            {"prompt": "the lazy \ud83d", "completion": "\ude00 dog"},
+            {"messages": [{"role": "user", "content": "\ud83d"}, {"role": "assistant", "content": "the dog"}]},
+        ],
+    )
+    def test_half_of_a_character_is_named_with_file_and_line(self, tokenizer: Any, tmp_path: Path, line: Any) -> None:
+        file = write(tmp_path / "a.jsonl", {"text": "fine \U0001f600"}, line)
+        with pytest.raises(DataError, match=r"a\.jsonl:2: \\ud83d is only half of a character"):
+            load_data(file, tokenizer, seq_len=8)
 
     def test_a_template_that_rewrites_earlier_turns_is_refused(self, tokenizer: Any) -> None:
         whole = tokenizer.chat_template
