@@ -109,9 +109,20 @@ class FinetuneConfig:
         _require(ok, "posthog", self.posthog, "the address of a server (https://...)")
         if self.dtype is not None:
             object.__setattr__(self, "dtype", parse_dtype(self.dtype))
+        self._check_out()
         self._check_counts()
+        self._check_float16()
         self._check_rates()
         self._check_memory()
+
+    def _check_out(self) -> None:
+        for name in ("data", "eval_data"):
+            folder = getattr(self, name)
+            if folder is not None and self.out.resolve().is_relative_to(folder.resolve()):
+                raise ConfigError(
+                    f"out ({self.out}) lies in {name} ({folder}), so a resumed run would read its own records as text: "
+                    "choose a folder outside of it."
+                )
 
     def _check_counts(self) -> None:
         for name, least in (("batch", 1), ("grad_accum", 1), ("seq_len", 2), ("keep_last", 1)):
@@ -128,10 +139,20 @@ class FinetuneConfig:
         if self.qlora.r == 0 and not any(self.qlora.rank_pattern.values()):
             raise ConfigError("r is 0, so there would be no adapters to train: give a rank of at least 1.")
 
-        half = torch.float16 in (self.qlora.compute_dtype, self.base_dtype)
-        if self.fsdp and half:
+    def _check_float16(self) -> None:
+        """Raises ConfigError for what does not go with a loss scale. torch unscales no float16 gradient: it would vanish."""
+        if not self.scales_loss:
+            return
+        if self.fsdp:
             raise ConfigError(
                 "fsdp does not go with float16, whose loss scale each rank would choose alone: use bfloat16."
+            )
+        if self.qlora.adapter_dtype == torch.float16:
+            raise ConfigError("adapter_dtype is float16, but in a float16 run adapters train in float32: leave it out.")
+        if self.qlora.modules_to_save and self.base_dtype == torch.float16:
+            raise ConfigError(
+                "modules_to_save are trained in the base model's dtype, which must not be float16: use bfloat16 (in Python "
+                "also: dtype='float32')."
             )
 
     def _check_rates(self) -> None:
@@ -167,11 +188,10 @@ class FinetuneConfig:
         """Raises ConfigError naming what needs all gradients before the first update."""
         if self.optimizer == "adamw":
             raise ConfigError("step_in_backward is for the paged optimizers: choose paged_adamw.")
-        half = torch.float16 in (self.qlora.compute_dtype, self.base_dtype)
         for asked, what, remedy in (
             (self.grad_accum > 1, f"accumulation over {self.grad_accum} micro-batches", "set grad_accum to 1"),
             (self.max_grad_norm > 0, "clipping by the global norm", "set max_grad_norm to 0"),
-            (half, "float16, whose loss scale is found from all gradients", "use bfloat16"),
+            (self.scales_loss, "float16, whose loss scale is found from all gradients", "use bfloat16"),
             (self.fsdp, "fsdp, which averages gradients over processes", "leave one of the two out"),
         ):
             if asked:
@@ -207,6 +227,11 @@ class FinetuneConfig:
     def base_dtype(self) -> torch.dtype:
         """What the base model's dense weights are loaded in."""
         return self.qlora.compute_dtype if self.dtype is None else self.dtype
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether float16 takes part, whose gradients need a loss scale."""
+        return torch.float16 in (self.qlora.compute_dtype, self.base_dtype)
 
     @property
     def data_seed(self) -> int:

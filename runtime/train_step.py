@@ -37,8 +37,8 @@ class TrainStep:
 
     Each micro-batch's mean loss is weighted by its share of the loss tokens, so the gradient is the exact mean over
     all tokens, however unevenly they are spread. `max_grad_norm` 0 means no clipping. With a `scaler` (fp16) the loss
-    is scaled, and an overflow skips the step and halves the scale. Any other step with non-finite gradients is skipped
-    and counted; after five in a row NonFiniteError names a parameter.
+    is scaled, and an overflow skips the step and halves the scale; ConfigError where a parameter itself trains in fp16.
+    Any other step with non-finite gradients is skipped and counted; after five in a row NonFiniteError names a parameter.
 
     Batches may have any number of rows and any length, from step to step. Where memory runs out, what the step has done is
     undone, a paged optimizer's state leaves the device, and the step is done again; then in parts of half as many rows,
@@ -77,6 +77,12 @@ class TrainStep:
         self.max_grad_norm = max_grad_norm
         self.scaler = scaler
         self.parameters = trainable_parameters(model)
+        half = [name for name, parameter in self.parameters.items() if parameter.dtype == torch.float16]
+        if scaler is not None and half:
+            raise ConfigError(
+                f"A GradScaler unscales no float16 gradients, but {half[0]} trains in float16: make it float32, or use "
+                "bfloat16 without a scaler."
+            )
         self.bad_steps = 0
         self.micro_batches = MicroBatches(memory)
         self._notice = notice

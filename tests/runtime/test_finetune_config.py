@@ -97,6 +97,35 @@ def test_a_step_in_backward_is_refused_with_what_needs_all_gradients(options: di
         FinetuneConfig(**(PATHS | fine | options))
 
 
+HALF = QLoRAConfig(compute_dtype="float16", modules_to_save=("norm",))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"qlora": QLoRAConfig(compute_dtype="float16", adapter_dtype="float16")}, "adapter_dtype is float16"),
+        ({"qlora": HALF}, "modules_to_save are trained in the base model's dtype"),
+        (
+            {"qlora": QLoRAConfig(modules_to_save=("norm",)), "dtype": "float16"},
+            r"use bfloat16 \(in Python also: dtype='float32'\)",
+        ),
+    ],
+)
+def test_nothing_trains_in_float16(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        FinetuneConfig(**PATHS, **options)
+    assert FinetuneConfig(**PATHS, qlora=HALF, dtype="float32").scales_loss
+    assert not FinetuneConfig(**PATHS).scales_loss
+
+
+@pytest.mark.parametrize("out", ["texts/out", "texts", "texts/../texts/deep/out"])
+def test_the_output_must_not_lie_in_the_data(out: str) -> None:
+    for changes in ({"data": "texts"}, {"eval_data": "texts"}):
+        with pytest.raises(ConfigError, match=rf"out \({out}\) lies in {next(iter(changes))} \(texts\)"):
+            FinetuneConfig(**PATHS | changes | {"out": out})
+    FinetuneConfig(**PATHS | {"data": "run/texts", "out": "run/texts-out"})
+
+
 @pytest.mark.parametrize("name", ["optimizer_budget", "memory_budget"])
 @pytest.mark.parametrize(("value", "message"), [(-5, "the least that works"), ("4x", "must be a number of bytes")])
 def test_budgets_are_checked(name: str, value: Any, message: str) -> None:

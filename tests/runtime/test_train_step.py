@@ -167,6 +167,13 @@ def test_scaled_gradients_are_unscaled_before_clipping(model: nn.Module) -> None
         torch.testing.assert_close(found[name], gradient, rtol=1e-6, atol=1e-12)
 
 
+def test_a_scaler_is_refused_for_what_trains_in_float16(tiny_llama: Callable[..., nn.Module]) -> None:
+    model = qc.prepare(tiny_llama(num_hidden_layers=2), CONFIG | {"adapter_dtype": "float16"})
+    scaler = torch.amp.GradScaler("cpu")
+    with pytest.raises(ConfigError, match=r"\.lora_A\.default trains in float16: make it float32, or use bfloat16"):
+        TrainStep(model, make_optimizer(model), max_grad_norm=1.0, scaler=scaler)
+
+
 def test_overflow_halves_the_scale_and_is_no_bad_step(model: nn.Module) -> None:
     # fp32 does not overflow at fp16's scales; a huge loss stands for it: finite, with infinite scaled gradients.
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=3)
