@@ -61,7 +61,7 @@ def _save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read and verify one checkpoint folder. Raises CheckpointError saying which file is missing or damaged."""
+    """Read and verify one checkpoint folder. Raises CheckpointError saying which file is missing, damaged or unreadable."""
     if not path.is_dir():
         raise CheckpointError(f"There is no checkpoint folder {path}.")
     manifest = _read_json(path / MANIFEST)
@@ -72,9 +72,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path / MANIFEST} is not a checkpoint's manifest.")
     for name, wanted in sums.items():
         file = path / Path(name).name
-        if not file.is_file():
-            raise CheckpointError(f"The checkpoint {path} lacks {name}.")
-        if sha256_of(file) != wanted:
+        if _found_sum(file) != wanted:
             raise CheckpointError(f"The checkpoint file {file} is corrupt: its SHA-256 is not the one in {MANIFEST}.")
     try:
         files = [path / name for name in sums if name.endswith(".safetensors")]
@@ -82,6 +80,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"The checkpoint {path} cannot be read: {error}.") from error
     return Checkpoint(path, step, tensors, _read_json(path / STATE))
+
+
+def _found_sum(file: Path) -> str:
+    try:
+        if file.is_file():
+            return sha256_of(file)
+    except OSError as error:
+        raise CheckpointError(f"The checkpoint file {file} cannot be read: {error.strerror or error}.") from error
+    raise CheckpointError(f"The checkpoint {file.parent} lacks {file.name}.")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -94,16 +101,21 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def load_newest(folder: Path, notice: Callable[[str], None]) -> Checkpoint | None:
+def load_newest(
+    folder: Path, notice: Callable[[str], None], check: Callable[[Checkpoint], None] = lambda checkpoint: None
+) -> Checkpoint | None:
     """The newest valid checkpoint; damaged ones are renamed to `step-N.set-aside`, and `notice` is told of each.
 
-    None where there is no checkpoint at all. Raises CheckpointError where there are some, but none of them is valid.
+    `check` raises CheckpointError where one lacks something. None where there is no checkpoint at all. Raises
+    CheckpointError where there are some, but none of them is valid.
     """
     remove_temporary(folder)
     paths = list_checkpoints(folder)
     for path in reversed(paths):
         try:
-            return load_checkpoint(path)
+            checkpoint = load_checkpoint(path)
+            check(checkpoint)
+            return checkpoint
         except CheckpointError as error:
             notice(f"{error} Skipped it; trying the one before.")
             set_aside(path)
@@ -146,7 +158,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"The checkpoint {path.parent} lacks {path.name}.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"The checkpoint file {path} is corrupt: {error}.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"The checkpoint file {path} is corrupt: it is not a JSON object.")

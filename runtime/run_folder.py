@@ -14,6 +14,7 @@ from .checkpoint import SET_ASIDE, Checkpoint, list_checkpoints, load_checkpoint
 from .finetune_config import FinetuneConfig
 from .formats.atomic import check_output_folder, output_errors
 from .reporters import Reporter
+from .training_state import check_complete
 
 # Fields that a resumed run may change: they choose where, how long and how, not what is computed in a step.
 FREE = {"model", "data", "out", "eval_data", "steps", "epochs", "save_every", "keep_last", "resume"}
@@ -56,7 +57,7 @@ class RunFolder:
 
     def run_id(self) -> str:
         """The id that `run.json` holds of an earlier part of this run, or a new one."""
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
             content = json.loads(self.run.read_text(encoding="utf-8"))
             if isinstance(content, dict) and isinstance(content.get("id"), str):
                 return content["id"]
@@ -71,8 +72,9 @@ class RunFolder:
 
     def _find_checkpoint(self, config: FinetuneConfig, reporter: Reporter) -> Checkpoint | None:
         if isinstance(config.resume, bool):
-            return load_newest(self.checkpoints, reporter.notice) if config.resume else None
+            return load_newest(self.checkpoints, reporter.notice, check_run) if config.resume else None
         checkpoint = load_checkpoint(config.resume)
+        check_run(checkpoint)
         for path in list_checkpoints(self.checkpoints):
             # Those of later steps belong to a line of training that is left now.
             if int(path.name.removeprefix("step-")) > checkpoint.step:
@@ -81,12 +83,17 @@ class RunFolder:
         return checkpoint
 
 
+def check_run(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError where it is not a whole checkpoint of a run."""
+    check_complete(checkpoint, "config", "data", "model", "position", "perplexity")
+
+
 def check_same_settings(config: FinetuneConfig, checkpoint: Checkpoint) -> None:
     """Raises CheckpointError naming the first setting that a resumed run must not change, but does."""
     stored = checkpoint.state.get("config")
     if not isinstance(stored, dict) or not isinstance(stored.get("qlora"), dict):
         raise CheckpointError(f"The checkpoint {checkpoint.path} does not say what it was trained with.")
-    here = config.to_dict()
+    stored, here = _effective(stored), _effective(config.to_dict())
     pairs: list[tuple[str, Any, Any]] = [(name, stored.get(name), here[name]) for name in here if name not in FREE]
     pairs.remove(("qlora", stored["qlora"], here["qlora"]))
     pairs += [(k, stored["qlora"].get(k), v) for k, v in here["qlora"].items() if k not in FREE_QLORA]
@@ -96,3 +103,10 @@ def check_same_settings(config: FinetuneConfig, checkpoint: Checkpoint) -> None:
                 f"{checkpoint.path} was trained with {name}={before!r}, this run has {now!r}: give the same value, or "
                 f"start a new run in another folder."
             )
+
+
+def _effective(config: dict[str, Any]) -> dict[str, Any]:
+    """None -> the value of the adapters' settings that it stands for."""
+    qlora = config["qlora"]
+    stands_for = {"seed": qlora.get("seed"), "dtype": qlora.get("compute_dtype")}
+    return config | {name: value for name, value in stands_for.items() if config.get(name) is None}

@@ -14,6 +14,8 @@ from .checkpoint import Checkpoint
 from .sharded import as_shard, gathered, is_sharded, local_part, part_like
 
 Parameters = Mapping[str, nn.Parameter]
+TENSORS = ("parameters", "optimizer", "rng")
+STATE = ("optimizer", "scaler", "python_rng")
 
 
 def capture(
@@ -55,14 +57,10 @@ def restore(
 
     Raises CheckpointError, with nothing changed, where the checkpoint's parameters are not those of this run.
     """
-    path, tensors, state = checkpoint.path, checkpoint.tensors, checkpoint.state
-    try:
-        stored, moments, rng = tensors["parameters"], tensors["optimizer"], tensors["rng"]
-        packed, scaler_state, python_rng = state["optimizer"], state["scaler"], state["python_rng"]
-    except KeyError as error:
-        raise CheckpointError(
-            f"The checkpoint {path} holds no {error.args[0]!r}: it is not a training run's."
-        ) from None
+    check_complete(checkpoint)
+    path = checkpoint.path
+    stored, moments, rng = (checkpoint.tensors[name] for name in TENSORS)
+    packed, scaler_state, python_rng = (checkpoint.state[name] for name in STATE)
     _check_same_parameters(stored, parameters, path)
     if packed["class"] != type(optimizer).__name__:
         raise CheckpointError(f"{path} was trained with {packed['class']}, this run uses {type(optimizer).__name__}.")
@@ -75,6 +73,14 @@ def restore(
     restore_rng(rng)
     version, internal, gauss = python_rng
     random.setstate((version, tuple(internal), gauss))
+
+
+def check_complete(checkpoint: Checkpoint, *further: str) -> None:
+    """Raises CheckpointError where something of what `capture` took is not there, or a `further` value of the state."""
+    missing = [name for name in TENSORS if name not in checkpoint.tensors]
+    missing += [name for name in (*STATE, *further) if name not in checkpoint.state]
+    if missing:
+        raise CheckpointError(f"The checkpoint {checkpoint.path} holds no {missing[0]!r}: it is not a training run's.")
 
 
 def _check_same_parameters(stored: Mapping[str, Tensor], parameters: Parameters, path: Any) -> None:

@@ -64,6 +64,7 @@ def test_a_flipped_bit_or_a_missing_file_is_found(tmp_path: Path, name: str) -> 
         (b"", "corrupt"),
         (b"\xff\xfe", "corrupt"),
         (b"[]", "not a JSON object"),
+        pytest.param(b"[" * 100_000, "corrupt", id="too deep"),
         (b"{}", "format None"),
         (b'{"format": 9}', "format 9"),
         (b'{"format": 1, "step": 1, "sha256": {}}', "not a checkpoint's manifest"),
@@ -99,6 +100,20 @@ def test_the_newest_valid_one_is_used_and_the_damaged_set_aside(tmp_path: Path) 
     ck.save_checkpoint(tmp_path, 9, TENSORS, STATE)
     ck.prune(tmp_path, keep_last=2)
     assert [p.name for p in ck.list_checkpoints(tmp_path)] == ["step-8", "step-9"]
+
+
+def test_one_that_the_check_refuses_is_set_aside_too(tmp_path: Path) -> None:
+    for step in (4, 8):
+        ck.save_checkpoint(tmp_path, step, TENSORS, STATE | {"position": step})
+
+    def check(checkpoint: ck.Checkpoint) -> None:
+        if checkpoint.state["position"] == 8:
+            raise CheckpointError("8 is not whole.")
+
+    said: list[str] = []
+    found = ck.load_newest(tmp_path, said.append, check)
+    assert found is not None and found.step == 4 and said == ["8 is not whole. Skipped it; trying the one before."]
+    assert (tmp_path / "step-8.set-aside").is_dir()
 
 
 def test_none_there_and_none_valid_are_different_things(tmp_path: Path) -> None:
