@@ -5,29 +5,29 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..config import QLoRAConfig
-from ..errors import CheckpointError, ConfigError, QLoRACompileError
+from ..errors import CheckpointError, ConfigError
 from ..preparation import prepare
 from .adapters import save_adapter
 from .checkpoint import Checkpoint, prune, save_checkpoint
 from .data import Batch, BlockOrder, PackedData, check_model_reads, load_data
 from .dense_layers import with_dense_layers
 from .distributed import Processes
-from .evaluate import evaluate
+from .evaluations import Evaluations
 from .finetune_config import FinetuneConfig
 from .finetune_result import FinetuneResult
 from .interrupts import InterruptedRunError, SignalWatch
 from .mapped_experts import join_experts
-from .metrics import Clock, MetricsLog, PagingMeter, finite_or_none, memory_bytes, read_metrics, versions, write_run
+from .metrics import Clock, PagingMeter, finite_or_none, memory_bytes, versions
 from .models import load_tokenizer, load_weights, model_fingerprint
 from .optimizer import make_optimizer, trainable_parameters
-from .reporters import EvalRecord, Reporter, SilentReporter, StepRecord, make_reporter
+from .reporters import Reporter, SilentReporter, StepRecord, make_reporter
 from .run_folder import RunFolder
+from .run_record import RunRecord
 from .runs import open_sinks
 from .schedule import learning_rate, warmup_steps
 from .step_memory import StepMemory
@@ -58,17 +58,12 @@ def _finetune(run: _Run) -> FinetuneResult:
     try:
         with run.processes.watched():
             run.load()
-            with MetricsLog(run.folder.metrics, run.step) as run.log:
-                run.sinks.started(run.state("running"), read_metrics(run.folder.metrics))
+            with run.record.logging(run.step, without="eval" if run.evaluations.changed else ""):
                 run.prepare()
                 run.train()
                 return run.finish()
-    except QLoRACompileError as error:
-        if run.step == 0:
-            run.folder.remove_unstarted()
-            run.sinks.forget()
-        else:
-            run.record_end("interrupted" if isinstance(error, InterruptedRunError) else "failed", error=str(error))
+    except BaseException as error:
+        run.record.fail(run.step, error)
         raise
     finally:
         run.reporter.close()
@@ -79,8 +74,7 @@ class _Run:
 
     model: nn.Module
     data: PackedData
-    eval_data: PackedData | None
-    log: MetricsLog
+    evaluations: Evaluations
     take_step: TrainStep
     paging: PagingMeter
     order: BlockOrder
@@ -95,54 +89,53 @@ class _Run:
             raise ConfigError(f"{what} is for one process, and this run has {processes.count}: leave it out.")
         self.device = processes.device(config.pick_device())
         self.folder = RunFolder(config.out)
-        self.sinks = open_sinks(config, reporter.notice)
+        self.record = RunRecord(self.folder, open_sinks(config, reporter.notice), reporter.notice)
         self.checkpoint: Checkpoint | None = processes.from_first(lambda: self.folder.open(config, reporter))
         if not processes.first:
             self.folder.open(config, reporter)
         self.step = self.checkpoint.step if self.checkpoint else 0
-        self.perplexity: dict[str, float] = self.checkpoint.state["perplexity"] if self.checkpoint else {}
-        self.run_record: dict[str, Any] = {}
 
     def load(self) -> None:
         """Read the data, then the model: what is wrong with the data is known in seconds."""
         config = self.config
         tokenizer = load_tokenizer(config.model)
         self.data = load_data(config.data, tokenizer, config.seq_len)
-        self.eval_data = load_data(config.eval_data, tokenizer, config.seq_len) if config.eval_data else None
+        eval_data = load_data(config.eval_data, tokenizer, config.seq_len) if config.eval_data else None
         self.total_steps = config.total_steps(len(self.data), self.processes.count)
         count = f"{self.data.documents} documents, {len(self.data)} blocks of {config.seq_len} tokens"
         self.reporter.notice(f"training data: {count}; {self.total_steps} steps of {self._step_tokens} tokens")
         self._check_same("data", self.data.fingerprint, config.data)
         self.processes.check_same("data", self.data.fingerprint)
+        self.evaluations = Evaluations(eval_data, config, self.checkpoint, self.reporter)
         self.reporter.notice(f"loading {config.model}")
         self.model = load_weights(config.model, config.base_dtype, map_experts=True).to(self.device)
-        check_model_reads(self.model, config.seq_len, self.data, self.eval_data)
+        check_model_reads(self.model, config.seq_len, self.data, eval_data)
         self.model_fingerprint = model_fingerprint(self.model)
         self._check_same("model", self.model_fingerprint, config.model)
         self.processes.check_same("model", self.model_fingerprint)
-        self.run_record = {
+        content = {
             "id": self.folder.run_id(),
             "config": config.to_dict(),
             "versions": versions(),
             "seed": config.data_seed,
             "processes": self.processes.count,
             "data": self.data.summary(),
-            "eval_data": None if self.eval_data is None else self.eval_data.summary(),
+            "eval_data": None if eval_data is None else eval_data.summary(),
         }
-        write_run(self.folder.run, self.state("running"))
+        self.record.begin(self.step, content)
 
     def prepare(self) -> None:
         """Quantize, add the adapters, and only then make the optimizer; then take up the checkpoint's state."""
         config = self.config
-        if self.checkpoint is None:
+        if "dense" not in self.evaluations.perplexity:
             self._evaluate("dense")
         self.model.config.use_cache = False  # type: ignore[union-attr]  # no key-value cache among the graph's outputs
         qlora = with_dense_layers(self.model, config, self.reporter)
-        self.run_record["dense_modules"] = list(qlora.dense_modules)
+        self.record.content["dense_modules"] = list(qlora.dense_modules)
         memory = self._memory(qlora)
         prepare(self.model, qlora)
         join_experts(self.model)  # those that are not in 4 bits now
-        if self.checkpoint is None:
+        if "quantized" not in self.evaluations.perplexity:  # a checkpoint's adapters come later
             self._evaluate("quantized")
         call = self.processes.wrap(self.model, split=config.fsdp, notice=self.reporter.notice)
         optimizer = make_optimizer(
@@ -154,8 +147,7 @@ class _Run:
             page_folder=config.optimizer_folder,
             step_in_backward=config.step_in_backward,
         )
-        half = torch.float16 in (config.qlora.compute_dtype, config.base_dtype)
-        scaler = torch.amp.GradScaler(self.device.type) if half else None
+        scaler = torch.amp.GradScaler(self.device.type) if config.scales_loss else None
         self.take_step = TrainStep(
             self.model,
             optimizer,
@@ -220,24 +212,11 @@ class _Run:
         save_adapter(self.model, self.folder.adapter)
         self.reporter.close()
         self._evaluate("final")
-        result = FinetuneResult.of_run(self.folder, self.step, self.perplexity, time.perf_counter() - self.started)
-        self.record_end("done", results=result.to_dict() | {"losses": None})
+        seconds = time.perf_counter() - self.started
+        result = FinetuneResult.of_run(self.folder, self.step, self.evaluations.perplexity, seconds)
+        self.record.end("done", self.step, results=result.to_dict() | {"losses": None})
         self.reporter.notice(f"adapter saved to {self.folder.adapter}")
         return result
-
-    def record_end(self, status: str, **more: Any) -> None:
-        """Write `run.json` and tell the sinks, once the run has got as far as having something to say there."""
-        if self.run_record:
-            write_run(self.folder.run, self.state(status) | more)
-            self.sinks.ended(self.state(status) | more)
-
-    def state(self, status: str) -> dict[str, Any]:
-        """The content of `run.json`."""
-        return {"status": status, "step": self.step, **self.run_record}
-
-    def _tell(self, line: dict[str, Any]) -> None:
-        self.log.write(line)
-        self.sinks.line(line)
 
     @property
     def _step_tokens(self) -> int:
@@ -254,8 +233,8 @@ class _Run:
         result = self.take_step(batches, lr)
         seconds = time.perf_counter() - started
         self.step += 1
-        record = self._record(result, lr, seconds, clock.seconds_left(self.step))
-        self._tell(record.to_dict())
+        record = self._step_record(result, lr, seconds, clock.seconds_left(self.step))
+        self.record.line(record.to_dict())
         self.reporter.step(record)
 
     def _next_batch(self) -> Batch:
@@ -263,7 +242,7 @@ class _Run:
         batch = self.data.batch(self.processes.mine(blocks))
         return batch._replace(input_ids=batch.input_ids.to(self.device), labels=batch.labels.to(self.device))
 
-    def _record(self, result: StepResult, lr: float, seconds: float, seconds_left: float | None) -> StepRecord:
+    def _step_record(self, result: StepResult, lr: float, seconds: float, seconds_left: float | None) -> StepRecord:
         scaler = self.take_step.scaler
         return StepRecord(
             step=self.step,
@@ -282,13 +261,10 @@ class _Run:
         )
 
     def _evaluate(self, stage: str) -> None:
-        if self.eval_data is None:
-            return
-        found = evaluate(self.model, self.eval_data, self.config.batch, self.config.eval_batches)
-        self.perplexity[stage] = found.perplexity
-        record = EvalRecord(self.step, stage, *found)
-        self._tell(record.to_dict())
-        self.reporter.evaluated(record)
+        record = self.evaluations.measure(self.model, stage, self.step)
+        if record is not None:
+            self.record.line(record.to_dict())
+            self.reporter.evaluated(record)
 
     def _save(self) -> Path:
         parameters, scaler = self.take_step.parameters, self.take_step.scaler
@@ -300,7 +276,8 @@ class _Run:
             "data": self.data.fingerprint,
             "model": self.model_fingerprint,
             "position": self.order.position,
-            "perplexity": self.perplexity,
+            "perplexity": self.evaluations.perplexity,
+            "evaluation": self.evaluations.measured_on,
         }
         path = save_checkpoint(self.folder.checkpoints, self.step, tensors, state)
         prune(self.folder.checkpoints, self.config.keep_last)

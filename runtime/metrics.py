@@ -22,13 +22,15 @@ from .formats.atomic import output_errors, write_file
 
 
 class MetricsLog:
-    """Appends to a JSONL file. Lines of steps after `last_step` (those a resumed run does again) are dropped first."""
+    """Appends to a JSONL file. Lines of steps after `last_step` (those a resumed run does again) are dropped first, and
+    those of the event `without`, which no longer hold."""
 
-    def __init__(self, path: Path, last_step: int = 0) -> None:
+    def __init__(self, path: Path, last_step: int = 0, without: str = "") -> None:
         self.path = path
         if path.exists():
             kept = read_metrics(path) if last_step else []
-            write_file(path, "".join(json.dumps(line) + "\n" for line in kept if line["step"] <= last_step))
+            kept = [line for line in kept if line["step"] <= last_step and line.get("event") != without]
+            write_file(path, "".join(json.dumps(line) + "\n" for line in kept))
         with output_errors(path):
             self._file = path.open("a", encoding="utf-8")
 
@@ -55,7 +57,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     try:
         # Only what a newline ends is whole.
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"The metrics log {path} cannot be read: {error}.") from error
     if not all(isinstance(line, dict) and isinstance(line.get("step"), int) for line in lines):
         raise CheckpointError(f"The metrics log {path} holds lines that are not this program's.")

@@ -37,6 +37,15 @@ def test_a_resumed_log_holds_each_step_once(tmp_path: Path) -> None:
     assert steps_in(log) == list(range(1, 11))
 
 
+def test_a_resumed_log_leaves_out_an_event_that_no_longer_holds(tmp_path: Path) -> None:
+    log = tmp_path / "metrics.jsonl"
+    fill(log, range(1, 3))
+    with MetricsLog(log, 2) as more:
+        more.write({"event": "eval", "step": 2, "stage": "training"})
+    with MetricsLog(log, 2, without="eval"):
+        assert [line["event"] for line in read_metrics(log)] == ["step", "step"]
+
+
 def test_a_new_run_starts_an_empty_log(tmp_path: Path) -> None:
     log = tmp_path / "metrics.jsonl"
     fill(log, range(0, 4))
@@ -54,7 +63,7 @@ def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
     assert steps_in(log) == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("line", ["{broken", "[1]", '{"event": "step"}'])
+@pytest.mark.parametrize("line", ["{broken", "[1]", pytest.param("[" * 100_000, id="too deep"), '{"event": "step"}'])
 def test_a_foreign_line_is_refused(tmp_path: Path, line: str) -> None:
     log = tmp_path / "metrics.jsonl"
     log.write_text(line + "\n")
