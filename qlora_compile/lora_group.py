@@ -17,6 +17,7 @@ from torch import Tensor
 from . import nf4
 
 SCRATCH = threading.local()
+ROWS = 2048  # rows at a time of what is drawn or copied to fp32 for a product; where masks are split, so one for all
 
 
 @functools.cache
@@ -203,10 +204,16 @@ class LoRAGroup:
         kernel = kernel_for("dropout_mask", x.device)
         if kernel is not None:
             return kernel(self.seed[j], x, 1 - self.dropout)  # type: ignore[no-any-return]
-        generator = torch.Generator(device=x.device)
+        out, draw = torch.empty_like(x), self.mask_drawer(j, x)
+        for rows in out.split(ROWS):
+            draw(rows)
+        return out
+
+    def mask_drawer(self, j: int, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """Fills the next ROWS rows of adapter j's mask at each call, for who needs no more at once. No kernel draws so."""
+        generator, keep = torch.Generator(device=x.device), 1 - self.dropout
         generator.manual_seed(int(self.seed[j].item()))
-        keep = torch.empty_like(x).bernoulli_(1 - self.dropout, generator=generator)
-        return keep.mul_(1 / (1 - self.dropout))
+        return lambda rows: rows.bernoulli_(keep, generator=generator).mul_(1 / keep)
 
     def low_rank(self, x: Tensor) -> Tensor:
         """x [M, K] -> dropout_j(x) A_jᵀ for all adapters side by side: [M, sum R]. One product where nothing drops."""

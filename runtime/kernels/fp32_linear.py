@@ -2,19 +2,18 @@
 
 Everything between the reading of x or dy and the rounding of y or dx is fp32: the weight is dequantized straight to fp32,
 the low-rank term is added before the only rounding. Nothing fp32 outlives the call except reused buffers, which hold one
-weight and ROWS rows. M tokens, N output features, K input features, R ranks.
+weight and ROWS rows of x, y, dx or dy. M tokens, N output features, K input features, R ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from ... import lora_group
 from ...lora_group import LoRAGroup, scratch
-
-ROWS = 2048  # rows at a time: bounds the fp32 copies of x, y, dx and dy
 
 
 def _row_ranges(rows: int, step: int) -> Iterator[slice]:
@@ -31,9 +30,13 @@ def _weight(group: LoRAGroup, index: int, k: int) -> Tensor:
     return group.dense_weight(index, k, out=out)
 
 
-def _dropped(group: LoRAGroup, j: int, x: Tensor, wide: Tensor) -> Tensor:
-    """dropout_j(x) in fp32; the mask is drawn as for x's own dtype, so that every kernel drops the same elements."""
-    return wide * group.mask(j, x) if group.dropout else wide
+def _mask_drawers(group: LoRAGroup, x: Tensor) -> list[Callable[[Tensor], Tensor]]:
+    return [group.mask_drawer(j, x) for j in range(len(group.lora_a))] if group.dropout else []
+
+
+def _masks(drawers: list[Callable[[Tensor], Tensor]], x: Tensor) -> list[Tensor]:
+    """Each adapter's mask for these rows of x, in x's own dtype as every kernel draws it; none where nothing drops."""
+    return [draw(torch.empty_like(x)) for draw in drawers]
 
 
 def lora_forward(group: LoRAGroup, x: Tensor, bias: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -41,9 +44,10 @@ def lora_forward(group: LoRAGroup, x: Tensor, bias: Sequence[Tensor]) -> tuple[l
     m, k = x.shape
     ys = [x.new_empty((m, n)) for n in group.out_features]
     h = x.new_empty((m, sum(group.ranks())))
-    for rows in _row_ranges(m, ROWS):
-        wide = _widened("x", x[rows])
-        low = [_dropped(group, j, x[rows], wide) @ a.float().t() for j, a in enumerate(group.lora_a)]
+    drawers = _mask_drawers(group, x)
+    for rows in _row_ranges(m, lora_group.ROWS):
+        wide, masks = _widened("x", x[rows]), _masks(drawers, x[rows])
+        low = [(wide * masks[j] if masks else wide) @ a.float().t() for j, a in enumerate(group.lora_a)]
         if low:
             torch.cat([part.to(h.dtype) for part in low], dim=1, out=h[rows])
         for i, mine in enumerate(group.adapters_of()):
@@ -62,7 +66,9 @@ def lora_backward(
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_dx else None
     da = [torch.zeros_like(a, dtype=torch.float32) for a in group.lora_a] if need_adapters else []
     db = [torch.zeros_like(b, dtype=torch.float32) for b in group.lora_b] if need_adapters else []
-    for rows in _row_ranges(x.shape[0], ROWS):
+    drawers = _mask_drawers(group, x)
+    for rows in _row_ranges(x.shape[0], lora_group.ROWS):
+        masks = _masks(drawers, x[rows])
         parts = h[rows].float().split(group.ranks(), dim=1) if group.lora_a else []
         wide = _widened("x", x[rows]) if need_adapters else None
         wide_dx = scratch("dx", (x[rows].shape[0], x.shape[1]), x, torch.float32) if need_dx else None
@@ -74,18 +80,12 @@ def lora_backward(
                 g = (dy @ group.lora_b[j].float()).mul_(group.factor(j))
                 if wide is not None:
                     db[j].addmm_(dy.t(), parts[j], alpha=group.factor(j))
-                    da[j].addmm_(g.t(), _dropped(group, j, x[rows], wide))
-                if wide_dx is not None:
-                    _add_low_rank_dx(group, j, g, x[rows], wide_dx)
+                    da[j].addmm_(g.t(), wide * masks[j] if masks else wide)
+                if wide_dx is not None and masks:
+                    wide_dx += (g @ group.lora_a[j].float()) * masks[j]
+                elif wide_dx is not None:
+                    wide_dx.addmm_(g, group.lora_a[j].float())
         if dx is not None and wide_dx is not None:
             dx[rows] = wide_dx
     grads_a = [grad.to(a.dtype) for grad, a in zip(da, group.lora_a)]
     return dx, grads_a, [grad.to(b.dtype) for grad, b in zip(db, group.lora_b)]
-
-
-def _add_low_rank_dx(group: LoRAGroup, j: int, g: Tensor, x: Tensor, dx: Tensor) -> None:
-    a = group.lora_a[j].float()
-    if group.dropout:
-        dx += (g @ a) * group.mask(j, x)
-    else:
-        dx.addmm_(g, a)

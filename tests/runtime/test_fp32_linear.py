@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_compile import nf4, ops  # noqa: F401  defines torch.ops.qlora
-from qlora_compile.runtime.kernels import cpp_build, cpu_gemm, devices, dispatch, fp32_linear, lora_kernels
+from qlora_compile import lora_group, nf4, ops  # noqa: F401  defines torch.ops.qlora
+from qlora_compile.runtime.kernels import cpp_build, cpu_gemm, devices, dispatch, lora_kernels
 
 K, NS, RANKS = 192, (320, 72), (8, 5)
 
@@ -77,7 +77,7 @@ def test_forward_and_gradients_are_rounded_once(
     dtype: torch.dtype, quant_type: str, rows: int, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also with fewer rows at a time than there are (7 of 33)."""
-    monkeypatch.setattr(fp32_linear, "ROWS", rows)
+    monkeypatch.setattr(lora_group, "ROWS", rows)
     x, a, b, weights = case(dtype, quant_type, seed=rows)
     bias = [torch.randn(n).to(dtype) for n in NS] if rows == 7 else []
     *ys, h = run(kernel, x, a, b, weights, bias, dtype, quant_type)
