@@ -60,7 +60,7 @@ def _weight(group: LoRAGroup, index: int, k: int) -> Tensor | Codes:
 
 def _dropped(group: LoRAGroup, j: int, x: Tensor) -> Tensor:
     """dropout_j(x) in fp32; the mask is drawn as for x's own dtype, so that every kernel drops the same elements."""
-    return x.float().mul_(group.mask(j, x))
+    return group.mask(j, x).float().mul_(x)  # into the mask, which is nobody else's; x may be fp32 already
 
 
 def _low_rank(group: LoRAGroup, x: Tensor) -> Tensor:
