@@ -102,7 +102,8 @@ class _WithGradients(torch.autograd.Function):
             needs = ctx.needs_input_grad[:3]
             loss, *grads = torch.ops.qlora.linear_cross_entropy_grads(x, weight, bias, *given, *needs, keep_logits)
         logits = grads.pop() if keep_logits else None
-        ctx.save_for_backward(*grads)
+        target, ignore_index = given[:2]
+        ctx.save_for_backward((target != ignore_index).any(), *grads)
         if logits is None:
             return loss
         ctx.mark_non_differentiable(logits)
@@ -111,10 +112,14 @@ class _WithGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-        saved = iter(ctx.saved_tensors)
+        counted, *saved = ctx.saved_tensors
+        grads_of_sum = iter(saved)
+        # the mean of no rows hands over 1 / 0, and 0 times that is no number
+        grad = torch.where(counted, grad, 0.0)
         # in fp32: the product of a bf16 gradient and 1 / tokens is rounded once
         grads = (
-            (g := next(saved)).float().mul(grad).to(g.dtype) if need else None for need in ctx.needs_input_grad[:3]
+            (g := next(grads_of_sum)).float().mul(grad).to(g.dtype) if need else None
+            for need in ctx.needs_input_grad[:3]
         )
         return (*grads, None, None, None, None, None)
 

@@ -318,6 +318,19 @@ def test_other_lengths_reuse_one_graph(tiny_llama: Callable[..., nn.Module]) -> 
     assert qc.explain(model).graphs == 2  # the first shape's own, then one for all
 
 
+@pytest.mark.parametrize("keep_logits", [True, False])
+@pytest.mark.parametrize("lowering", ["aot_eager", "eager"])
+def test_a_batch_without_a_label_has_no_loss_and_a_gradient_of_zeros(lowering: str, keep_logits: bool) -> None:
+    options = {"r": 3, "compute_dtype": torch.float32, "init_lora_weights": False, "exclude_modules": ["lm_head"]}
+    model = qc.prepare(Model(RECOGNISED["mean"]), options)
+    x, target = inputs()
+    for run in (model, compiled(model, keep_logits, lowering=lowering)):
+        loss, _ = run(x, target.fill_(-100))
+        loss.backward()
+        assert loss.isnan() and not gradients(model).any()
+    assert {each.name: each.rewrites for each in qc.explain(model).passes}["chunk_cross_entropy"] == 1
+
+
 class Sizes(TorchDispatchMode):
     """How many elements each op's results have."""
 

@@ -225,6 +225,26 @@ def test_a_cast_of_kept_logits_is_differentiated() -> None:
     torch.testing.assert_close(got.double(), wanted, rtol=0, atol=2**-6 * float(wanted.abs().max()))  # as above
 
 
+@pytest.mark.parametrize("drops_rows", [True, False])
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("name", ["all_ignored", "bf16_all_ignored"])
+def test_the_gradient_of_no_rows_is_zero_whatever_comes_in(
+    monkeypatch: pytest.MonkeyPatch, name: str, native: bool, drops_rows: bool
+) -> None:
+    """As torch's: the mean of no rows is 0 / 0, whose backward hands over 1 / 0. Where a row counts an infinity stays one,
+    for a GradScaler to see."""
+    monkeypatch.setattr(sweep, "drops_rows", lambda device: drops_rows)
+    monkeypatch.setattr(sweep, "multiplies_natively", lambda dtype: native)
+    nothing, some = arguments(CASES[name]), arguments(replace(CASES[name], ignored=0.5))
+    op = torch.ops.qlora
+    for given, counted in ((nothing, False), (some, True)):
+        leaves = [t for t in given[:3] if t is not None and t.requires_grad]
+        for loss in (op.linear_cross_entropy(*given), op.linear_cross_entropy_logits(*given)[0]):
+            for incoming in (torch.inf, torch.nan):
+                grads = torch.autograd.grad(loss, leaves, torch.tensor(incoming), retain_graph=True)
+                assert all(bool(g.any()) == counted and bool(g.isfinite().all()) != counted for g in grads)
+
+
 def test_bf16_is_no_worse_than_the_unfused_graph() -> None:
     given = arguments(CASES["bf16"])
     exact, unfused = numbers(*reference(given)), numbers(*reference(given, torch.bfloat16))
@@ -273,12 +293,12 @@ def test_without_gradients_none_is_computed() -> None:
     assert any(name == "qlora.linear_cross_entropy.default" for name in called.names)
 
 
-def test_only_a_gradient_is_saved() -> None:
+def test_only_a_gradient_is_saved_and_whether_a_row_counts() -> None:
     given = arguments(replace(BASE, needs=(True, False, False)))
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
         torch.ops.qlora.linear_cross_entropy(*given)
-    assert [tuple(t.shape) for t in saved] == [(2, 37, 45)]
+    assert [tuple(t.shape) for t in saved] == [(), (2, 37, 45)]
 
 
 def test_results_own_their_memory() -> None:

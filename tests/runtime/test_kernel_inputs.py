@@ -26,7 +26,12 @@ def able(op: str, **sizes: Any) -> dict[str, Callable[..., Any]]:
 
 
 def linears(op: str, m: int, group: LoRAGroup) -> dict[str, Callable[..., Any]]:
-    sizes: dict[str, Any] = {"m": dispatch.bucket(m), "n": tuple(group.out_features), "k": K, "rank": sum(group.ranks())}
+    sizes: dict[str, Any] = {
+        "m": dispatch.bucket(m),
+        "n": tuple(group.out_features),
+        "k": K,
+        "rank": sum(group.ranks()),
+    }
     kind = {"quant_type": group.quant_type, "block_size": 64, "dropout": bool(group.dropout)}
     return able(op, dtype=group.dtype, **sizes, **kind)
 
