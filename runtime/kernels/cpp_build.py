@@ -1,11 +1,14 @@
 """template + spec -> C++ source -> shared library, on first use, cached by content.
 
 The cache folder holds `<op>-<hash>.cpp` beside `<op>-<hash>.so`; the hash is over the source, whose header names the
-template, the spec, the compiler with its version and the flags. Files appear by renaming, so processes may race.
+template, the spec, the compiler with its version and the flags. Files appear by renaming, so processes may race. What a
+crash of the machine or a full disk left of one is not used: loading a library that was cut short kills the process, so its
+digest stands in `<op>-<hash>.so.sha256`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -15,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -143,33 +147,83 @@ def write_source(op: str) -> Path:
     build = f"{' '.join([compiler, *compiler_flags()])}  # {compiler_version(compiler)}"
     source = render(op, build)
     path = cache_dir() / f"{op}-{hashlib.sha256(source.encode()).hexdigest()[:16]}.cpp"
-    if not path.exists():
-        write_atomically(path, source.encode())
+    write_once(path, source.encode())
     return path
 
 
+def write_once(path: Path, data: bytes) -> None:
+    """The file with these bytes, written unless it has them. Raises KernelError."""
+    if _read(path) != data:
+        write_atomically(path, data)
+
+
 def write_atomically(path: Path, data: bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-    os.replace(name, path)
+    """By a temporary file and a rename. Raises KernelError."""
+    with _replacing(path) as temporary:
+        Path(temporary).write_bytes(data)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[str]:
+    """A temporary file's name; what was written there is on the disk when it gets the path's name, and gone after an error.
+    Raises KernelError."""
+    with writing_to(path.parent):
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        try:
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Raises KernelError for what the system refuses there."""
+    try:
+        yield
+    except OSError as error:
+        raise KernelError(
+            f"The kernel cache {folder} cannot be written: {error}. Set QLORA_COMPILE_CACHE_DIR."
+        ) from error
+
+
+def _read(path: Path) -> bytes | None:
+    """None for a file that is not there or cannot be read: it is written again."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
 
 
 def compile_library(source: Path, library: Path, compiler: str, flags: tuple[str, ...]) -> None:
-    """`compiler flags source -o library`, renamed into place. Raises KernelError with the compiler's message."""
-    handle, temporary = tempfile.mkstemp(dir=library.parent, prefix=f".{library.name}.")
-    os.close(handle)
-    command = [compiler, *flags, str(source), "-o", temporary]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
+    """`compiler flags source -o library`, renamed into place once its digest stands beside it: of two processes at once
+    one may leave the other's, and then it is built again. Raises KernelError, with the compiler's message if it fails."""
+    with _replacing(library) as temporary:
+        command = [compiler, *flags, str(source), "-o", temporary]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except OSError as error:
+            raise KernelError(f"The C++ compiler {compiler!r} does not run: {error}.") from error
         if done.returncode != 0:
             first_lines = "\n".join(done.stderr.strip().splitlines()[:20])
             raise KernelError(f"The C++ compiler failed on {source} ({' '.join(command)}):\n{first_lines}")
-        os.replace(temporary, library)
-    except OSError as error:
-        raise KernelError(f"The C++ compiler {compiler!r} does not run: {error}.") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        write_atomically(_digest_file(library), _digest(Path(temporary).read_bytes()))
+
+
+def _digest_file(library: Path) -> Path:
+    return library.with_name(f"{library.name}.sha256")
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).hexdigest().encode()
+
+
+def _is_whole(library: Path) -> bool:
+    data = _read(library)
+    return data is not None and _digest(data) == _read(_digest_file(library))
 
 
 def bind(op: str, *types: Any, library: str = "", needs: str = "") -> Any:
@@ -196,11 +250,11 @@ def load(op: str) -> Any:
     library = source.with_suffix(".so")
     compiler = find_compiler()
     assert compiler is not None  # write_source raised otherwise
-    if library.exists():
+    if _is_whole(library):
         try:
             return ctypes.CDLL(str(library))
         except OSError:
-            pass  # cut short by a crash of the machine: build it again
+            pass  # built where other libraries are, in a folder that machines share: build it again
     compile_library(source, library, compiler, compiler_flags())
     try:
         return ctypes.CDLL(str(library))

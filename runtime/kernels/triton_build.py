@@ -90,8 +90,7 @@ def write_source(op: str, **spec: Any) -> Path:
     """Renders an op into the cache folder and returns the path. Raises KernelError (no folder)."""
     source = render(op, **spec)
     path = cpp_build.cache_dir() / f"{op}-{hashlib.sha256(source.encode()).hexdigest()[:16]}.py"
-    if not path.exists():
-        cpp_build.write_atomically(path, source.encode())
+    cpp_build.write_once(path, source.encode())
     return path
 
 

@@ -100,7 +100,7 @@ def _locked(path: Path) -> Iterator[None]:
     except ImportError:
         yield
         return
-    with path.open("a", encoding="utf-8") as file:
+    with cpp_build.writing_to(path.parent), path.open("a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -14,7 +14,7 @@ import pytest
 
 from qlora_compile.errors import KernelError
 from qlora_compile.runtime import kernels
-from qlora_compile.runtime.kernels import cpp_build
+from qlora_compile.runtime.kernels import cpp_build, tuning
 
 needs_compiler = pytest.mark.skipif(cpp_build.find_compiler() is None, reason="needs a C++ compiler")
 
@@ -87,15 +87,52 @@ def test_compile_failure_carries_the_compilers_message(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["broken.cpp"], "nothing half-written stays"
 
 
+LOADER = """
+from qlora_compile.runtime.kernels import cpp_build
+assert cpp_build.load("dequantize_4bit").qlora_best_isa() >= 0
+"""
+
+
 @needs_compiler
-def test_a_library_cut_short_is_built_again(
+def test_what_was_cut_short_is_written_and_built_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fresh_kernels: None
 ) -> None:
+    """Half a library kills the process that loads it, so a process of its own does."""
     monkeypatch.setenv("QLORA_COMPILE_CACHE_DIR", str(tmp_path))
-    source = cpp_build.write_source("dequantize_4bit")
-    source.with_suffix(".so").write_bytes(b"\x7fELF cut short")
-    assert cpp_build.load("dequantize_4bit").qlora_best_isa() >= 0
-    assert source.with_suffix(".so").stat().st_size > 1000
+    cpp_build.load("dequantize_4bit")
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    (source,), (library,) = ([path for path in files if path.suffix == suffix] for suffix in (".cpp", ".so"))
+    for path in (source, library):
+        path.unlink()  # this process has it loaded
+        path.write_bytes(files[path][: len(files[path]) // 2])
+    subprocess.run([sys.executable, "-c", LOADER], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+    assert source.read_bytes() == files[source] and len(library.read_bytes()) == len(files[library])
+    monkeypatch.setattr(cpp_build, "compile_library", lambda *arguments: pytest.fail("what is whole is used"))
+    cpp_build.load.cache_clear()
+    cpp_build.load("dequantize_4bit")
+    monkeypatch.undo()
+    library.with_name(f"{library.name}.sha256").write_bytes(b"")
+    assert not cpp_build._is_whole(library)
+
+
+@needs_compiler
+def test_a_cache_folder_that_cannot_be_written_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fresh_kernels: None
+) -> None:
+    def refuse(*arguments: object, **more: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setenv("QLORA_COMPILE_CACHE_DIR", str(tmp_path))
+    expected = rf"kernel cache {tmp_path} cannot be written: .*Permission denied.*Set QLORA_COMPILE_CACHE_DIR"
+    for module, name in ((cpp_build.tempfile, "mkstemp"), (os, "fsync"), (os, "replace")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, refuse)
+            with pytest.raises(KernelError, match=expected):
+                cpp_build.load("dequantize_4bit")
+        assert not list(tmp_path.iterdir())
+    tuning.cache_file("cpu").with_suffix(".lock").mkdir()
+    with pytest.raises(KernelError, match=r"cannot be written: .*Is a directory.*Set QLORA_COMPILE_CACHE_DIR"):
+        tuning.remember((), "cpu")
 
 
 def test_cache_folder_of_another_user_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -141,4 +178,4 @@ def test_two_processes_may_build_at_once(tmp_path: Path) -> None:
         _, message = run.communicate(timeout=120)
         assert run.returncode == 0, message
     names = sorted(p.suffix for p in tmp_path.iterdir())
-    assert names == [".cpp", ".so"], "one library, no temporary files"
+    assert names == [".cpp", ".sha256", ".so"], "one library, no temporary files"
