@@ -69,6 +69,8 @@ def forward(module: Any, x: Tensor) -> Tensor | None:
     group = prepared.group
     if group is None or x.device != prepared.weight.device or x.dim() == 0 or x.shape[-1] != prepared.k:
         return None
+    if not x.is_floating_point():
+        return None
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != group.dtype:
         return None

@@ -270,9 +270,14 @@ def forward(
 
 
 def as_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x [..., K] -> [M, K] in `dtype` with contiguous rows (the gradient of a sum arrives with stride 0)."""
-    x = x.reshape(-1, x.shape[-1]).to(dtype)
-    return x if x.stride(1) == 1 else x.contiguous()
+    """x [..., K] -> [M, K] in `dtype` with contiguous rows."""
+    return contiguous_rows(x.reshape(-1, x.shape[-1]).to(dtype))
+
+
+def contiguous_rows(x: Tensor) -> Tensor:
+    """x, or a copy whose last stride is 1 (the gradient of a sum arrives with stride 0). `x.contiguous()` keeps any strides
+    of what has no elements."""
+    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def from_rows(y: Tensor, x: Tensor) -> Tensor:

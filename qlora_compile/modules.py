@@ -72,7 +72,7 @@ class QLoRALinear(nn.Module):
         """The same in plain torch, op by op: what compilers trace."""
         # Dynamo traces this once a layer: no cast that changes nothing, no call of ParameterDict's own Python
         dtype = self.lora_dtype
-        inputs = x if x.dtype == dtype else x.to(dtype)
+        inputs = x if x.dtype == dtype or not x.is_floating_point() else x.to(dtype)  # integers: torch's own error
         weight = self.weight if self.weight.dtype == dtype else self.weight.to(dtype)
         bias = self.bias if self.bias is None or self.bias.dtype == dtype else self.bias.to(dtype)
         y = F.linear(inputs, weight.t() if self.lora_fan_in_fan_out else weight, bias)

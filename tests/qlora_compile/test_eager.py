@@ -166,6 +166,26 @@ def test_autocast_of_another_dtype_and_inputs_of_another(monkeypatch: pytest.Mon
             module(torch.randn(2, width).bfloat16())
 
 
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_what_is_no_float_is_refused_as_by_torch(dtype: torch.dtype, compute: torch.dtype) -> None:
+    module, x = linear(compute), torch.ones(2, K, dtype=dtype)
+    with pytest.raises(RuntimeError) as wanted:
+        nn.Linear(K, N, dtype=compute)(x)
+    for call in (module, module.plain_forward):
+        with pytest.raises(RuntimeError, match=str(wanted.value) if compute == torch.float32 else "dtype"):
+            call(x)
+
+
+def test_an_empty_batch_with_strides_of_any_kind() -> None:
+    module = linear()
+    for x in (torch.randn(0, K), torch.randn(0, 2 * K)[:, ::2], torch.randn(K, 0).t(), torch.randn(2, 0, K)):
+        x = x.bfloat16().requires_grad_()
+        module.zero_grad()
+        module(x).sum().backward()  # a gradient of stride 0
+        assert x.grad.shape == x.shape and not module.lora_A["default"].grad.any()
+
+
 def test_dropout_in_training_stays_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     module, seen = linear(lora_dropout=0.5), taken(monkeypatch)
     module.train()(inputs(2))
