@@ -11,13 +11,14 @@ generated C++, with products in bf16 and in fp32.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .lora_group import kernel_for
+from .derivatives import once_differentiable
+from .lora_group import contiguous_rows, kernel_for
 from .ops import define_op
 
 SDPA_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # the first of its arguments
@@ -76,17 +77,12 @@ def _like_query(q: Tensor, size: int) -> Tensor:
     return q.new_empty((b, queries, h, size)).transpose(1, 2)
 
 
-def _rows(t: Tensor) -> Tensor:
-    """With contiguous rows (the gradient of a sum arrives with stride 0)."""
-    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
-
-
 def _mask_of(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     """The mask as [B, H, L, S] without a copy, except of one whose rows are not contiguous."""
     if mask is None:
         return None
     mask = mask.expand(*mask.shape[:-1], k.shape[2])
-    return _rows(mask).expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    return contiguous_rows(mask).expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
 
 
 def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[int, int, slice, slice]]:
@@ -125,8 +121,10 @@ def attention(
     mask = _mask_of(mask, q, k)
     by_blocks = _generated(kernel, "forward", q)
     if by_blocks is not None:
-        by_blocks(_rows(q), _rows(k), _rows(v), mask, causal, scale, out, logsumexp)
+        by_blocks(contiguous_rows(q), contiguous_rows(k), contiguous_rows(v), mask, causal, scale, out, logsumexp)
         return out, logsumexp
+    if k.shape[2] == 0:
+        return out.zero_(), logsumexp.fill_(-math.inf)
     for b, head, h, rows in _blocks(q, k):
         part = None if mask is None else mask[b, h, rows]
         scores = _scores(q[b, h, rows].float(), k[b, head].float(), part, rows.start if causal else None, scale)
@@ -155,8 +153,8 @@ def attention_backward(
     mask = _mask_of(mask, q, k)
     by_blocks = _generated(kernel, "backward", q)
     if by_blocks is not None and all(t.stride(-1) == 1 or t.shape[-1] <= 1 for t in (dq, dk, dv)):
-        q, k, v = _rows(q), _rows(k), _rows(v)
-        by_blocks(_rows(dout), q, k, v, _rows(out), logsumexp, mask, causal, scale, dq, dk, dv)
+        q, k, v = contiguous_rows(q), contiguous_rows(k), contiguous_rows(v)
+        by_blocks(contiguous_rows(dout), q, k, v, contiguous_rows(out), logsumexp, mask, causal, scale, dq, dk, dv)
         return dq, dk, dv
     wide_dk, wide_dv = (torch.zeros(t.shape, dtype=torch.float32, device=q.device) for t in (k, v))
     for b, head, h, rows in _blocks(q, k):
@@ -186,9 +184,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Any, ...]:
-    *saved, mask = ctx.saved_tensors
-    grads = torch.ops.qlora.attention_backward(dout, *saved, mask, ctx.causal, ctx.scale, ctx.kernel)
+@once_differentiable("qlora::attention")
+def _backward(ctx: Any, saved: Sequence[Tensor], dout: Tensor, _: Tensor) -> tuple[Any, ...]:
+    *tensors, mask = saved
+    grads = torch.ops.qlora.attention_backward(dout, *tensors, mask, ctx.causal, ctx.scale, ctx.kernel)
     return (*grads, None, None, None, None)
 
 

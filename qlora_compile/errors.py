@@ -94,6 +94,16 @@ class KernelError(QLoRACompileError):
     """A generated kernel could not be built or was called with something that it does not support."""
 
 
+class SecondDerivativeError(QLoRACompileError, RuntimeError):
+    """A gradient that a fused op gave was differentiated once more."""
+
+    def __init__(self, op: str) -> None:
+        super().__init__(
+            f"{op} has a first derivative only: for a second one (create_graph=True) call the model without torch.compile, "
+            "where linears have it."
+        )
+
+
 class MissingDependencyError(QLoRACompileError):
     """An optional package is needed for this; the message says which extra installs it."""
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .derivatives import once_differentiable
 from .expert_products import ExpertGroup, decode_expert, grouped_backward, grouped_forward
 from .lora_group import as_rows
 from .ops import define_op
@@ -151,8 +152,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    x, h, offsets, weight, *flat = ctx.saved_tensors
+@once_differentiable("qlora::grouped_lora_linear")
+def _backward(ctx: Any, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    x, h, offsets, weight, *flat = saved
     lists: list[list[Tensor]] = []
     for length in ctx.lengths:
         lists.append(flat[:length])

@@ -9,12 +9,14 @@ it, multiplies it in backward, so that nothing is small enough to vanish in fp16
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cross_entropy_sweep import Sweep, product_dtype
+from .derivatives import once_differentiable
 from .ops import define_op
 
 
@@ -103,7 +105,8 @@ class _WithGradients(torch.autograd.Function):
             loss, *grads = torch.ops.qlora.linear_cross_entropy_grads(x, weight, bias, *given, *needs, keep_logits)
         logits = grads.pop() if keep_logits else None
         target, ignore_index = given[:2]
-        ctx.save_for_backward((target != ignore_index).any(), *grads)
+        # the loss is saved for its place in autograd's graph: on what it depends, the gradients do
+        ctx.save_for_backward(loss, (target != ignore_index).any(), *grads)
         if logits is None:
             return loss
         ctx.mark_non_differentiable(logits)
@@ -111,9 +114,10 @@ class _WithGradients(torch.autograd.Function):
         return loss, logits
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-        counted, *saved = ctx.saved_tensors
-        grads_of_sum = iter(saved)
+    @once_differentiable("qlora::linear_cross_entropy")
+    def backward(ctx: Any, saved: Sequence[Tensor], grad: Tensor, *_: Any) -> tuple[Any, ...]:
+        _loss, counted, *of_sum = saved
+        grads_of_sum = iter(of_sum)
         # the mean of no rows hands over 1 / 0, and 0 times that is no number
         grad = torch.where(counted, grad, 0.0)
         # in fp32: the product of a bf16 gradient and 1 / tokens is rounded once

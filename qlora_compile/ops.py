@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import nf4
+from .derivatives import once_differentiable
 from .lora_group import (
     LoRAGroup,
     as_rows,
@@ -258,8 +259,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    x, h, *flat = ctx.saved_tensors
+@once_differentiable("qlora::lora_linear")
+def _backward(ctx: Any, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    x, h, *flat = saved
     lists: dict[str, list[Tensor]] = {}
     for name, length in zip(_TENSOR_LISTS, ctx.lengths, strict=True):
         lists[name], flat = flat[:length], flat[length:]

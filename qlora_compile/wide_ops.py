@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .derivatives import once_differentiable
 from .lora_group import as_rows, kernel_for, scratch
 from .ops import define_op
 
@@ -110,8 +111,9 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.bias_dtype = bias.dtype if bias is not None else None
 
 
-def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    x, weight = ctx.saved_tensors
+@once_differentiable("qlora::wide_linear")
+def _linear_backward(ctx: Any, saved: Sequence[Tensor], dy: Tensor) -> tuple[Any, ...]:
+    x, weight = saved
     need_dx, need_dw, need_db = ctx.needs_input_grad
     grads = torch.ops.qlora.wide_linear_backward(dy, x, weight, need_dx) if need_dx or need_dw else []
     dx = grads.pop(0) if need_dx else None

@@ -97,6 +97,18 @@ def test_operands_as_autograd_hands_them_over(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("queries", "keys"), [(0, 17), (21, 0), (0, 0)])
+def test_no_queries_and_no_keys(kernel: str, queries: int, keys: int) -> None:
+    """Zeros for queries that see nothing, as for a mask that hides all; also with gradients of stride 0."""
+    q, k, v = (t.detach() for t in case("none")[0])
+    inputs = [t.requires_grad_() for t in (q[:, :, :queries], k[:, :, :keys], v[:, :, :keys])]
+    out, logsumexp = OPS.attention(*inputs, torch.ones(queries, 1, dtype=torch.bool), False, 0.3, kernel)
+    assert out.shape == (2, 6, queries, 5) and not out.any()
+    assert keys or (logsumexp == -math.inf).all()
+    assert not any(grad.any() for grad in torch.autograd.grad(out.sum(), inputs))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_opcheck(kernel: str) -> None:
     inputs, mask, causal = case("bool")
     torch.library.opcheck(OPS.attention.default, (*inputs, mask, causal, 0.3, kernel))
