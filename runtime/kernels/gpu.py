@@ -7,6 +7,7 @@ give the reference's bits (milliseconds, once a process). One that does not is l
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -49,11 +50,11 @@ def make(op: str, device: torch.device) -> Callable[..., Any] | None:
     proofs: dict[str, Callable[..., bool]] = {
         "dequantize_4bit": proves_dequantize,
         "quantize_4bit": proves_quantize,
+        "dropout_mask": proves_dropout_mask,
         "paged_step": proves_paged_step,
         "cross_entropy": proves_cross_entropy,
     }
-    proof = proofs.get(op)
-    why = "" if proof is None else _why_not(proof, kernel, device)
+    why = _why_not(proofs[op], kernel, device)
     if why:
         warnings.warn(
             f"The Triton kernel {op} {why} on {torch.cuda.get_device_name(device)}: plain torch runs instead, many times "
@@ -69,12 +70,14 @@ def _why_not(proof: Callable[..., bool], kernel: Callable[..., Any], device: tor
     """What is wrong with a kernel; empty if nothing is. A proof whose memory ran out proves nothing: that error passes."""
     from triton.errors import TritonError
 
+    # what compilers and drivers raise; Triton also compiles a launcher in C (no Python.h), caches and loads it
+    expected = (RuntimeError, KernelError, TritonError, OSError, ImportError, subprocess.SubprocessError)
     try:
         with torch.inference_mode(False), torch.no_grad():
             return "" if proof(kernel, device) else "does not give the reference's numbers"
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, KernelError, TritonError) as error:  # compilers, drivers: the warning tells it
+    except expected as error:  # the warning tells it
         first, _, _ = str(error).strip().partition("\n")
         return f"fails ({type(error).__name__}: {first})"
 
@@ -105,6 +108,16 @@ def proves_quantize(kernel: Callable[..., Any], device: torch.device) -> bool:
     got = kernel(weight.to(device).view(-1), "nf4", 64, False)
     expected = quantize_reference(weight, "nf4", 64, False)
     return torch.equal(got.codes.cpu(), expected.codes) and torch.equal(got.absmax.cpu(), expected.absmax)
+
+
+def proves_dropout_mask(kernel: Callable[..., Any], device: torch.device) -> bool:
+    """0 or 1 / keep, about the right share of them (five standard deviations), and the same again from the same seed."""
+    like, seed, keep = torch.empty(_SHAPE, dtype=torch.float32, device=device), torch.tensor(5, device="cpu"), 0.75
+    mask, again = kernel(seed, like, keep).cpu().double(), kernel(seed, like, keep).cpu().double()
+    kept = mask != 0
+    share = kept.double().mean().item()
+    right = bool(((mask * keep - 1).abs()[kept] < 1e-6).all()) and torch.equal(mask, again)
+    return right and abs(share - keep) < 5 * (keep * (1 - keep) / mask.numel()) ** 0.5
 
 
 def proves_cross_entropy(kernel: Callable[..., Any], device: torch.device) -> bool:

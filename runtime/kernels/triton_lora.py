@@ -197,12 +197,20 @@ def backward_low_rank(
     return grad_x(group, dys, g, x) if need_dx else None, da, db
 
 
+def _declines_device(problem: Problem) -> str | None:
+    """What keeps the kernels that prove themselves from this device (no compiler for launchers, ...) keeps these, too."""
+    from . import find
+
+    needed = ("dequantize_4bit", "dropout_mask") if problem.dropout else ("dequantize_4bit",)
+    return next((f"the kernel {op} does not work here" for op in needed if find(op, problem.device) is None), None)
+
+
 def _declines_low_rank(problem: Problem) -> str | None:
     if not problem.rank:
         return "there is no adapter"
     if problem.rank > triton_low_rank.MOST_RANKS:
         return f"for at most {triton_low_rank.MOST_RANKS} ranks together"
-    return None
+    return _declines_device(problem)
 
 
 def _declines_codes(problem: Problem) -> str | None:
@@ -210,7 +218,7 @@ def _declines_codes(problem: Problem) -> str | None:
         return "the weight is dense"
     if triton_operands.declined(problem.k, problem.block_size) is not None:
         return f"K is no multiple of {triton_operands.SMALLEST_CHUNK}"
-    return _declines_low_rank(problem) if problem.rank else None
+    return _declines_low_rank(problem) if problem.rank else _declines_device(problem)
 
 
 def _declines_joined(problem: Problem) -> str | None:

@@ -5,6 +5,7 @@ Expected values are fp64 with the masks that `dropout_mask` draws; fp32 sums in 
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from qlora_compile import lora_group, nf4
 from qlora_compile.lora_group import LoRAGroup
+from qlora_compile.runtime import kernels
 from qlora_compile.runtime.kernels import (
     dispatch,
     gpu,
@@ -153,10 +155,20 @@ def test_proofs_know_no_default_dtype_or_device(dtype: torch.dtype) -> None:
         with torch.device("meta"):
             gpu.proves_dequantize(triton_codec.dequantize_4bit, cpu)  # no: the interpreter truncates to bf16
             assert gpu.proves_quantize(triton_codec.quantize_4bit, cpu)
+            assert gpu.proves_dropout_mask(triton_low_rank.dropout_mask, cpu)
             assert gpu.proves_cross_entropy(triton_cross_entropy.cross_entropy, cpu)
             assert proves_paged_step(triton_paged_step.paged_step, cpu)
     finally:
         torch.set_default_dtype(before)
+
+
+FAILURES: dict[Exception, str] = {
+    RuntimeError("Triton Error [CUDA]: bad\nmore"): "RuntimeError: Triton Error [CUDA]: bad",
+    # Triton compiles a launcher by a C compiler: no Python.h, no library that loads, a cache that cannot be written
+    subprocess.CalledProcessError(1, ["gcc"]): "CalledProcessError: Command '['gcc']' returned non-zero exit status 1.",
+    ImportError("launcher.so: undefined symbol"): "ImportError: launcher.so: undefined symbol",
+    PermissionError(13, "Permission denied"): "PermissionError: [Errno 13] Permission denied",
+}
 
 
 def test_a_proof_that_fails_is_told_and_one_without_memory_is_none() -> None:
@@ -167,8 +179,8 @@ def test_a_proof_that_fails_is_told_and_one_without_memory_is_none() -> None:
 
     assert gpu._why_not(proof, lambda: True, cpu) == ""
     assert gpu._why_not(proof, lambda: False, cpu) == "does not give the reference's numbers"
-    found = gpu._why_not(proof, mock.Mock(side_effect=RuntimeError("Triton Error [CUDA]: bad\nmore")), cpu)
-    assert found == "fails (RuntimeError: Triton Error [CUDA]: bad)"
+    for error, told in FAILURES.items():
+        assert gpu._why_not(proof, mock.Mock(side_effect=error), cpu) == f"fails ({told})"
     with pytest.raises(torch.OutOfMemoryError):
         gpu._why_not(proof, mock.Mock(side_effect=torch.OutOfMemoryError()), cpu)
 
@@ -188,6 +200,9 @@ def test_kernels_prove_themselves() -> None:
         triton_cross_entropy.cross_entropy(z, (target + 1) % z.shape[1], *rest)
 
     assert not gpu.proves_cross_entropy(next_class, cpu)
+    assert gpu.proves_dropout_mask(triton_low_rank.dropout_mask, cpu)
+    for change in (lambda mask: mask * 2, lambda mask: mask[torch.randperm(len(mask))], torch.ones_like):
+        assert not gpu.proves_dropout_mask(lambda *args, c=change: c(triton_low_rank.dropout_mask(*args)), cpu)
 
 
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,6 +211,7 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = list(dispatch._candidates)
     try:
         triton_lora.register()
+        monkeypatch.setattr(kernels, "find", lambda op, device: print)
         names = {c.name: c.declines(problem) for c in dispatch.candidates("lora_linear", "cuda")}
         ragged = {"joined_gemm": "K is no multiple of the block of 64"}
         fits = {"library_gemm": None, "triton_vector": None, "triton_gemm": None, "triton_low_rank": None}
@@ -211,6 +227,15 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
         ):
             other = dispatch.choose(problem._replace(**changed), name)
             assert other.name == "library_gemm" and reason in other.why
+        dispatch.forget_choices()
+        monkeypatch.setattr(kernels, "find", lambda op, device: print if op == "dequantize_4bit" else None)
+        assert dispatch.choose(problem, "triton_gemm").name == "triton_gemm"
+        assert "dropout_mask does not" in dispatch.choose(problem._replace(dropout=True), "triton_gemm").why
+        dispatch.forget_choices()
+        monkeypatch.setattr(kernels, "find", lambda op, device: None)
+        for op in ("lora_linear", "lora_linear_backward"):
+            only = dispatch.choose(problem._replace(op=op, k=128, m=128))
+            assert only.name == "library_gemm" and only.why.startswith("the only one that takes it")
     finally:
         dispatch._candidates[:] = kept
         dispatch.forget_choices()
