@@ -1,13 +1,16 @@
 """Moving pages between tiers, one after the other in the order asked for, beside the computation.
 
-A worker thread does it. On the CPU it copies; on CUDA it queues copies (stream_copier.py).
+On the CPU a worker thread copies. On CUDA copies are queued (stream_copier.py): by the caller, and by a worker thread where
+a page has to be read from a file first, or written to one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ class Copier:
     """Copies on the CPU: RAM as the device tier."""
 
     pinned = False
+    only_queues = False  # copies from and to RAM are under way, not done, when `read` and `write` return
 
     def __init__(self) -> None:
         self._worker: ThreadPoolExecutor | None = None
@@ -27,8 +31,11 @@ class Copier:
     def submit(self, job: Callable[..., None], *args: Any) -> Future:
         """Run `job` after all earlier ones."""
         if self._worker is None:
-            self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="qlora-pages")
+            self._worker = ThreadPoolExecutor(1, "qlora-pages", initializer=self.begin_thread)
         return self._worker.submit(job, *args)
+
+    def begin_thread(self) -> None:
+        """What the worker thread does first."""
 
     @property
     def started(self) -> bool:
@@ -43,6 +50,14 @@ class Copier:
     def empty(self, size: int) -> Tensor:
         """A new buffer of the device tier."""
         return torch.empty(size, dtype=torch.uint8, device="cpu")
+
+    def coming(self) -> AbstractContextManager[None]:
+        """Around `zero` and `read` of pages that come together."""
+        return contextlib.nullcontext()
+
+    def leaving(self) -> AbstractContextManager[None]:
+        """Around `write` of pages that leave together."""
+        return contextlib.nullcontext()
 
     def zero(self, page: Page) -> None:
         """Fill the page's buffer with zeros."""
@@ -59,8 +74,8 @@ class Copier:
         assert page.buffer is not None
         ctypes.memmove(host.data_ptr(), page.buffer.data_ptr(), page.size)
 
-    def ready(self, page: Page) -> None:
-        """What is computed from here on sees the page."""
+    def ready(self, pages: Sequence[Page]) -> None:
+        """What is computed from here on sees the pages."""
 
     def used(self, pages: Sequence[Page]) -> None:
         """Copies of the pages, and what comes into their memory after them, wait for what was computed up to here."""

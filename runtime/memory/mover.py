@@ -18,6 +18,8 @@ from .statistics import PoolStatistics
 from .stream_copier import make_copier
 from .tiers import FileTier, HostTier, RamTier
 
+MOST_TOGETHER = 8  # pages that come with one event: the first of more would be waited for until the last is there
+
 
 class Mover:
     """Does what the pool decides, in the order it decides it, and counts bytes as they really move."""
@@ -90,15 +92,25 @@ class Mover:
         """Of the host tiers of a kind, "ram" or "file"."""
         return sum(tier.used_bytes for tier in self._tiers if tier.kind == kind)
 
-    def send_out(self, page: Page) -> None:
-        """Queue device -> host; the copy is left out where nothing was written since the page came."""
-        dirty, page.dirty = page.dirty, False
-        self._run(self._page_out, page, dirty)
+    def send_out(self, pages: Sequence[Page]) -> None:
+        """Queue device -> host; the copy is left out where nothing was written since a page came."""
+        leaving = [(page, page.dirty) for page in pages]
+        for page in pages:
+            page.dirty = False
+        if leaving:
+            self._run(self._pages_out, leaving)
 
-    def bring(self, page: Page) -> None:
-        """Queue host -> device, or zeros for a page that is stored nowhere. Without a queue: RuntimeError or MemoryError
-        where the device has no memory."""
-        page.coming = self._run(self._page_in, page)
+    def bring(self, pages: Sequence[Page]) -> None:
+        """Queue host -> device, or zeros for a page that is stored nowhere. Without a budget: RuntimeError or MemoryError
+        where the device has no memory, and those before have come."""
+        if not self._in_place:
+            for page in pages:
+                page.coming = self.copier.submit(self._pages_in, [page])
+            return
+        for page in pages:
+            page.coming = None
+        for first in range(0, len(pages), MOST_TOGETHER):
+            self._pages_in(pages[first : first + MOST_TOGETHER], told_later=self.background)
 
     def discard(self, page: Page) -> None:
         """Queue the end of a page."""
@@ -112,13 +124,32 @@ class Mover:
         """Queue giving buffers without a page back to the system."""
         self._run(self._drop_spare)
 
-    def _run(self, job: Callable[..., None], *args: Any) -> Future | None:
-        if not self.background and not self.copier.started:
-            job(*args)
-            return None
-        return self.copier.submit(job, *args)
+    @property
+    def _in_place(self) -> bool:
+        """Whether the caller itself does a job: nothing moves yet, or it only queues copies between memories."""
+        if self.copier.only_queues and not self.has_file:
+            return True
+        return not self.background and not self.copier.started
 
-    # --- from here on, on the copier's thread -------------------------------------------------------------------------
+    def _run(self, job: Callable[..., None], *args: Any) -> None:
+        if self._in_place:
+            job(*args)
+        else:
+            self.copier.submit(job, *args)
+
+    # --- from here on, on the copier's thread, if it has one ----------------------------------------------------------
+
+    def _pages_in(self, pages: Sequence[Page], told_later: bool = False) -> None:
+        """`told_later`: what keeps a page from coming is told to whoever waits for it."""
+        with self.copier.coming():
+            for page in pages:
+                try:
+                    self._page_in(page)
+                except (RuntimeError, MemoryError, ModelStateError) as error:
+                    if not told_later:
+                        raise
+                    page.coming = Future()
+                    page.coming.set_exception(error)
 
     def _page_in(self, page: Page) -> None:
         if self._lost is not None:
@@ -145,23 +176,26 @@ class Mover:
             self._counts.moved_in_bytes += page.size
             self._trace("page_in", page)
 
-    def _page_out(self, page: Page, dirty: bool) -> None:
-        if page.buffer is None:
-            return  # the copy that should have brought it failed, and whoever asked for it was told
-        written = dirty or not page.stored
-        if written:
-            assert page.slot is not None
-            tier, slot = page.slot
-            try:
-                self.copier.write(page, self._tiers[tier].view(slot))
-            except (RuntimeError, MemoryError) as error:
-                self._lost = error  # told to whoever waits for a page next: nobody waits for this one
-                return
-            page.stored = True
+    def _pages_out(self, leaving: Sequence[tuple[Page, bool]]) -> None:
+        """Pages, and whether they were written since they came."""
+        # one without a buffer: the copy that should have brought it failed, and whoever asked for it was told
+        left = [(page, dirty or not page.stored) for page, dirty in leaving if page.buffer is not None]
+        try:
+            with self.copier.leaving():
+                for page, written in left:
+                    if written:
+                        assert page.slot is not None
+                        tier, slot = page.slot
+                        self.copier.write(page, self._tiers[tier].view(slot))
+        except (RuntimeError, MemoryError) as error:
+            self._lost = error  # told to whoever waits for a page next: nobody waits for these
+            return
         with self._lock:
-            self._set_aside(page)
-            self._counts.moved_out_bytes += page.size if written else 0
-            self._trace("page_out", page)
+            for page, written in left:
+                page.stored = True
+                self._set_aside(page)
+                self._counts.moved_out_bytes += page.size if written else 0
+                self._trace("page_out", page)
 
     def _forget(self, page: Page) -> None:
         with self._lock:

@@ -4,9 +4,8 @@
     with pool.on_device(pages): ...                               brought in, and kept there until the block ends
     pool.prefetch(pages)                                          brought in meanwhile, as far as there is room
 
-A page that is needed and is not there displaces the one that was used longest ago. Copies run in the order asked for
-on the copier's thread, so a page's buffer has left before another one takes its place, and the bytes on the device are
-never above the budget.
+A page that is needed and is not there displaces the one that was used longest ago. Copies run in the order asked for,
+so a page's buffer has left before another one takes its place, and the bytes on the device are never above the budget.
 """
 
 from __future__ import annotations
@@ -126,11 +125,13 @@ class PagePool:
         self._counts.hits += len(pages) - len(missing)
         self._counts.misses += sum(page.where is not Where.NEW for page in missing)
         self._send_out(self._resident.victims_for(sum(page.size for page in missing)))
-        for page in missing:
-            try:
-                self._bring(page)
-            except (RuntimeError, MemoryError) as error:
-                raise self._no_memory(page) from error
+        self._resident.add(missing)
+        try:
+            self._mover.bring(missing)
+        except (RuntimeError, MemoryError) as error:
+            for page in [page for page in missing if page.buffer is None]:
+                self._resident.remove(page, Where.HOST if page.stored else Where.NEW)
+            raise self._no_memory(missing[0]) from error
         for page in pages:
             self._resident.touch(page)
 
@@ -147,7 +148,7 @@ class PagePool:
                         self._counts.stalls += 1
                         self._counts.stall_ms += ms
                         self._trace("stall", page)
-            self._mover.copier.ready(page)
+        self._mover.copier.ready(pages)
 
     def _finish(self, page: Page, coming: Future) -> None:
         """Wait for a page that the caller holds. Where the device had no memory for it when it was asked for, it is asked
@@ -158,7 +159,7 @@ class PagePool:
             with self._lock:
                 if page.coming is coming:
                     self._send_out(self._resident.victims(page.size)[0])
-                    self._mover.bring(page)
+                    self._mover.bring([page])
                 again = page.coming
             try:
                 if again is not None:  # None: another thread was here meanwhile
@@ -197,18 +198,25 @@ class PagePool:
         begun = 0
         with self._lock:
             self._reap()
+            coming: list[Page] = []  # asked for together, as long as nothing has to leave for them
             for page in pages:
                 if page.where is Where.HOST:
                     if not displace and self._resident.excess(page.size) > 0:
                         break
                     try:
-                        self._send_out(self._resident.victims_for(page.size))
+                        victims = self._resident.victims_for(page.size)
+                        if victims:
+                            self._mover.bring(coming)
+                            coming = []
+                            self._send_out(victims)
                     except MemoryBudgetError:
                         break  # asked for too early: it comes when it is needed, and that says what is wrong
-                    self._bring(page)
+                    self._resident.add([page])
+                    coming.append(page)
                     begun += 1
                 if page.where is Where.DEVICE:
                     self._resident.touch(page)
+            self._mover.bring(coming)
         return begun
 
     def evict(self, pages: Iterable[Page] | None = None, *, keep_spare: bool = False) -> int:
@@ -263,11 +271,7 @@ class PagePool:
         self._mover.reserve_slots(pages)
         for page in pages:
             self._resident.remove(page, Where.HOST)
-            self._mover.send_out(page)
-
-    def _bring(self, page: Page) -> None:
-        self._mover.bring(page)
-        self._resident.add(page)
+        self._mover.send_out(pages)
 
     # --- budget, statistics, end --------------------------------------------------------------------------------------
 

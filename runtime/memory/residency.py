@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from ...errors import MemoryBudgetError
 from .budget import format_bytes
@@ -27,11 +27,12 @@ class Residency:
     def __len__(self) -> int:
         return len(self._pages)
 
-    def add(self, page: Page) -> None:
-        """It comes."""
-        page.where = Where.DEVICE
-        self._pages[page] = None
-        self.bytes += page.size
+    def add(self, pages: Iterable[Page]) -> None:
+        """They come."""
+        for page in pages:
+            page.where = Where.DEVICE
+            self._pages[page] = None
+            self.bytes += page.size
 
     def remove(self, page: Page, to: Where) -> None:
         """It goes."""

@@ -5,13 +5,15 @@
     page leaves    computation: records `used` when it is done
                    stream out: waits for `arrived` and `used`; copies; records `left`
 
+Pages that come or leave together share the event; each costs the host some microseconds, as does every change of stream.
 Host memory that is not pinned (a mapped file) is reached through two pinned buffers.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -28,9 +30,21 @@ class CudaStreams:
         self._device = device
         self._in, self._out = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
+    def begin_thread(self) -> None:
+        """Makes the device the thread's: else each change of stream would switch it, and the first one wake another GPU."""
+        torch.cuda.set_device(self._in.device)
+
+    def inward(self) -> AbstractContextManager[Any]:
+        """Around `copy_in` and `zero`."""
+        return torch.cuda.stream(self._in)
+
+    def outward(self) -> AbstractContextManager[Any]:
+        """Around `copy_out`."""
+        return torch.cuda.stream(self._out)
+
     def empty(self, size: int) -> Tensor:
         """Memory for a page, of the stream in's."""
-        with torch.cuda.stream(self._in):
+        with torch.cuda.stream(self._in), torch.inference_mode(False):
             return torch.empty(size, dtype=torch.uint8, device=self._device)
 
     def pinned(self, size: int) -> Tensor:
@@ -43,19 +57,16 @@ class CudaStreams:
 
     def copy_in(self, buffer: Tensor, pinned: Tensor) -> None:
         """Queue a copy to the device."""
-        with torch.cuda.stream(self._in):
-            buffer.copy_(pinned, non_blocking=True)
+        buffer.copy_(pinned, non_blocking=True)
 
     def copy_out(self, pinned: Tensor, buffer: Tensor) -> None:
         """Queue a copy to the host."""
-        with torch.cuda.stream(self._out):
-            pinned.copy_(buffer, non_blocking=True)
+        pinned.copy_(buffer, non_blocking=True)
         buffer.record_stream(self._out)
 
     def zero(self, buffer: Tensor) -> None:
         """Queue zeros, on the stream in."""
-        with torch.cuda.stream(self._in):
-            buffer.zero_()
+        buffer.zero_()
 
     def came(self) -> Any:
         """An event: all that was queued in so far."""
@@ -77,35 +88,66 @@ class CudaStreams:
         """What is queued out from here on begins after the event."""
         self._out.wait_event(event)
 
-    def computation_waits(self, event: Any, buffer: Tensor) -> None:
-        """What the caller queues from here on begins after the event, and may use the buffer."""
+    def computation_waits(self, events: Sequence[Any], buffers: Sequence[Tensor]) -> None:
+        """What the caller queues from here on begins after the events, and may use the buffers."""
         current = torch.cuda.current_stream(self._device)
-        current.wait_event(event)
-        buffer.record_stream(current)
+        for event in events:
+            current.wait_event(event)
+        for buffer in buffers:
+            buffer.record_stream(current)
 
 
 class StreamCopier(Copier):
     """See above. `streams` stands for the device: a test has its own."""
 
-    pinned = True
+    pinned = only_queues = True
 
     def __init__(self, streams: CudaStreams) -> None:
         super().__init__()
         self._streams = streams
+        self._together: list[Page] = []  # that come, or leave, and get the event of all
+        self._awaited: dict[int, Any] = {}  # events that their stream waits for already, by id
         self._staging: list[tuple[Tensor, Any]] = []  # pinned buffers, the one used longest ago first; its last copy
+
+    def begin_thread(self) -> None:
+        self._streams.begin_thread()
 
     def empty(self, size: int) -> Tensor:
         return self._streams.empty(size)
 
+    @contextmanager
+    def coming(self) -> Iterator[None]:
+        try:
+            with self._streams.inward():
+                yield
+        finally:
+            pages, came = self._all_together(), self._streams.came()
+            for page in pages:
+                page.arrived = came
+
+    @contextmanager
+    def leaving(self) -> Iterator[None]:
+        try:
+            with self._streams.outward():
+                yield
+        finally:
+            pages, left = self._all_together(), self._streams.left()
+            for page in pages:
+                page.left = page.used = left
+
+    def _all_together(self) -> list[Page]:
+        found, self._together = self._together, []
+        self._awaited.clear()
+        return found
+
     def zero(self, page: Page) -> None:
         assert page.buffer is not None
         self._streams.zero(page.buffer)
-        page.arrived = self._streams.came()
+        self._together.append(page)
 
     def read(self, page: Page, host: Tensor) -> None:
         assert page.buffer is not None
-        if page.left is not None:
-            self._streams.in_waits(page.left)
+        self.wait_for(page.left)
         if self._streams.is_pinned(host):
             self._streams.copy_in(page.buffer, host)
         else:
@@ -113,16 +155,17 @@ class StreamCopier(Copier):
             ctypes.memmove(staging.data_ptr(), host.data_ptr(), page.size)
             self._streams.copy_in(page.buffer, staging)
             self._staging.append((staging, self._streams.came()))
-        page.arrived = self._streams.came()
+        self._together.append(page)
 
     def write(self, page: Page, host: Tensor) -> None:
         assert page.buffer is not None
         for event in (page.arrived, page.used):  # it may leave without having been used
-            if event is not None:
+            if event is not None and id(event) not in self._awaited:
                 self._streams.out_waits(event)
+                self._awaited[id(event)] = event
         if self._streams.is_pinned(host):
             self._streams.copy_out(host, page.buffer)
-            page.left = page.used = self._streams.left()
+            self._together.append(page)
             return
         staging = self._free_staging(page.size)
         self._streams.copy_out(staging, page.buffer)
@@ -140,9 +183,9 @@ class StreamCopier(Copier):
             copied.synchronize()
         return staging
 
-    def ready(self, page: Page) -> None:
-        assert page.buffer is not None and page.arrived is not None
-        self._streams.computation_waits(page.arrived, page.buffer)
+    def ready(self, pages: Sequence[Page]) -> None:
+        events = {id(page.arrived): page.arrived for page in pages}
+        self._streams.computation_waits([*events.values()], [page.buffer for page in pages if page.buffer is not None])
 
     def used(self, pages: Sequence[Page]) -> None:
         event = self._streams.computed()
@@ -150,8 +193,9 @@ class StreamCopier(Copier):
             page.used = event
 
     def wait_for(self, used: Any) -> None:
-        if used is not None:
+        if used is not None and id(used) not in self._awaited:
             self._streams.in_waits(used)
+            self._awaited[id(used)] = used
 
 
 def make_copier(device: torch.device) -> Copier:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 from collections.abc import Callable, Iterator
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 
 import qlora_compile as qc
 from qlora_compile.errors import MemoryBudgetError, ModelStateError
-from qlora_compile.runtime.memory import PagePool
+from qlora_compile.runtime.memory import PagePool, mover
 from qlora_compile.runtime.memory.copier import Copier
 from qlora_compile.runtime.memory.page import Where
+from qlora_compile.runtime.memory.stream_copier import StreamCopier
 
 KIB = 1024
 SHAPES = ((31, 97), (97, 5), (64, 64), (7,))
@@ -41,10 +43,31 @@ class Memory:
         return torch.full((size,), 0x3F, dtype=torch.uint8)
 
 
-@pytest.fixture
-def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
+class Streams:
+    """As CudaStreams, of a device that does everything at once."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.empty, self.pinned, self.begin_thread = memory.empty, torch.empty, lambda: None
+        self.inward = self.outward = contextlib.nullcontext
+        self.is_pinned = lambda host: True
+        self.came = self.left = self.computed = object
+        self.in_waits = self.out_waits = lambda event: None
+        self.computation_waits = lambda events, buffers: None
+        self.zero = Tensor.zero_
+        self.copy_in = self.copy_out = Tensor.copy_
+
+
+class QueueingCopier(StreamCopier):
+    pinned = False  # torch needs a GPU to pin memory
+
+
+@pytest.fixture(params=["a thread copies", "the caller queues copies"])
+def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Memory:
     made = Memory()
-    monkeypatch.setattr(Copier, "empty", lambda self, size: made.empty(size))
+    if request.param == "a thread copies":
+        monkeypatch.setattr(Copier, "empty", lambda self, size: made.empty(size))
+    else:
+        monkeypatch.setattr(mover, "make_copier", lambda _: QueueingCopier(Streams(made)))  # type: ignore[arg-type]
     return made
 
 
@@ -97,6 +120,20 @@ def test_a_prefetch_that_found_no_memory_is_made_up_for(pool: PagePool, memory: 
     for number, page in enumerate(pages):
         with pool.on_device([page], writes=False):
             assert bool((page.buffer == number + 1).all())
+
+
+def test_a_prefetch_that_found_no_memory_and_the_next_one_that_does(pool: PagePool, memory: Memory) -> None:
+    _owner, pages = pages_of(pool, 2)
+    fill_and_evict(pool, pages)
+    memory.left = 0
+    pool.prefetch(pages)
+    pool.evict()
+    pool.wait()
+    memory.left = None
+    pool.prefetch(pages)
+    with pool.on_device(pages, writes=False):
+        assert [int(page.buffer[0]) for page in pages] == [1, 2]
+    assert memory.refused == 2 and pool.statistics().device_bytes == 8 * KIB
 
 
 def test_a_page_takes_the_place_of_one_that_nobody_holds(pool: PagePool, memory: Memory) -> None:

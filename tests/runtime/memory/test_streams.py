@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import random
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +39,18 @@ class Device:
 
     def __init__(self, order: Callable[[], str], pinned: bool) -> None:
         self.order, self.host_is_pinned = order, pinned
-        self.lock = threading.RLock()
+        self.lock, self.threads = threading.RLock(), list[str]()
         self.streams: dict[str, deque[Any]] = {name: deque() for name in ("in", "out", "computation")}
 
     # --- what the copier calls
+
+    def begin_thread(self) -> None:
+        self.threads.append(threading.current_thread().name)
+
+    def inward(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    outward = inward
 
     def empty(self, size: int) -> Tensor:
         return torch.full((size,), 77, dtype=torch.uint8)
@@ -74,8 +84,9 @@ class Device:
     def out_waits(self, event: Event) -> None:
         self.queue("out", event)
 
-    def computation_waits(self, event: Event, buffer: Tensor) -> None:
-        self.queue("computation", event)
+    def computation_waits(self, events: Sequence[Event], buffers: Sequence[Tensor]) -> None:
+        for event in events:
+            self.queue("computation", event)
 
     # --- how it runs
 
@@ -211,6 +222,42 @@ def _next_or_refuse(buffers: Iterator[Tensor], size: int) -> Tensor:
     for buffer in buffers:
         return buffer
     raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_only_files_take_a_thread_which_has_the_device(device: Device, pool: PagePool, host: dict[str, Any]) -> None:
+    """Copies between memories are queued by whoever asks for them."""
+    owner = Owner()
+    pages = pool.allocate(owner, 20 * KIB, 1).pages
+    for page in pages * 2:
+        with pool.on_device([page]):
+            launch(device, page, lambda buffer: buffer.add_(1))
+    pool.wait()
+    assert [name.split("_")[0] for name in device.threads] == (["qlora-pages"] if host else [])
+    assert pool.statistics().moved_in_bytes > 0
+
+
+def test_pages_that_move_together_share_an_event(device: Device, pool: PagePool, host: dict[str, Any]) -> None:
+    owner = Owner()
+    pages = pool.allocate(owner, 12 * KIB, 1).pages
+    with pool.on_device(pages):
+        pass
+    pool.evict(keep_spare=True)
+    pool.wait()
+    assert host or len({id(page.left) for page in pages}) == 1
+    assert pool.prefetch(pages, displace=False) == 3
+    pool.wait()
+    assert len({id(page.arrived) for page in pages}) == (3 if host else 1)
+    before = len(device.streams["computation"])
+    with standing_still(device), pool.on_device(pages, writes=False):
+        assert len(device.streams["computation"]) - before == (3 if host else 1)
+
+
+@contextlib.contextmanager
+def standing_still(device: Device) -> Iterator[None]:
+    """Nothing runs meanwhile."""
+    order, device.order = device.order, lambda: ""
+    yield
+    device.order = order
 
 
 def test_a_copy_that_fails_is_told(device: Device, pool: PagePool, monkeypatch: pytest.MonkeyPatch) -> None:
