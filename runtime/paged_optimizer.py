@@ -29,8 +29,9 @@ from .paged_optimizer_checks import (
     check_unchanged,
     trainable,
 )
+from .paged_optimizer_plan import Numbers, Task
 from .paged_optimizer_state import StateView, from_dict
-from .paged_optimizer_sweep import Numbers, Task, sweep
+from .paged_optimizer_sweep import sweep
 from .paged_optimizer_table import StateTable
 from .sharded import local_part
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import MemoryBudgetError
 from .memory import PagePool
 from .paged_optimizer_layout import ParamState, Views, layout_for
-from .paged_optimizer_sweep import Plan, Task
+from .paged_optimizer_plan import Plan, Task
 from .sharded import local_part
 
 

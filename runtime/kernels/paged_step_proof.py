@@ -29,7 +29,8 @@ def proves_paged_step(kernel: Callable[..., Any], device: torch.device) -> bool:
 
 
 def _proves(kernel: Callable[..., Any], device: torch.device, layout: StateLayout, dtype: torch.dtype) -> bool:
-    from ..paged_optimizer_sweep import Numbers, Task, update_reference
+    from ..paged_optimizer_plan import Numbers, Task
+    from ..paged_optimizer_sweep import update_reference
 
     generator = torch.Generator("cpu").manual_seed(11)
     start = _drawn(generator, dtype)
@@ -48,9 +49,10 @@ def _proves(kernel: Callable[..., Any], device: torch.device, layout: StateLayou
             buffer.data_ptr() + spans[0].offset,
             _NUMEL,
             0,
-            DTYPES[dtype],
+            0,  # no sum of the gradient
         ]
-        kernel(torch.tensor([piece], dtype=torch.int64, device="cpu"), coefficients, layout.lion, layout.narrow)
+        table = torch.tensor([piece], dtype=torch.int64, device=device)
+        kernel(table, coefficients, layout.lion, layout.narrow, DTYPES[dtype], _NUMEL)
         state = ParamState(layout, _NUMEL, None, None, dtype)  # type: ignore[arg-type]  # of which layout and size are read
         update_reference(Task(here, gradient, state, numbers), spans[1])
     got, expected = (layout.views(span, _NUMEL) for span in spans)

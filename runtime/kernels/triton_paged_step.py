@@ -10,10 +10,12 @@ from torch import Tensor
 from ...nf4 import dynamic_map
 from . import triton_build
 from .cpu_common import DTYPES
-from .triton_common import FUSED, on_device, sent_to
+from .triton_common import FUSED, cdiv
+from .triton_launch import TENSOR, Launch, prepared
 from .triton_low_rank import TYPES
 
 _BLOCKS = 4  # of 256 elements: a program of 128 threads has 8 each
+_TYPES = {number: TYPES[dtype] for dtype, number in DTYPES.items()}
 
 
 @functools.cache
@@ -26,20 +28,18 @@ def _maps(device: torch.device) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-def paged_step(pieces: Tensor, numbers: Tensor, lion: bool, narrow: bool, totals: Tensor | None = None) -> None:
-    """Update the parameters and states that `pieces` (int64 [P, 6], on the CPU) points at, with rows of `numbers` (fp32
-    [G, 8], on the device). Gradients have their parameter's type. `totals` (int64 [P], on the CPU): addresses of their
-    fp32 sums, or 0; where one is not finite nothing is changed, and nobody has to wait to know it."""
-    device = numbers.device
-    module = triton_build.load("paged_step", uses_codes=False, lion=lion, narrow=narrow)
-    maps = _maps(device) if narrow else ()
-    for dtype, number in DTYPES.items():
-        own = pieces[:, 5] == number
-        chosen = pieces[own]
-        if len(chosen):
-            chosen[:, 5] = 0 if totals is None else totals[own]
-            grid = (len(chosen), -(-int(chosen[:, 3].max()) // (256 * _BLOCKS)))
-            with on_device(numbers):
-                module.paged_step[grid](
-                    sent_to(device, chosen), numbers, *maps, TYPE=TYPES[dtype], BLOCKS=_BLOCKS, num_warps=4, **FUSED
-                )
+def paged_step(pieces: Tensor, numbers: Tensor, lion: bool, narrow: bool, dtype: int, most: int) -> None:
+    """Update the parameters and states that `pieces` (int64 [P, 6]) points at, with rows of `numbers` (fp32 [G, 8]); both
+    are on the device. Parameters and gradients are all of one type, number `dtype` of cpu_common.DTYPES, and have `most`
+    elements a piece at most. A piece's last column is the address of its gradient's fp32 sum, or 0: where that is not
+    finite nothing is changed, and nobody has to wait to know it."""
+    programs = cdiv(most, 256 * _BLOCKS)
+    tensors = [pieces, numbers, *(_maps(numbers.device) if narrow else ())]
+    what = "paged_step", lion, narrow, dtype, programs
+    prepared(what, tensors, lambda: _launch(pieces.shape[0], programs, lion, narrow, dtype))(tensors)
+
+
+def _launch(pieces: int, programs: int, lion: bool, narrow: bool, dtype: int) -> Launch:
+    kernel = triton_build.load("paged_step", uses_codes=False, lion=lion, narrow=narrow).paged_step
+    arguments = [TENSOR] * (6 if narrow else 2)
+    return Launch(kernel, (pieces, programs), arguments, TYPE=_TYPES[dtype], BLOCKS=_BLOCKS, num_warps=4, **FUSED)

@@ -6,6 +6,8 @@ since the interpreter truncates where hardware rounds.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -253,8 +255,8 @@ def test_paged_step() -> None:
     assert proves_paged_step(triton_paged_step.paged_step, cpu)
     assert not proves_paged_step(lambda *_: None, cpu)
 
-    def without_decay(pieces: Tensor, numbers: Tensor, lion: bool, narrow: bool) -> None:
-        triton_paged_step.paged_step(pieces, numbers.clone().index_fill_(1, torch.tensor([0]), 1.0), lion, narrow)
+    def without_decay(pieces: Tensor, numbers: Tensor, *rest: Any) -> None:
+        triton_paged_step.paged_step(pieces, numbers.clone().index_fill_(1, torch.tensor([0]), 1.0), *rest)
 
     assert not proves_paged_step(without_decay, cpu)
 
@@ -266,6 +268,7 @@ def test_a_sweep_over_several_pages(monkeypatch: pytest.MonkeyPatch, bits: int) 
     trained = []
     for kernel in (None, triton_paged_step.paged_step):
         monkeypatch.setattr(paged_optimizer_sweep.kernels, "find", lambda op, device, kernel=kernel: kernel)
+        monkeypatch.setattr(paged_optimizer_sweep, "defers", lambda pool: True)
         parameters = [torch.nn.Parameter(value.clone()) for value in start]
         optimizer = qc.PagedAdamW(parameters, lr=0.01, state_bits=bits, device_budget="32KiB")
         for _ in range(2):

@@ -30,6 +30,7 @@ from qlora_compile.runtime.kernels import (  # noqa: E402
     triton_low_rank,
     triton_paged_step,
 )
+from qlora_compile.runtime.kernels.cpu_common import DTYPES  # noqa: E402
 from qlora_compile.runtime.kernels.triton_operands import Adapter, Weight  # noqa: E402
 
 TARGETS = {
@@ -103,9 +104,8 @@ def _dx(m: int) -> None:
 
 def _paged_step(dtype: torch.dtype, narrow: bool) -> None:
     """A window of 24 pieces."""
-    pieces = torch.zeros(24, 6, dtype=torch.int64)
-    pieces[:, 3], pieces[:, 5] = 64 * K, [torch.float32, torch.bfloat16].index(dtype)
-    triton_paged_step.paged_step(pieces, torch.zeros(1, 8), lion=False, narrow=narrow)
+    pieces, number = torch.zeros(24, 6, dtype=torch.int64), DTYPES[dtype]
+    triton_paged_step.paged_step(pieces, torch.zeros(1, 8), lion=False, narrow=narrow, dtype=number, most=64 * K)
 
 
 def _cross_entropy(dtype: torch.dtype, scale: float = 1.0, soft_cap: float = 0.0) -> None:

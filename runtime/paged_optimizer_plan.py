@@ -1,0 +1,156 @@
+"""What a sweep over pages works on, and the kernel's table of it: which piece of which parameter lies where in a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .kernels.cpu_common import DTYPES
+from .kernels.triton_common import sent_to
+from .memory import Page
+from .paged_optimizer_layout import ParamState
+
+
+class Numbers(NamedTuple):
+    """What an update multiplies with, from a group's options and a step count. Row order: struct Numbers."""
+
+    decay: float
+    weight: float
+    beta2: float
+    weight2: float
+    correction: float
+    eps: float
+    negative_step: float
+
+    @classmethod
+    def of(cls, group: dict[str, Any], step: int, *, lion: bool) -> Numbers:
+        """In double precision, in the order of torch.optim.AdamW, so that rounding to fp32 gives the same numbers."""
+        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+        decay = 1 - lr * group["weight_decay"]
+        if lion:
+            return cls(decay, 1 - beta1, beta2, 1 - beta2, beta1, 0.0, -lr)
+        correction = (1 - beta2**step) ** 0.5
+        return cls(decay, 1 - beta1, beta2, 1 - beta2, correction, group["eps"], -(lr / (1 - beta1**step)))
+
+
+class Task(NamedTuple):
+    """One parameter's update: its contiguous values and gradient, its state, its numbers; where `defers`, the gradient's
+    fp32 sum, so that nothing is updated where that is not finite."""
+
+    values: Tensor
+    gradient: Tensor
+    state: ParamState
+    numbers: Numbers
+    total: Tensor | None = None
+
+
+class Plan:
+    """Which spans lie in which page, for one list of states: the same at every step, so made once.
+
+    Arrays have one entry per span, in the order of pages: `task` (index into the tasks), `start` (bytes into the
+    parameter), `page` (index into the pages), `offset` (bytes into it), `count` (elements), `dtype`, `narrow`.
+    """
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self.states = [task.state for task in tasks]
+        spans = [(span.page.number, index, span) for index, task in enumerate(tasks) for span in task.state.spans]
+        spans.sort(key=lambda entry: entry[:2])
+        self.spans = [span for _, _, span in spans]
+        self.pages = list(dict.fromkeys(span.page for span in self.spans))
+        self.index = {page: index for index, page in enumerate(self.pages)}
+        self.page = np.array([self.index[span.page] for span in self.spans])
+        self.task = np.array([index for _, index, _ in spans])
+        layouts = [state.layout for state in self.states]
+        sizes = [task.values.element_size() for task in tasks]
+        self.start = np.array([span.first * layouts[i].unit * sizes[i] for _, i, span in spans])
+        self.offset = np.array([span.offset for span in self.spans])
+        self.count = np.array([layouts[i].count(span, self.states[i].numel) for _, i, span in spans])
+        self.dtype = np.array([DTYPES[tasks[i].values.dtype] for _, i, _ in spans])
+        self.narrow = np.array([layouts[i].narrow for _, i, _ in spans])
+        self.pieces: dict[Page, range] = {}
+        for at, span in enumerate(self.spans):
+            begin = self.pieces[span.page].start if span.page in self.pieces else at
+            self.pieces[span.page] = range(begin, at + 1)
+
+    def fits(self, tasks: Sequence[Task]) -> bool:
+        """Whether these are the tasks that it was made for."""
+        return len(tasks) == len(self.states) and all(t.state is s for t, s in zip(tasks, self.states))
+
+
+class Rows(NamedTuple):
+    """What one call takes of the table; `form` is empty, or the parameters' dtype and the elements of the longest."""
+
+    pieces: Tensor
+    narrow: bool
+    form: tuple[int, ...]
+
+
+class Table:
+    """struct Piece of the kernel, a row for each piece of a sweep, those of a window side by side; `numbers` are its rows of
+    coefficients.
+
+    For a GPU (`late`) a call has pieces of one dtype, in whose place stands the address of the gradient's sum, and the
+    table lies in one pinned buffer: what a window needs follows it to the device without anyone waiting.
+    """
+
+    def __init__(
+        self, plan: Plan, tasks: Sequence[Task], windows: Sequence[Sequence[Page]], device: torch.device, late: bool
+    ) -> None:
+        numbers = {task.numbers: None for task in tasks}
+        coefficients = torch.tensor([(*key, 0.0) for key in numbers], dtype=torch.float32, device="cpu")
+        self.numbers = sent_to(device, coefficients)
+        window = np.empty(len(plan.pages), dtype=np.int64)
+        window[[plan.index[page] for pages in windows for page in pages]] = np.repeat(
+            np.arange(len(windows)), [len(pages) for pages in windows]
+        )
+        key = window[plan.page] * 6 + plan.narrow * 3 + (plan.dtype if late else 0)
+        self._at = np.argsort(key, kind="stable")
+        self._plan, self._calls = plan, _calls(key[self._at], plan.count[self._at], len(windows), late)
+        on_gpu = device.type == "cuda"
+        self._here = torch.empty((len(key), 6), dtype=torch.int64, device="cpu", pin_memory=on_gpu)
+        self._there = torch.empty_like(self._here, device=device) if on_gpu else self._here
+        self._fill({key: row for row, key in enumerate(numbers)}, tasks, late)
+
+    def _fill(self, rows: dict[Numbers, int], tasks: Sequence[Task], late: bool) -> None:
+        """All but where the pages are."""
+        plan, at = self._plan, self._at
+        given = [(t.values.data_ptr(), t.gradient.data_ptr(), rows[t.numbers]) for t in tasks]
+        totals = [0 if t.total is None else t.total.data_ptr() for t in tasks]
+        sources, task, start = np.array(given, dtype=np.int64), plan.task[at], plan.start[at]
+        table = self._array = self._here.numpy()
+        table[:, 0] = sources[task, 0] + start
+        table[:, 1] = sources[task, 1] + start
+        table[:, 2] = plan.offset[at]
+        table[:, 3] = plan.count[at]
+        table[:, 4] = sources[task, 2]
+        table[:, 5] = np.array(totals, dtype=np.int64)[task] if late else plan.dtype[at]
+
+    def calls(self, number: int, window: Sequence[Page]) -> Iterator[Rows]:
+        """Those of a window, whose pages are on the device by now."""
+        plan, found = self._plan, self._calls[number]
+        bases = np.zeros(len(plan.pages), dtype=np.int64)
+        for page in window:
+            assert page.buffer is not None
+            bases[plan.index[page]] = page.buffer.data_ptr()
+        begin, end = found[0][0], found[-1][1]
+        self._array[begin:end, 2] += bases[plan.page[self._at[begin:end]]]
+        if self._there is not self._here:
+            self._there[begin:end].copy_(self._here[begin:end], non_blocking=True)
+        for first, last, narrow, form in found:
+            yield Rows(self._there[first:last], narrow, form)
+
+
+def _calls(
+    key: np.ndarray, count: np.ndarray, windows: int, late: bool
+) -> list[list[tuple[int, int, bool, tuple[int, ...]]]]:
+    """For each window (first row, row after the last, narrow, form) of its calls; rows of equal keys are one call."""
+    first = np.flatnonzero(np.diff(key, prepend=-1))
+    last, most = [*first[1:].tolist(), len(key)], np.maximum.reduceat(count, first).tolist()
+    out: list[list[tuple[int, int, bool, tuple[int, ...]]]] = [[] for _ in range(windows)]
+    for begin, end, longest, of in zip(first.tolist(), last, most, key[first].tolist()):
+        out[of // 6].append((begin, end, of % 6 >= 3, (of % 3, longest) if late else ()))
+    return out
