@@ -160,11 +160,13 @@ def _scale_and_seed(j: int, scale: Scale, dropout: Dropout) -> list[Any]:
 
 
 def _splits(programs: int, blocks: int, numel: int, like: Tensor) -> int:
-    """Over how many programs a sum is divided so that two programs a multiprocessor run; 1 where a split gains nothing."""
+    """Over how many programs a sum is divided so that one or two programs a multiprocessor run; 1 where a split gains
+    nothing. A power of two, for each number has code of its own: as an argument it costs registers, which spill."""
     wanted = 2 * multiprocessors(like.device)
     if programs * 2 > wanted or numel >= 2**24:
         return 1
-    return max(1, min(wanted // programs, blocks // 2, 32))
+    most = max(1, min(wanted // programs, blocks // 2, 32))
+    return 1 << most.bit_length() - 1
 
 
 def sum_splits(partial: Tensor, out: Tensor) -> None:
@@ -180,7 +182,7 @@ def _sum_launch(splits: int, numel: int) -> Launch:
     module = triton_build.load("lora_down", **_spec([torch.empty(1, 1)], NO_SCALE, NO_DROPOUT))
     block = 512
     grid = (cdiv(numel, block),)
-    return Launch(module.sum_splits, grid, [TENSOR, TENSOR, numel], SPLITS=splits, BLOCK=block, **_LAUNCH)
+    return Launch(module.sum_splits, grid, [TENSOR, TENSOR, numel, splits], BLOCK=block, **_LAUNCH)
 
 
 def lora_up(

@@ -143,6 +143,33 @@ def test_addresses_that_are_no_multiple_of_16_have_a_kernel_of_their_own() -> No
     assert len(launch._compiled) == 2
 
 
+@pytest.mark.parametrize("name", ["down", "over_tokens", "up"])
+def test_few_kernels_are_compiled_for_ever_new_lengths(name: str) -> None:
+    """Multiples of 16 and others alike; sums over rows are split into so many parts as these take."""
+    x, y, h, a, b = _bf16(8192, 4096), _bf16(8192, N), _bf16(8192, R), torch.zeros(R, 4096), torch.zeros(N, R)
+    calls: dict[str, Callable[[int], None]] = {
+        "down": lambda m: triton_low_rank.lora_down(x[:m], [a], h[:m]),
+        "over_tokens": lambda m: triton_low_rank.lora_over_tokens([h[:m]], x[:m, :1024], [a[:, :1024]]),
+        "up": lambda m: triton_low_rank.lora_up(y[:m], [h[:m]], [b]),
+    }
+    for m in [*range(65, 8192, 397), 128, 1024, 8192]:
+        calls[name](m)
+    # parts: 2, 4, 8 and 16; their sum, whose elements are a multiple of 16 or not
+    assert len({function for _, _, _, function, *_ in launched}) <= (1 if name == "up" else 6)
+
+
+@pytest.mark.parametrize(("block", "blocks"), [(64, 32), (64, 11), (32, 64), (16, 5)])
+def test_a_sum_is_split_so_that_every_multiprocessor_has_work(block: int, blocks: int) -> None:
+    found = set()
+    for m in range(65, 8193):
+        programs = -(-m // block)
+        splits = triton_low_rank._splits(programs, blocks, m * R, X)
+        assert splits == 1 or (programs * splits <= 2 * 132 and splits <= blocks // 2)
+        assert programs * splits >= 132 or splits * 2 > blocks // 2
+        found.add(splits)
+    assert found <= {1, 2, 4, 8, 16, 32}
+
+
 def test_another_form_is_checked_anew() -> None:
     h, factor = torch.randn(40, 5), torch.randn(96, 5)
     triton_low_rank.lora_up(torch.randn(40, 96), [h], [factor])

@@ -182,11 +182,11 @@ def _compile(launch: Launch, target: str) -> Any:
             constants[(index,)] = value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = triton.runtime.jit.mangle_type(value)
-            if value.data_ptr() % 16 == 0:
+            if value.data_ptr() % 16 == 0 and not parameter.do_not_specialize_on_alignment:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = triton.runtime.jit.mangle_type(value)
-            if isinstance(value, int) and value % 16 == 0:
+            if isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize_on_alignment:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
     return triton.compile(source, target=TARGETS[target], options=launch.options)
