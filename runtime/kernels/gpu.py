@@ -121,15 +121,21 @@ def proves_dropout_mask(kernel: Callable[..., Any], device: torch.device) -> boo
 
 
 def proves_cross_entropy(kernel: Callable[..., Any], device: torch.device) -> bool:
-    """Losses and gradients of some rows of bf16 logits, as they are and scaled and capped, against fp64 on the CPU."""
-    z = (_normal((11, 5003), 9) * 4).bfloat16()
+    """Losses and gradients of some rows of bf16 logits, as they are and scaled and capped, against fp64 on the CPU: chosen
+    among others, and all of them in place, which is what training calls."""
+    return _proves_cross_entropy(kernel, device, 5003, False) and _proves_cross_entropy(kernel, device, 5008, True)
+
+
+def _proves_cross_entropy(kernel: Callable[..., Any], device: torch.device, classes: int, in_place: bool) -> bool:
+    z = (_normal((11, classes), 9) * 4).bfloat16()
     rows, target = torch.tensor([7, 2, 9], device="cpu"), torch.tensor([5002, 0, 17], device="cpu")
-    wide, chosen = z[rows].double(), torch.nn.functional.one_hot(target, 5003)
+    wide, chosen = z[rows].double(), torch.nn.functional.one_hot(target, classes)
     capped = 5 * torch.tanh(wide / 10)  # scale 1 / 2, cap 5
     for y, slope, change in ((wide, 1.0, ()), (capped, 0.5 * (1 - (capped / 5) ** 2), (0.5, 5.0))):
         losses = torch.empty(3, dtype=torch.float32, device=device)
-        out = torch.empty(3, 5003, dtype=z.dtype, device=device)
-        kernel(z.to(device), target.to(device), losses, out, rows.to(device), *change)
+        source = (z[rows] if in_place else z).to(device)
+        out = source if in_place else torch.empty(3, classes, dtype=z.dtype, device=device)
+        kernel(source, target.to(device), losses, out, None if in_place else rows.to(device), *change)
         expected, picked = (y.softmax(1) - chosen) * slope, y.gather(1, target[:, None])[:, 0]
         close = torch.allclose(losses.cpu().double(), y.logsumexp(1) - picked, rtol=1e-5, atol=1e-5)
         # one rounding to bf16, or two units of it where the interpreter truncates

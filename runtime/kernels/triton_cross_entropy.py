@@ -68,6 +68,7 @@ def _launch(
         "gradient": out is not None,
         "scaled": scaled,
         "capped": capped,
+        "ragged": any(t.stride(0) * t.element_size() % 16 for t in (z, z if out is None else out)),
         "uses_codes": False,
     }
     arguments = [TENSOR, z.stride(0), *[TENSOR] * (2 if rows is None else 3)]

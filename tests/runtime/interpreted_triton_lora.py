@@ -199,7 +199,11 @@ def test_kernels_prove_themselves() -> None:
     def next_class(z: Tensor, target: Tensor, *rest: Any) -> None:
         triton_cross_entropy.cross_entropy(z, (target + 1) % z.shape[1], *rest)
 
+    def loses_gradients_in_place(z: Tensor, target: Tensor, losses: Tensor, out: Tensor, *rest: Any) -> None:
+        triton_cross_entropy.cross_entropy(z, target, losses, None if out is z else out, *rest)
+
     assert not gpu.proves_cross_entropy(next_class, cpu)
+    assert not gpu.proves_cross_entropy(loses_gradients_in_place, cpu)
     assert gpu.proves_dropout_mask(triton_low_rank.dropout_mask, cpu)
     for change in (lambda mask: mask * 2, lambda mask: mask[torch.randperm(len(mask))], torch.ones_like):
         assert not gpu.proves_dropout_mask(lambda *args, c=change: c(triton_low_rank.dropout_mask(*args)), cpu)
