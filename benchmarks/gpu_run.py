@@ -7,6 +7,7 @@ as it goes, and after each job all parts are merged into DIR/gpu.json. Used by g
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib.util
 import json
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 STARTED = time.monotonic()  # gpu.py imports this before torch: what that takes counts too
+PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 KILL_S = 20.0  # a process that hangs in a driver need not be gone at once
 
 say = functools.partial(print, flush=True)
@@ -171,6 +173,7 @@ def _read(path: Path) -> Found:
 def _work(job: Job, child: Child) -> None:
     """The child's side. Its group is its own, so that what it starts (compilers) can be ended with it."""
     os.setpgid(0, 0)
+    _end_with_parent()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         job.work(child)
@@ -178,6 +181,16 @@ def _work(job: Job, child: Child) -> None:
         print(traceback.format_exc(), file=sys.stderr, flush=True)
         child.keep(errors={job.name: traceback.format_exc()})
         sys.exit(1)
+
+
+def _end_with_parent() -> None:
+    """Whatever ends the script ends this process, also what no script can catch: no job stays on the GPU. On Linux."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:  # it is gone already
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _end(process: BaseProcess) -> None:

@@ -100,6 +100,50 @@ def test_a_job_that_fails_loses_nothing_that_was_kept(module: Callable[[str], An
     assert found["jobs"]["hangs"]["seconds"] < 20
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel for it")
+def test_a_job_ends_with_a_script_that_is_killed(tmp_path: Path) -> None:
+    script = f"""if True:
+        import os, sys, time
+        sys.path.insert(0, {str(FOLDER)!r})
+        import gpu_run
+        from pathlib import Path
+        def work(child):
+            child.keep(process=os.getpid())
+            time.sleep(100)
+        run = gpu_run.Run(Path({str(tmp_path)!r}), None, 100.0)
+        run.do(gpu_run.Job("hangs", "", work, 1.0, 90.0))
+    """
+    part = tmp_path / "parts" / "hangs.json"
+    with subprocess.Popen([sys.executable, "-c", script]) as parent:
+        _wait_for(part.exists)
+        job = Path("/proc", str(json.loads(part.read_text(encoding="utf-8"))["process"]))
+        assert _runs(job)
+        parent.kill()
+    _wait_for(lambda: not _runs(job))
+
+
+def _runs(process: Path) -> bool:
+    """By its folder in /proc; one that ended is a zombie until somebody asks how."""
+    try:
+        return (process / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_pythons_profile_has_the_backward_pass(module: Callable[[str], Any]) -> None:
+    """On a GPU autograd would run it on a thread of its own, which cProfile does not see."""
+    seen = list[bool]()
+    found = module("gpu_profile").in_python(lambda: seen.append(torch._C._is_multithreading_enabled()))
+    assert seen == [False] and torch._C._is_multithreading_enabled() and found["functions"]
+
+
 def test_no_job_starts_that_cannot_get_its_time(module: Callable[[str], Any], tmp_path: Path) -> None:
     gpu_run = module("gpu_run")
     (tmp_path / "parts").mkdir()
