@@ -75,14 +75,57 @@ class Plan:
         for at, span in enumerate(self.spans):
             begin = self.pieces[span.page].start if span.page in self.pieces else at
             self.pieces[span.page] = range(begin, at + 1)
+        self._order: tuple[object, Order] | None = None  # the last one, and what it was for
 
     def fits(self, tasks: Sequence[Task]) -> bool:
         """Whether these are the tasks that it was made for."""
         return len(tasks) == len(self.states) and all(t.state is s for t, s in zip(tasks, self.states))
 
+    def order(self, windows: Sequence[Sequence[Page]], late: bool) -> Order:
+        """The pieces as a table has them for these windows; `late`: see Table."""
+        wanted = late, [[page.number for page in pages] for pages in windows]
+        if self._order is None or self._order[0] != wanted:
+            self._order = wanted, self._new_order(windows, late)
+        return self._order[1]
+
+    def _new_order(self, windows: Sequence[Sequence[Page]], late: bool) -> Order:
+        window = np.empty(len(self.pages), dtype=np.int64)
+        for number, pages in enumerate(windows):
+            window[[self.index[page] for page in pages]] = number
+        key = window[self.page] * 6 + self.narrow * 3 + (self.dtype if late else 0)
+        at = np.argsort(key, kind="stable")
+        first = np.flatnonzero(np.diff(key[at], prepend=-1))  # rows of equal keys are one call
+        last, most = [*first[1:].tolist(), len(key)], np.maximum.reduceat(self.count[at], first).tolist()
+        calls: list[list[Call]] = [[] for _ in windows]
+        for begin, end, longest, of in zip(first.tolist(), last, most, key[at][first].tolist()):
+            calls[of // 6].append(Call(begin, end, of % 6 >= 3, (of % 3, longest) if late else ()))
+        table = np.zeros((len(key), 6), dtype=np.int64)
+        table[:, 0] = table[:, 1] = self.start[at]
+        table[:, 2], table[:, 3] = self.offset[at], self.count[at]
+        table[:, 5] = 0 if late else self.dtype[at]
+        return Order(self.task[at], self.page[at], table, calls)
+
+
+class Call(NamedTuple):
+    """Rows `first` to `last` of a table; `form` is empty, or the parameters' dtype and the elements of the longest."""
+
+    first: int
+    last: int
+    narrow: bool
+    form: tuple[int, ...]
+
+
+class Order(NamedTuple):
+    """By row of a table its task and its page (by index), what of the row no step changes; and by window its calls."""
+
+    task: np.ndarray
+    page: np.ndarray
+    table: np.ndarray
+    calls: list[list[Call]]
+
 
 class Rows(NamedTuple):
-    """What one call takes of the table; `form` is empty, or the parameters' dtype and the elements of the longest."""
+    """What one call takes of the table; `form`: see Call."""
 
     pieces: Tensor
     narrow: bool
@@ -103,54 +146,31 @@ class Table:
         numbers = {task.numbers: None for task in tasks}
         coefficients = torch.tensor([(*key, 0.0) for key in numbers], dtype=torch.float32, device="cpu")
         self.numbers = sent_to(device, coefficients)
-        window = np.empty(len(plan.pages), dtype=np.int64)
-        window[[plan.index[page] for pages in windows for page in pages]] = np.repeat(
-            np.arange(len(windows)), [len(pages) for pages in windows]
-        )
-        key = window[plan.page] * 6 + plan.narrow * 3 + (plan.dtype if late else 0)
-        self._at = np.argsort(key, kind="stable")
-        self._plan, self._calls = plan, _calls(key[self._at], plan.count[self._at], len(windows), late)
-        on_gpu = device.type == "cuda"
-        self._here = torch.empty((len(key), 6), dtype=torch.int64, device="cpu", pin_memory=on_gpu)
+        self._plan, self._order = plan, plan.order(windows, late)
+        task, shape, on_gpu = self._order.task, self._order.table.shape, device.type == "cuda"
+        self._here = torch.empty(shape, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
         self._there = torch.empty_like(self._here, device=device) if on_gpu else self._here
-        self._fill({key: row for row, key in enumerate(numbers)}, tasks, late)
-
-    def _fill(self, rows: dict[Numbers, int], tasks: Sequence[Task], late: bool) -> None:
-        """All but where the pages are."""
-        plan, at = self._plan, self._at
+        self._array = self._here.numpy()
+        self._array[:] = self._order.table
+        rows = {key: row for row, key in enumerate(numbers)}
         given = [(t.values.data_ptr(), t.gradient.data_ptr(), rows[t.numbers]) for t in tasks]
-        totals = [0 if t.total is None else t.total.data_ptr() for t in tasks]
-        sources, task, start = np.array(given, dtype=np.int64), plan.task[at], plan.start[at]
-        table = self._array = self._here.numpy()
-        table[:, 0] = sources[task, 0] + start
-        table[:, 1] = sources[task, 1] + start
-        table[:, 2] = plan.offset[at]
-        table[:, 3] = plan.count[at]
-        table[:, 4] = sources[task, 2]
-        table[:, 5] = np.array(totals, dtype=np.int64)[task] if late else plan.dtype[at]
+        sources = np.array(given, dtype=np.int64)[task]
+        self._array[:, :2] += sources[:, :2]
+        self._array[:, 4] = sources[:, 2]
+        if late:
+            totals = [0 if t.total is None else t.total.data_ptr() for t in tasks]
+            self._array[:, 5] = np.array(totals, dtype=np.int64)[task]
 
     def calls(self, number: int, window: Sequence[Page]) -> Iterator[Rows]:
         """Those of a window, whose pages are on the device by now."""
-        plan, found = self._plan, self._calls[number]
+        plan, found = self._plan, self._order.calls[number]
         bases = np.zeros(len(plan.pages), dtype=np.int64)
         for page in window:
             assert page.buffer is not None
             bases[plan.index[page]] = page.buffer.data_ptr()
-        begin, end = found[0][0], found[-1][1]
-        self._array[begin:end, 2] += bases[plan.page[self._at[begin:end]]]
+        begin, end = found[0].first, found[-1].last
+        self._array[begin:end, 2] += bases[self._order.page[begin:end]]
         if self._there is not self._here:
             self._there[begin:end].copy_(self._here[begin:end], non_blocking=True)
         for first, last, narrow, form in found:
             yield Rows(self._there[first:last], narrow, form)
-
-
-def _calls(
-    key: np.ndarray, count: np.ndarray, windows: int, late: bool
-) -> list[list[tuple[int, int, bool, tuple[int, ...]]]]:
-    """For each window (first row, row after the last, narrow, form) of its calls; rows of equal keys are one call."""
-    first = np.flatnonzero(np.diff(key, prepend=-1))
-    last, most = [*first[1:].tolist(), len(key)], np.maximum.reduceat(count, first).tolist()
-    out: list[list[tuple[int, int, bool, tuple[int, ...]]]] = [[] for _ in range(windows)]
-    for begin, end, longest, of in zip(first.tolist(), last, most, key[first].tolist()):
-        out[of // 6].append((begin, end, of % 6 >= 3, (of % 3, longest) if late else ()))
-    return out
