@@ -58,7 +58,7 @@ def _nothing() -> None:
 
 def forward(module: Any, x: Tensor) -> Tensor | None:
     """The module's y for x, or None where its plain forward has to run."""
-    if type(x) is not Tensor or _is_watched():
+    if type(x) is not Tensor or is_watched():
         return None
     state = _state(module)
     if state is None:
@@ -97,7 +97,7 @@ def _product(prepared: Prepared, x: Tensor) -> tuple[Tensor, Tensor]:
     return from_rows(y, x), h
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether somebody wants to see the ops one by one."""
     return bool(
         torch._C._len_torch_dispatch_stack()
@@ -174,7 +174,7 @@ class _LoRALinear(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: by ops that can be differentiated once more
             return _differentiable(ctx.module, x, factors, dy, needs)
         group, need_adapters = ctx.prepared.group, any(needs[3:])
-        if torch.compiler.is_compiling() or type(dy) is not Tensor or _is_watched():  # compiled autograd, fake tensors
+        if torch.compiler.is_compiling() or type(dy) is not Tensor or is_watched():  # compiled autograd, fake tensors
             grads = torch.ops.qlora.lora_linear_backward([dy], x, h, *group.arguments(), needs[0], need_adapters, "")
             dx = grads.pop(0) if needs[0] else None
             return dx, None, None, *(grads or [None] * len(factors))

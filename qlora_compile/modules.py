@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from . import eager
 from .class_edits import edited_class
+from .computed_weight import computed
 from .config import QLoRAConfig
 from .errors import ModelStateError
 from .sharding import stored_form
@@ -114,7 +115,10 @@ def linear_class(cls: Any, param_name: str) -> type[nn.Module]:
 
 
 def _adapted_weight(module: nn.Module, param_name: str) -> Tensor:
-    """W + Σ weight·scaling·B A (transposed for an [in, out] weight): dense, in W's dtype, added in fp32."""
+    """W + Σ weight·scaling·B A (transposed for an [in, out] weight): dense, in W's dtype, added in fp32.
+
+    Eager code gets a ComputedWeight: what it would write there were lost.
+    """
     weight = module._parameters[param_name]
     prefix = prefix_of(param_name)
     lora_a, lora_b = getattr(module, f"{prefix}lora_A"), getattr(module, f"{prefix}lora_B")
@@ -123,7 +127,10 @@ def _adapted_weight(module: nn.Module, param_name: str) -> Tensor:
     for name in lora_a:
         delta = (lora_b[name].float() @ lora_a[name].float()) * scaling[name] * weights[name]
         dense = dense + (delta.t() if getattr(module, f"{prefix}lora_fan_in_fan_out") else delta)
-    return dense.to(weight.dtype)  # type: ignore[union-attr]
+    dense = dense.to(weight.dtype)  # type: ignore[union-attr]
+    if torch.compiler.is_compiling() or eager.is_watched():
+        return dense
+    return computed(dense, module.__dict__["_qlora_info"][param_name].site)
 
 
 @functools.cache
