@@ -44,7 +44,6 @@ def main(args: Sequence[str] | None = None) -> int:
         max_length=256,
         gradient_checkpointing=False,
         bf16=False,  # products run in bfloat16 anyway; autocast would only refuse machines without a GPU
-        save_strategy="no",
         report_to=[],
     )
     chats = [json.loads(line) for line in options.data.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -2,7 +2,7 @@
 
     python examples/trainer.py --model ./SmolLM2-135M --data speeches.txt --out out
 
-Nothing here but the two lines with `qc.` and `.compile(...)` is other than for any model.
+Its checkpoints hold the adapter; `--resume` goes on from the last one. Nothing here but the two lines with `qc.` and `.compile(...)` is other than for any model.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", required=True, type=Path, help="a text file")
     parser.add_argument("--out", required=True, type=Path, help="folder for the adapter")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--save-steps", type=int, default=10, help="steps from one checkpoint to the next")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUT")
     parser.add_argument("--length", type=int, default=256, help="tokens per row")
     parser.add_argument("--lowering", default="inductor", help="inductor, aot_eager or eager")
     options = parser.parse_args(args)
@@ -46,12 +48,12 @@ def main(args: Sequence[str] | None = None) -> int:
         per_device_train_batch_size=2,
         learning_rate=1e-3,
         logging_steps=1,
-        save_strategy="no",
+        save_steps=options.save_steps,
         report_to=[],
     )
     data = blocks(tokenizer, options.data.read_text(encoding="utf-8"), options.length)
     trainer = Trainer(model=model, args=arguments, train_dataset=data)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=options.resume)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     print(f"loss {losses[0]:.3f} at first, {losses[-1]:.3f} at last")
     print("adapter:", qc.save_adapter(model, options.out / "adapter"))

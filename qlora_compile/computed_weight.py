@@ -13,14 +13,26 @@ from torch import Tensor
 
 from .errors import ModelStateError
 
-_OPERATORS = "add and floordiv lshift matmul mod mul or pow rshift sub truediv xor".split()
+_OPERATORS = (
+    "add",
+    "and",
+    "floordiv",
+    "lshift",
+    "matmul",
+    "mod",
+    "mul",
+    "or",
+    "pow",
+    "rshift",
+    "sub",
+    "truediv",
+    "xor",
+)
 _WRITES = {"__setitem__", "__set__", "__delete__", *(f"__i{name}__" for name in _OPERATORS)}
 _WRITES_NO_VALUE = {"requires_grad_", "share_memory_", "rename_"}
 # What may share the temporary's memory; `__get__` is `.data`, `.T` and the like.
-_VIEWS = set(
-    "__get__ __getitem__ chunk detach expand flatten narrow permute reshape select split squeeze t transpose unbind "
-    "unflatten unsqueeze view view_as".split()
-)
+_VIEWS = {"__get__", "__getitem__", "chunk", "detach", "expand", "flatten", "narrow", "permute", "reshape", "select"}
+_VIEWS |= {"split", "squeeze", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view", "view_as"}
 
 
 class ComputedWeight(torch.Tensor):

@@ -61,6 +61,8 @@ class QuantizedShard(torch.Tensor):
         result = NotImplemented if handler is None else handler(*args, **(kwargs or {}))
         return run_dense(QuantizedShard, func, args, kwargs or {}) if result is NotImplemented else result
 
+    storage = QuantizedTensor.storage
+
     @property
     def data_4bit(self) -> nf4.QuantizedData:
         return nf4.QuantizedData(self.codes, self.absmax, self.absmax_scale, self.absmax_offset)

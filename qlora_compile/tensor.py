@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -157,6 +157,13 @@ class QuantizedTensor(torch.Tensor):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         _refuse_write("indexed assignment", self, QuantizedTensor)  # it would write into a dense copy, and be lost
+
+    def storage(self) -> NoReturn:
+        """Asked for by safetensors, whose files hold no such tensor. Raises ModelStateError."""
+        raise ModelStateError(
+            f"A 4-bit weight of shape {tuple(self.shape)} is no dense tensor that could be written to a file: save the "
+            "adapters with save_adapter, the whole state with torch.save, or a checkpoint with qlora_compile.export."
+        )
 
     def __repr__(self) -> str:  # type: ignore[override]
         double = ", double_quant" if self.double_quant else ""

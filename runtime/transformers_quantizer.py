@@ -166,7 +166,7 @@ class QLoRAHfQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """What `save_pretrained` writes: bitsandbytes' tensors. Adapters are not in it: `save_adapter` has them."""
+        """What `save_pretrained` writes of a model without adapters (`saving` has those): bitsandbytes' tensors."""
         adapters = {id(parameter) for parameter in adapter_parameters(model)}
         state: dict[str, torch.Tensor] = {}
         for key, tensor in model.state_dict(keep_vars=True).items():

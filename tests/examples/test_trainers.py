@@ -37,6 +37,8 @@ def test_trainer(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFi
     paths = ["--model", str(tiny_checkpoint), "--data", str(text), "--out", str(tmp_path / "out")]
     assert run_example("trainer", [*paths, *options]) == 0
     check(tiny_checkpoint, tmp_path / "out", capsys.readouterr().out)
+    assert (tmp_path / "out/checkpoints/checkpoint-4/adapter_config.json").exists()
+    assert run_example("trainer", [*paths, *options, "--steps", "6", "--resume"]) == 0
 
 
 def test_sft_trainer(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

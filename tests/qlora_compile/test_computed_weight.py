@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from toy_models import FP32, RawParameters, fill, seeded
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from toy_models import FP32, RawParameters, fill, seeded
 
 import qlora_compile as qc
 from qlora_compile.computed_weight import ComputedWeight

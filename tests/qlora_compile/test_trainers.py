@@ -14,7 +14,7 @@ from qlora_compile.modules import adapter_sites
 
 transformers = pytest.importorskip("transformers")
 ARGUMENTS = {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1}
-QUIET = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+QUIET = {"report_to": [], "use_cpu": True, "disable_tqdm": True}
 
 
 @pytest.fixture
@@ -41,6 +41,40 @@ def test_trainer(compiled: Any, tmp_path: Path, options: dict[str, Any]) -> None
     )
     trainer.train()
     check_trained(compiled, trainer.state.log_history)
+
+
+@pytest.mark.parametrize("init", [True, "pissa"])
+def test_trainer_saves_and_resumes(tiny_checkpoint: Path, tmp_path: Path, init: bool | str, caplog: Any) -> None:
+    """The checkpoints are PEFT's files, and a run that goes on from one ends with the same bits."""
+    peft = pytest.importorskip("peft")
+    rows = torch.randint(0, 211, (8, 12), generator=torch.Generator().manual_seed(2))
+    data = [{"input_ids": row, "labels": row.clone()} for row in rows]
+
+    def train(checkpoint: Path | None = None) -> Any:
+        model = transformers.AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+        qc.prepare(model, {"r": 3, "lowering": "eager", "init_lora_weights": init, "modules_to_save": ["norm"]})
+        arguments = transformers.TrainingArguments(str(tmp_path), save_steps=1, **ARGUMENTS, **QUIET)
+        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data)
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        return model
+
+    def trained(model: Any) -> dict[str, torch.Tensor]:
+        return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    whole, resumed = train(), train(tmp_path / "checkpoint-2")
+    assert trained(whole).keys() == trained(resumed).keys()
+    assert all(torch.equal(p, trained(resumed)[name]) for name, p in trained(whole).items())
+    assert "missing keys" not in caplog.text
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+    loaded = peft.PeftModel.from_pretrained(loaded, tmp_path / "checkpoint-3")
+    assert torch.equal(loaded.base_model.model.model.norm.weight, whole.model.norm.weight)
+    folder = qc.save_adapter(whole, tmp_path / "adapter")
+    name = "adapter_model.safetensors"
+    assert (folder / name).read_bytes() == (tmp_path / "checkpoint-3" / name).read_bytes()
+    both = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "checkpoint-3"
+    )  # the base that it names, adapted
+    assert any("lora_A" in name for name, _ in both.named_parameters())
 
 
 def test_sft_trainer(compiled: Any, tmp_path: Path, tiny_checkpoint: Path) -> None:
