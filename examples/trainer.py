@@ -2,7 +2,8 @@
 
     python examples/trainer.py --model ./SmolLM2-135M --data speeches.txt --out out
 
-Its checkpoints hold the adapter; `--resume` goes on from the last one. Nothing here but the two lines with `qc.` and `.compile(...)` is other than for any model.
+Its checkpoints hold the adapter, and `--resume` goes on from the last one. Nothing here but the lines with `qc.` and
+`.compile(...)` is other than for any model.
 """
 
 from __future__ import annotations

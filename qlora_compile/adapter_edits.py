@@ -11,8 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from .config import QLoRAConfig
-from .errors import ModelStateError, NoAdapterError
+from .errors import ConfigError, ModelStateError, NoAdapterError
 from .modules import AdapterInfo, AdapterSite, adapter_sites, prefix_of, prepared_config
+
+
+def check_adapter_name(name: object) -> None:
+    """Raises ConfigError for a name under which torch's containers of parameters can hold no adapter."""
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ParameterDict, name):
+        raise ConfigError(
+            f"An adapter cannot have the name {name!r}: take one that is not empty, without dots, and no method of "
+            "torch.nn.ParameterDict."
+        )
 
 
 def attach(
@@ -85,8 +94,10 @@ def add_adapter(
 ) -> None:
     """Register a further adapter on a prepared model, at every site or at those that `rank` (a mapping) names.
 
-    Raises NoAdapterError for a site that the model does not have, ModelStateError if the name is taken.
+    Raises NoAdapterError for a site that the model does not have, ModelStateError if the name is taken, ConfigError if
+    none can have it.
     """
+    check_adapter_name(name)
     sites, config = adapter_sites(model), prepared_config(model) or QLoRAConfig()
     wanted = rank if isinstance(rank, Mapping) else dict.fromkeys(sites, rank)
     missing = [site for site in wanted if site not in sites]

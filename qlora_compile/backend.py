@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from . import layer_tracing, warm_up
+from .choices import check_choices
 from .config import QLoRAConfig
 from .dynamo import (
     guard_modules,
@@ -87,6 +88,8 @@ def _compile(
     if lower is None and config.lowering == "inductor":
         _warm_up(root, config)
     edits = ModelEdits(root, config)
+    if lower is None and prepared_config(root) is None:
+        check_choices(edits)
     experts = expert_targets(edits)
     if experts:  # their forward, however it was written, gives way to one that a graph can hold
         edit_modules(edits, experts)

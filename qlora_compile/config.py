@@ -156,9 +156,14 @@ class QLoRAConfig:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | QLoRAConfig | None) -> QLoRAConfig:
-        """`torch.compile(..., options={...})` -> QLoRAConfig. Raises UnknownOptionError naming the nearest option."""
+        """`torch.compile(..., options={...})` -> QLoRAConfig.
+
+        Raises UnknownOptionError naming the nearest option, ConfigError for what is no mapping of options.
+        """
         if isinstance(options, QLoRAConfig):
             return options
+        if not (options is None or isinstance(options, Mapping)):
+            raise ConfigError(_not_options(options))
         known = {f.name for f in dataclasses.fields(cls)}
         for name in options or {}:
             if name not in known:
@@ -211,12 +216,25 @@ def names_module(spec: str | tuple[str, ...], module_name: str) -> bool:
     return any(module_name == item or module_name.endswith(f".{item}") for item in spec)
 
 
+def pattern_names(pattern: str, module_name: str) -> bool:
+    """Whether a key of `rank_pattern` or `alpha_pattern` matches the name or a dotted suffix of it."""
+    return re.match(rf"(.*\.)?({pattern})$", module_name) is not None
+
+
 def _first_hit(patterns: Mapping[str, Any], module_name: str, default: Any) -> Any:
     """PEFT's pattern rule (`get_pattern_key`): the first key that matches the name or a dotted suffix of it."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module_name):
-            return value
-    return default
+    return next((value for pattern, value in patterns.items() if pattern_names(pattern, module_name)), default)
+
+
+def _not_options(given: object) -> str:
+    kind = type(given)
+    text = f"The options must be a QLoRAConfig or a mapping of its fields, got {kind.__name__}: "
+    if kind.__module__.startswith("peft."):
+        return text + (
+            "QLoRAConfig(r=..., lora_alpha=..., target_modules=...) has PEFT's words; or give the model to "
+            "peft.get_peft_model and compile that, without prepare."
+        )
+    return text + "write QLoRAConfig(r=16)."
 
 
 def _require(condition: bool, name: str, value: object, wanted: str) -> None:

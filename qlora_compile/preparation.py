@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .attention import is_attention_weight
+from .choices import check_choices
 from .config import QLoRAConfig, names_module
 from .equal_layers import mark_layers
 from .errors import ModelStateError, NoTargetError
@@ -40,7 +41,8 @@ def prepare(
     After it, `model.parameters()` holds the adapters: make the optimizer now. Calling it again with an equal
     configuration changes nothing. The dense weights are freed one by one.
 
-    Raises NoTargetError (no linear matched), ConfigError (a rank is too large), InvalidWeightError (NaN or infinity),
+    Warns of entries that name no linear. Raises NoTargetError (no linear matched), ConfigError (a rank is too large,
+    modules_to_save that are none), InvalidWeightError (NaN or infinity),
     ModelStateError (several devices, already in DDP or FSDP2, or prepared with another configuration).
     """
     config = QLoRAConfig.from_options(config)
@@ -54,6 +56,7 @@ def prepare(
     check_not_wrapped(model)
     edits = ModelEdits(model, config)
     if example_inputs is not None:
+        check_choices(edits)
         if experts := expert_targets(edits):
             edit_modules(edits, experts)
         _trace_edits(model, config, example_inputs)
@@ -63,6 +66,7 @@ def prepare(
     read = _read_directly(model)
     targets = [(entry, fan) for entry, fan in found if edits.decline_reason(entry) is None and entry.name not in read]
     require_targets([entry for entry, _ in targets], [entry for entry, _ in found], edits)
+    check_choices(edits, {entry.name for entry, _ in targets} | set(read))
     edit_modules(edits, targets)
     _complete(model)
     for name, reader in sorted(read.items()):
@@ -127,10 +131,16 @@ def require_targets(targets: Iterable[ParamInfo], found: Iterable[ParamInfo], ed
     _refuse_embeddings(edits)
     if list(targets):
         return
+    found = list(found)
+    named = edits.config.target_modules
+    if isinstance(named, str) and any(names_module((named,), _linear_name(entry)) for entry in found):
+        hint = f" (a regular expression for the whole name; did you mean [{named!r}]?)"
+    else:
+        hint = ""
     names = [f"{_linear_name(entry)} ({edits.decline_reason(entry)})" for entry in found]
     what = f"it has: {'; '.join(names[:8])}{f'; and {len(names) - 8} more' if len(names) > 8 else ''}"
     raise NoTargetError(
-        f"No linear layer of {type(edits.root).__name__} matches target_modules={edits.config.target_modules!r}: "
+        f"No linear layer of {type(edits.root).__name__} matches target_modules={named!r}{hint}: "
         + (
             what
             if names

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..adapter_edits import add_adapter
+from ..adapter_edits import add_adapter, check_adapter_name
 from ..errors import AdapterMismatchError, ConfigError, ModelStateError, NoAdapterError
 from ..experts import QLoRAExperts
 from ..modules import AdapterSite, QLoRALinear, adapter_sites, is_quantized, prepared_state
@@ -44,9 +44,11 @@ def load_adapter(
     """Load a PEFT folder onto a prepared model as adapter `name`: copied into it if there, else added.
 
     Parameters that the adapter trained in full (`modules_to_save`) replace the model's. Everything is checked before
-    anything changes. Raises CheckpointError (see `read_adapter`), NoAdapterError (the model was not prepared), and
-    AdapterMismatchError naming the first few tensors whose module is unknown or whose shape differs.
+    anything changes. Raises ConfigError (a name that no adapter can have), CheckpointError (see `read_adapter`),
+    NoAdapterError (the model was not prepared), and AdapterMismatchError naming the first few tensors whose module is
+    unknown or whose shape differs.
     """
+    check_adapter_name(name)
     model = unwrap(model)
     sites = _sites(model)
     files = read_adapter(path, allow_pickle=allow_pickle)

@@ -13,6 +13,7 @@ from typing import IO, Any
 import torch
 from torch import nn
 
+from ..adapter_edits import check_adapter_name
 from ..errors import AdapterMismatchError, ConfigError, ModelStateError
 from ..modules import prepared_config
 from .adapters import adapter_files, install_layers
@@ -89,9 +90,10 @@ def combine_adapters(
     counts, a module that none matches gets 0. Methods: `combine_methods`. The new adapter counts as 0 until
     `set_adapters` names it: it would be added to those it was made of.
 
-    Raises ConfigError (method, rank, density, weights, ranks that differ for "linear"), NoAdapterError (no such
+    Raises ConfigError (name, method, rank, density, weights, ranks that differ for "linear"), NoAdapterError (no such
     adapter), ModelStateError (the name is taken). "linear" warns of its cross terms.
     """
+    check_adapter_name(name)
     model = unwrap(model)
     if name in adapters:
         raise ModelStateError(

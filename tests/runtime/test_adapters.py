@@ -277,3 +277,16 @@ class TestSetAdapters:
             with pytest.raises(ConfigError, match="must be a finite number"):
                 qc.set_adapters(model, {"default": weight})  # type: ignore[dict-item]
         assert adapter_weights(model) == {"default": 1.0, "other": 1.0}
+
+
+@pytest.mark.parametrize("name", ["v1.0", "", "keys", "items", 3])
+def test_names_that_no_adapter_can_have_are_refused_first(tmp_path: Path, tiny_llama: Any, name: Any) -> None:
+    model = qc.prepare(tiny_llama(num_hidden_layers=1), {"r": 3, "lowering": "eager"})
+    folder = qc.save_adapter(model, tmp_path / "adapter")
+    before = set(dict(model.named_parameters()))
+    with pytest.raises(ConfigError, match="cannot have the name"):
+        qc.load_adapter(model, folder, name)
+    with pytest.raises(ConfigError, match="cannot have the name"):
+        qc.combine_adapters(model, {"default": 0.5}, name)
+    assert set(dict(model.named_parameters())) == before
+    qc.load_adapter(model, folder, "v1-0")
