@@ -66,7 +66,9 @@ def byte_progress(what: str) -> Iterator[Callable[[int, int], None]]:
             nonlocal tenths
             if done_bytes * 10 // max(1, total_bytes) > tenths:
                 tenths = done_bytes * 10 // total_bytes
-                print(f"{what}: {done_bytes / 1e6:,.0f} of {total_bytes / 1e6:,.0f} MB", file=sys.stderr, flush=True)
+                unit, size = ("kB", 1e3) if total_bytes < 10e6 else ("MB", 1e6)
+                done, total = done_bytes / size, total_bytes / size
+                print(f"{what}: {done:,.0f} of {total:,.0f} {unit}", file=sys.stderr, flush=True)
 
         yield line
         return

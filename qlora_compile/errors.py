@@ -52,6 +52,12 @@ class CheckpointError(QLoRACompileError):
     """A checkpoint, adapter or export folder is missing, corrupt, truncated or of another model."""
 
 
+class InputPathError(CheckpointError):
+    """A path that was given leads to nothing, or to something of another kind."""
+
+    exit_code = 2
+
+
 class AdapterMismatchError(CheckpointError):
     """An adapter's tensors do not fit the base model."""
 

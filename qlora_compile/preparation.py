@@ -17,6 +17,7 @@ from .equal_layers import mark_layers
 from .errors import ModelStateError, NoTargetError
 from .modules import prepared_config, prepared_state
 from .param_info import ParamInfo, is_linear_module
+from .saving import save_adapters_of
 from .state import (
     ModelEdits,
     check_not_wrapped,
@@ -112,6 +113,7 @@ def _complete(model: nn.Module) -> None:
     assert state is not None
     state.complete = True
     mark_layers(model)
+    save_adapters_of(model)
 
 
 def _read_directly(model: nn.Module) -> dict[str, str]:

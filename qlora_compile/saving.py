@@ -15,9 +15,12 @@ from .errors import ConfigError
 
 
 def save_adapters_of(root: nn.Module) -> None:
-    """Have the `save_pretrained` of a transformers model write its adapters, as long as it has any; idempotent."""
+    """Have the `save_pretrained` of a transformers model write its adapters, as long as it has any; idempotent.
+
+    Not while Dynamo traces the model: its guards name the model's class and the bases of it.
+    """
     cls = type(root)
-    if hasattr(cls, "save_pretrained") and not hasattr(cls, "_qlora_saves"):
+    if hasattr(cls, "save_pretrained") and not cls.__module__.startswith("peft.") and not hasattr(cls, "_qlora_saves"):
         root.__class__ = saving_class(cls)  # type: ignore[assignment]
 
 

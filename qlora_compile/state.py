@@ -20,7 +20,6 @@ from .foreign import is_bnb_weight, peft_layers
 from .initialization import SpectralStart, is_spectral, start_from_weight
 from .modules import AdapterInfo, AdapterSite, PreparedState, linear_class, parameter_class, prepared_state
 from .param_info import ParamInfo, is_adapter, is_conv1d, is_linear_weight, routes_tokens, site_name
-from .saving import save_adapters_of
 from .tensor import QuantizedTensor, quantize_4bit
 
 # What may differ between the configuration that a model was prepared with and the one that it is compiled with.
@@ -205,8 +204,6 @@ class ModelEdits:
         """Leave the configuration on the root, unless it has one already, and on the adapted modules: a layer of the
         model that is compiled by itself finds it there."""
         forgo_fast_path(self.root)
-        if not self.is_foreign:
-            save_adapters_of(self.root)
         state = prepared_state(self.root)
         if state is None:
             state = PreparedState(self.config)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..errors import CheckpointError, OutputError
+from ..errors import CheckpointError, InputPathError, OutputError
 from .formats.atomic import new_folder
 
 FORMAT = 1
@@ -63,7 +63,7 @@ def _save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read and verify one checkpoint folder. Raises CheckpointError saying which file is missing, damaged or unreadable."""
     if not path.is_dir():
-        raise CheckpointError(f"There is no checkpoint folder {path}.")
+        raise InputPathError(f"There is no checkpoint folder {path}.")
     manifest = _read_json(path / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path} has checkpoint format {manifest.get('format')!r}; this version reads {FORMAT}.")

@@ -74,7 +74,8 @@ def _parse_line(line: str, where: str) -> Record:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: this line is not JSON ({error.msg} at column {error.colno}).") from None
+        what = error.msg.removesuffix(" at")  # "Invalid control character at"
+        raise DataError(f"{where}: this line is not JSON ({what} at column {error.colno}).") from None
     except RecursionError:
         raise DataError(f"{where}: this line's JSON is nested too deeply.") from None
     except ValueError:  # the only other one: Python converts no longer text to an integer

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..errors import ConfigError, NoAdapterError, OutputError
+from ..errors import ConfigError, InputPathError, NoAdapterError, OutputError
 from ..modules import adapter_sites
 from .adapters import adapter_files, adapter_weights
 from .fold_plan import WeightedAdapter
@@ -58,7 +58,12 @@ def lora_only(adapter: WeightedAdapter) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def dense_folder(folder: Path | None) -> Iterator[Path | None]:
-    """A GGUF file is unpacked into a temporary folder first; a safetensors folder is used as it is."""
+    """A GGUF file is unpacked into a temporary folder first; a safetensors folder is used as it is.
+
+    Raises InputPathError where there is neither.
+    """
+    if folder is not None and not folder.exists():
+        raise InputPathError(f"There is no model folder or .gguf file {folder}.")
     if folder is None or folder.suffix.lower() != ".gguf" or not folder.is_file():
         yield folder
         return

@@ -20,8 +20,8 @@ class ExportReport:
 
     `layers` (with `report=True`) holds one LayerError for each folded tensor, the largest relative error first: the
     written tensor against the fp64 sum of the base that was folded into and all adapters. `folded` counts the tensors
-    that changed, `copied` those that did not. `verification` is set with `verify=True`, `corrected` with a
-    `correction_rank`: each 4-bit layer's error with the correction on it.
+    that an adapter changed, `quantized` those that are stored in 4 bits, `copied` those that are neither. `verification`
+    is set with `verify=True`, `corrected` with a `correction_rank`: each 4-bit layer's error with the correction on it.
     """
 
     out: Path
@@ -30,6 +30,7 @@ class ExportReport:
     adapters: dict[str, float]
     folded: int = 0
     copied: int = 0
+    quantized: int = 0
     total_bytes: int = 0
     files: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -46,6 +47,7 @@ class ExportReport:
             "adapters": dict(self.adapters),
             "folded": self.folded,
             "copied": self.copied,
+            "quantized": self.quantized,
             "total_bytes": self.total_bytes,
             "files": list(self.files),
             "seconds": self.seconds,
@@ -61,6 +63,15 @@ class ExportReport:
         verified = values["verification"]
         read = {"out": Path(values["out"]), "layers": layers, "corrected": corrected}
         return cls(**(dict(values) | read | {"verification": VerifyResult(**verified) if verified else None}))
+
+    def counts(self) -> str:
+        """ "6 folded and 23 copied tensors", and what else there is."""
+        some = [f"{n} {what}" for n, what in ((self.folded, "folded"), (self.quantized, "quantized")) if n]
+        return " and ".join([*([", ".join(some)] if some else []), f"{self.copied} copied tensors"])
+
+    def base_text(self) -> str:
+        """What the adapters were folded into; nothing where there are none."""
+        return f", base precision {self.base_precision}" if self.adapters else ""
 
     def to_html(self, path: Path | str) -> Path:
         """The same as one HTML file without scripts. Raises OutputError."""
@@ -79,8 +90,8 @@ class ExportReport:
         if not console.is_terminal:
             console.width = 160  # a file or a pipe has no width: whole module names
         console.print(
-            f"Wrote {self.out}: {self.folded} folded and {self.copied} copied tensors, "
-            f"{self.total_bytes / 1e6:,.1f} MB in {self.seconds:.1f} s, base precision {self.base_precision}.",
+            f"Wrote {self.out}: {self.counts()}, "
+            f"{self.total_bytes / 1e6:,.1f} MB in {self.seconds:.1f} s{self.base_text()}.",
             highlight=False,
             markup=False,
         )

@@ -114,6 +114,7 @@ def _outputs(
     if job.output is None:
         return specs, dense, changes, None
     keys, kept = linear_weights(folder, specs)
+    result.quantized, result.copied = len(keys), len(set(specs) - set(keys) - set(job.plan.targets))
     changes["quantization_config"] = quantization_config(job.output.quant_type, job.output.double_quant, kept)
     parts = quantized_tensors(keys, specs, quantize, found, dense, folder, resumable=job.mark is not None)
     return *stack.enter_context(parts), changes, FourBit(tuple(keys.values()), job.output)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import CheckpointError, MissingDependencyError
+from ..errors import CheckpointError, InputPathError, MissingDependencyError
 from .formats.atomic import check_output_folder, new_folder
 from .formats.bnb_files import quantized_keys, read_state
 from .formats.checkpoint_dir import open_checkpoint, read_json
@@ -33,18 +33,18 @@ def locate_model(path: Path | str) -> ModelSource:
     path = Path(path)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise CheckpointError(f"{path} is not a model: give a folder with config.json, or a .gguf file.")
+            raise InputPathError(f"{path} is not a model: give a folder with config.json, or a .gguf file.")
         return ModelSource(path.parent, path.name)
     if not path.is_dir():
-        raise CheckpointError(f"There is no model folder or .gguf file {path}.")
+        raise InputPathError(f"There is no model folder or .gguf file {path}.")
     if (path / "config.json").is_file():
         return ModelSource(path, None)
     ggufs = sorted(file.name for file in path.glob("*.gguf"))
     if len(ggufs) == 1:
         return ModelSource(path, ggufs[0])
     if ggufs:
-        raise CheckpointError(f"{path} holds {len(ggufs)} .gguf files: name one of {', '.join(ggufs)}.")
-    raise CheckpointError(f"{path} holds neither a config.json nor a .gguf file, so it is not a model folder.")
+        raise InputPathError(f"{path} holds {len(ggufs)} .gguf files: name one of {', '.join(ggufs)}.")
+    raise InputPathError(f"{path} holds neither a config.json nor a .gguf file, so it is not a model folder.")
 
 
 def load_model(path: Path | str, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:

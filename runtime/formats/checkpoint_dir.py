@@ -14,7 +14,7 @@ from typing import IO, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ...errors import CheckpointError, ConfigError
+from ...errors import CheckpointError, ConfigError, InputPathError
 from .atomic import BackgroundWriter, sync
 
 SINGLE_FILE = "model.safetensors"
@@ -107,7 +107,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if path.is_file() and path.suffix == ".safetensors":
         return _load([path], path.parent)
     if not path.is_dir():
-        raise CheckpointError(f"There is no checkpoint at {path}: a folder with {SINGLE_FILE} is needed.")
+        raise InputPathError(f"There is no checkpoint at {path}: a folder with {SINGLE_FILE} is needed.")
     index = path / INDEX_FILE
     if index.is_file():
         weight_map = _read_index(index)
@@ -120,21 +120,25 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         return _load([path / SINGLE_FILE], path)
     if any(path.glob("pytorch_model*.bin")):
         raise CheckpointError(f"{path} holds pickled weights only; convert them to safetensors, pickles are not read.")
-    raise CheckpointError(f"{path} holds neither {SINGLE_FILE} nor {INDEX_FILE}.")
+    raise InputPathError(f"{path} holds neither {SINGLE_FILE} nor {INDEX_FILE}.")
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError: missing file, not JSON, not an object, or a name that stands twice."""
+def read_json(file: Path, name: str | None = None) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError: missing file, not JSON, not an object, or a name that stands twice.
+
+    `name` is for errors about a temporary copy.
+    """
+    named = name or file
     try:
         value = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing.") from None
+        raise CheckpointError(f"{named} is missing.") from None
     except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
+        raise CheckpointError(f"{named} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8, or a duplicate found by _unique
-        raise CheckpointError(f"{file} is corrupt: {error}.") from None
+        raise CheckpointError(f"{named} is corrupt: {error}.") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{file} is corrupt: it holds a JSON {type(value).__name__}, not an object.")
+        raise CheckpointError(f"{named} is corrupt: it holds a JSON {type(value).__name__}, not an object.")
     return value
 
 

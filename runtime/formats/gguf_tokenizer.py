@@ -30,6 +30,7 @@ _SPLITS = {
     rf"{_WORDS}|\p{{N}}{{1,3}}{_REST}": "llama-bpe",
     _TEKKEN: "tekken",
 }
+_NAME = "The model's tokenizer.json"  # of which a temporary copy is read
 _BYTE_TOKENS = {f"<0x{byte:02X}>" for byte in range(256)}
 
 
@@ -46,30 +47,30 @@ class GgufTokenizer:
 
 
 def read_tokenizer(folder: Path, vocab_size: int) -> GgufTokenizer:
-    """`tokenizer.json` of `folder`, padded to the embedding's `vocab_size` rows.
+    """`tokenizer.json` of `folder`, a temporary copy of the model's, padded to the embedding's `vocab_size` rows.
 
     Raises CheckpointError: no such file, more tokens than rows, or a kind of tokenizer that GGUF has no name for.
     """
     file = folder / "tokenizer.json"
     if not file.is_file():
-        raise CheckpointError(f"A GGUF file holds its tokenizer, but {folder} has no tokenizer.json.")
-    content = read_json(file)
+        raise CheckpointError("A GGUF file holds its tokenizer, but the model's folder has no tokenizer.json.")
+    content = read_json(file, _NAME)
     model = content.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
         kind = model.get("type") if isinstance(model, dict) else None
-        raise CheckpointError(f"{file} is a {kind or 'broken'} tokenizer; only BPE vocabularies go into GGUF here.")
-    _check_shape(content, model, file)
-    tokens, types = _tokens(content, model, vocab_size, file)
+        raise CheckpointError(f"{_NAME} is a {kind or 'broken'} tokenizer; only BPE vocabularies go into GGUF here.")
+    _check_shape(content, model)
+    tokens, types = _tokens(content, model, vocab_size)
     steps = list(_steps(content.get("pre_tokenizer")))
     if any(step.get("type") == "ByteLevel" for step in steps):
-        return GgufTokenizer("gpt2", _split_name(steps, file), tokens, types, None, None)
+        return GgufTokenizer("gpt2", _split_name(steps), tokens, types, None, None)
     if not model.get("byte_fallback") or _BYTE_TOKENS - set(tokens):
-        raise CheckpointError(f"{file} is neither byte-level BPE nor BPE with byte fallback: GGUF has no name for it.")
+        raise CheckpointError(f"{_NAME} is neither byte-level BPE nor BPE with byte fallback: GGUF has no name for it.")
     scores = _scores(tokens, model.get("merges") or [])
     return GgufTokenizer("llama", "default", tokens, types, scores, _adds_space(content, steps))
 
 
-def _check_shape(content: Mapping[str, Any], model: Mapping[str, Any], file: Path) -> None:
+def _check_shape(content: Mapping[str, Any], model: Mapping[str, Any]) -> None:
     """What is read below has the types that `tokenizers` writes. Raises CheckpointError naming what has not."""
 
     def is_id(value: object) -> bool:
@@ -91,7 +92,7 @@ def _check_shape(content: Mapping[str, Any], model: Mapping[str, Any], file: Pat
     }
     for name, is_good in good.items():
         if not is_good:
-            raise CheckpointError(f"{file} is corrupt: its {name} is not what a tokenizer has there.")
+            raise CheckpointError(f"{_NAME} is corrupt: its {name} is not what a tokenizer has there.")
 
 
 def _is_step(part: Any) -> bool:
@@ -105,7 +106,7 @@ def _is_step(part: Any) -> bool:
     return isinstance(inner, list) and all(map(_is_step, inner)) and isinstance(pattern, dict | str)
 
 
-def _tokens(content: Mapping[str, Any], model: Mapping[str, Any], size: int, file: Path) -> tuple[list[str], list[int]]:
+def _tokens(content: Mapping[str, Any], model: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
     """Tokens by id and their types; ids that no token has are `[PAD7]`, unused, as llama.cpp's converter names them."""
     tokens, types = [f"[PAD{number}]" for number in range(size)], [UNUSED] * size
     added = {entry["id"]: entry for entry in content.get("added_tokens") or []}
@@ -114,7 +115,7 @@ def _tokens(content: Mapping[str, Any], model: Mapping[str, Any], size: int, fil
         **{n: e["content"] for n, e in added.items()},
     }
     if max(named, default=-1) >= size:
-        raise CheckpointError(f"{file} has the token id {max(named)}, but the embedding has {size} rows only.")
+        raise CheckpointError(f"{_NAME} has the token id {max(named)}, but the embedding has {size} rows only.")
     for number, token in named.items():
         tokens[number] = token
         if number in added:
@@ -140,7 +141,7 @@ def _steps(part: Any) -> Iterator[Mapping[str, Any]]:
         yield from _steps(step)
 
 
-def _split_name(steps: list[Mapping[str, Any]], file: Path) -> str:
+def _split_name(steps: list[Mapping[str, Any]]) -> str:
     kinds = [step.get("type") for step in steps]
     if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
         return "gpt-2"
@@ -151,7 +152,7 @@ def _split_name(steps: list[Mapping[str, Any]], file: Path) -> str:
     if isinstance(pattern, str) and pattern in _SPLITS and not steps[1].get("use_regex", True):
         return _SPLITS[pattern]
     raise CheckpointError(
-        f"{file} cuts text by {'+'.join(map(str, kinds))} in a way that llama.cpp has no name for; known: "
+        f"{_NAME} cuts text by {'+'.join(map(str, kinds))} in a way that llama.cpp has no name for; known: "
         f"gpt-2, smollm, {', '.join(_SPLITS.values())}."
     )
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, InputPathError
 from ...tensor import is_finite
 from .atomic import new_folder, write_files
 from .checkpoint_dir import open_checkpoint, read_json
@@ -127,11 +127,11 @@ def read_adapter(path: str | os.PathLike[str], *, allow_pickle: bool = False) ->
     """
     path = Path(path)
     if not path.is_dir():
-        raise CheckpointError(f"There is no adapter folder at {path}.")
+        raise InputPathError(f"There is no adapter folder at {path}.")
     if not (path / CONFIG_FILE).is_file():
         inner = next((f.parent for f in sorted(path.glob(f"*/{CONFIG_FILE}"))), None)
         hint = f"did you mean {inner}?" if inner else "is it a PEFT adapter?"
-        raise CheckpointError(f"{path} holds no {CONFIG_FILE}; {hint}")
+        raise InputPathError(f"{path} holds no {CONFIG_FILE}; {hint}")
     config = read_json(path / CONFIG_FILE)
     try:
         _check_config(config)

@@ -120,7 +120,7 @@ def test_what_is_no_model_and_what_cannot_be_written(
     (tmp_path / "config.json").write_text('{"model_type": "llamma"}')
     assert cli.main(["inspect", str(tmp_path / "config.json")]) == 1
     assert "The configuration of" in capsys.readouterr().err
-    assert cli.main(["inspect", str(tmp_path / "nothing")]) == 1
+    assert cli.main(["inspect", str(tmp_path / "nothing")]) == 2
     assert "There is no model folder or .gguf file" in capsys.readouterr().err
     assert cli.main(["inspect", str(config_file), "--seq-len", "24", "--out", str(config_file / "x")]) == 2
     assert "cannot be written" in capsys.readouterr().err

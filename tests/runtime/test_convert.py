@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,3 +138,36 @@ def test_a_pickled_adapter_is_read_only_when_asked(
     assert main([*arguments, "--allow-pickle"]) == 0
     got, wanted = weights_of(tmp_path / "out"), weights_of(tmp_path / "wanted")
     assert all(torch.equal(got[key], wanted[key]) for key in wanted)
+
+
+def test_what_a_conversion_counts(tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Quantized tensors are no copies; without an adapter there is nothing that a base precision is about."""
+    arguments = ["convert", "--model", str(tiny_checkpoint), "--to", "nf4", "--out", str(tmp_path / "nf4")]
+    assert main(arguments) == 0
+    said = capsys.readouterr()
+    assert "21 quantized and 8 copied tensors" in said.out and "base precision" not in said.out
+    lines = said.err.splitlines()
+    assert lines and len(set(lines)) == len(lines) and re.fullmatch(r"converting: (\d+) of \1 kB", lines[-1])
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "convert --model {0}/g.gguf --to dense --out {0}/out",
+        "export --base {0}/none --adapter {0}/none --out {0}/out",
+        "export --base {1} --adapter {1} --out {0}/out",
+        "combine --adapter {0}/none --out {0}/out",
+        "inspect {0}/none",
+        "estimate {0}/none",
+        "finetune --model {1} --data {0}/none --out {0}/out",
+        "finetune --model {0}/none --data {1} --out {0}/out",
+        "runs list --store {0}/none",
+    ],
+)
+def test_a_path_to_nothing_is_wrong_use(
+    tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    assert main(command.format(tmp_path, tiny_checkpoint).split()) == 2
+    said = capsys.readouterr().err
+    assert str(tmp_path) in said or str(tiny_checkpoint) in said
+    assert "g.gguf" not in command or "There is no model folder or .gguf file" in said

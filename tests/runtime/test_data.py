@@ -73,6 +73,7 @@ class TestReading:
         ("line", "message"),
         [
             ("{broken", "not JSON"),
+            ('{"text": "a\tb"}', r"Invalid control character at column \d"),
             ("[" * 100_000, "not JSON|nested too deeply"),
             ([1], "must be a JSON object, this one is a list"),
             ({"txt": "x"}, "its keys are: txt"),

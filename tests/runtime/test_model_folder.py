@@ -25,10 +25,9 @@ def model(tiny_llama: Callable[..., Any]) -> Any:
     return qc.prepare(tiny_llama(num_hidden_layers=1), OPTIONS)
 
 
-def test_both_doors_write_the_adapters(model: Any, tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
-    plain = tiny_llama(num_hidden_layers=1)
-    torch.compile(plain, backend="qlora", options=OPTIONS)(input_ids=IDS)
-    for number, made in enumerate([model, plain, copy.deepcopy(model), pickle.loads(pickle.dumps(model))]):
+def test_it_writes_the_adapters(model: Any, tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
+    traced = qc.prepare(tiny_llama(num_hidden_layers=1), OPTIONS, example_inputs={"input_ids": IDS, "labels": IDS})
+    for number, made in enumerate([model, traced, copy.deepcopy(model), pickle.loads(pickle.dumps(model))]):
         made.save_pretrained(tmp_path / str(number))
         files = sorted(file.name for file in (tmp_path / str(number)).iterdir())
         assert files == ["adapter_config.json", "adapter_model.safetensors", "model.safetensors", "qlora_compile.json"]
@@ -64,8 +63,11 @@ def test_what_cannot_be_written_is_one_sentence(model: Any, tiny_llama: Callable
     model.save_pretrained(tmp_path / "other process", is_main_process=False)
     assert not (tmp_path / "other process").exists()
     quantized = qc.prepare(tiny_llama(num_hidden_layers=1), {"r": 0})
+    plain = tiny_llama(num_hidden_layers=1)
+    torch.compile(plain, backend="qlora", options=OPTIONS)(input_ids=IDS, labels=IDS)
     for write in (
         lambda: quantized.save_pretrained(tmp_path / "quantized"),
+        lambda: plain.save_pretrained(tmp_path / "plain"),
         lambda: save_model(model, str(tmp_path / "model.safetensors")),
         lambda: save_file(model.state_dict(), tmp_path / "state.safetensors"),
     ):
