@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import warnings
 from collections.abc import Callable, Container, Iterator
 
@@ -46,12 +47,12 @@ def _choices(edits: ModelEdits) -> Iterator[tuple[str, str, Names, bool]]:
         spec = getattr(config, option)
         if isinstance(spec, tuple):
             for item in spec:
-                yield option, item, lambda name, item=item: names_module((item,), name), option != "exclude_modules"
+                yield option, item, functools.partial(names_module, (item,)), option != "exclude_modules"
         elif spec and option != "target_modules":  # a target expression without a match is an error
-            yield option, spec, lambda name, spec=spec: names_module(spec, name), option != "exclude_modules"
+            yield option, spec, functools.partial(names_module, spec), option != "exclude_modules"
     for option in ("rank_pattern", "alpha_pattern"):
         for item in getattr(config, option):
-            yield option, item, lambda name, item=item: pattern_names(item, name), True
+            yield option, item, functools.partial(pattern_names, item), True
 
 
 def _decline_reason(edits: ModelEdits, entry: ParamInfo, targets: Container[str] | None) -> str | None:

@@ -19,9 +19,9 @@ def save_adapters_of(root: nn.Module) -> None:
 
     Not while Dynamo traces the model: its guards name the model's class and the bases of it.
     """
-    cls = type(root)
+    cls: Any = type(root)
     if hasattr(cls, "save_pretrained") and not cls.__module__.startswith("peft.") and not hasattr(cls, "_qlora_saves"):
-        root.__class__ = saving_class(cls)  # type: ignore[assignment]
+        root.__class__ = saving_class(cls)
 
 
 @functools.cache
