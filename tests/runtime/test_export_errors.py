@@ -103,7 +103,7 @@ class TestBadInput:
     def test_missing_and_broken_inputs(self, tiny_checkpoint: Path, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="no adapter folder"):
             export(tiny_checkpoint, tmp_path / "out", tmp_path / "nowhere")
-        with pytest.raises(CheckpointError, match="no checkpoint at"):
+        with pytest.raises(CheckpointError, match="no model folder"):
             export(tmp_path / "nowhere", tmp_path / "out")
         base = tmp_path / "base"
         export(tiny_checkpoint, base)
