@@ -70,6 +70,18 @@ def _clean_state() -> Iterator[None]:
 
 
 @pytest.fixture
+def slow_bf16(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A CPU without bf16 instructions, whatever runs the tests, and no table of measurements for it."""
+    from qlora_compile.runtime.kernels import devices, dispatch
+
+    monkeypatch.setattr(devices, "multiplies_natively", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(dispatch, "table", lambda device: ())
+    dispatch.forget_choices()
+    yield
+    dispatch.forget_choices()
+
+
+@pytest.fixture
 def tiny_llama() -> Callable[..., torch.nn.Module]:
     """A maker of small random Llamas; keywords override `LlamaConfig`'s, `dtype` and `seed` are ours.
 

@@ -15,15 +15,7 @@ from qlora_compile.passes import normalize_linear, widen_matmuls
 from qlora_compile.runtime import kernels
 from qlora_compile.runtime.kernels import devices, dispatch
 
-
-@pytest.fixture(autouse=True)
-def slow_bf16(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A CPU without bf16 instructions, whatever runs the tests, and no table of measurements for it."""
-    monkeypatch.setattr(devices, "multiplies_natively", lambda dtype: dtype == torch.float32)
-    monkeypatch.setattr(dispatch, "table", lambda device: ())
-    dispatch.forget_choices()
-    yield
-    dispatch.forget_choices()
+pytestmark = pytest.mark.usefixtures("slow_bf16")
 
 
 class Net(nn.Module):

@@ -14,19 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qlora_compile as qc
 from qlora_compile.eager_kernels import eager_kernels
-from qlora_compile.runtime.kernels import devices, dispatch
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def slow_bf16(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A CPU without bf16 instructions, whatever runs the tests, and no table of measurements for it."""
-    monkeypatch.setattr(devices, "multiplies_natively", lambda dtype: dtype == torch.float32)
-    monkeypatch.setattr(dispatch, "table", lambda device: ())
-    dispatch.forget_choices()
-    yield
-    dispatch.forget_choices()
+pytestmark = pytest.mark.usefixtures("slow_bf16")
 
 
 class Ops(TorchDispatchMode):
