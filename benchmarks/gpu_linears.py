@@ -23,7 +23,7 @@ from qlora_compile.runtime.kernels.dispatch import Problem
 
 DX = "lora_linear_backward, dX only"
 MANY = 2048  # rows from which on the limit is the library's product
-# with many rows they lost to the library's product by factors of 2 to 5 everywhere (results/gpu_h200.json)
+# with many rows they lost to the library's product by factors of 2 to 5 everywhere (results/gpu_h200_first.json)
 ONLY_FEW = ("triton_gemm", "triton_dx")
 
 

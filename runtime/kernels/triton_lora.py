@@ -1,10 +1,11 @@
 """The candidates for `lora_linear` and its backward on a GPU: Triton kernels over one group.
 
-    triton_vector      up to 4 rows: one launch for the whole group, straight from the codes
+    triton_vector      up to 2 rows: two launches for the whole group and its adapters, straight from the codes
     triton_gemm        a GEMM for each linear, decoded between load and product; K divided over programs for few rows
     triton_dx          backward: dX of the group as one sum straight from the codes, low-rank products in Triton
     triton_low_rank    the weight dequantized once, the library's GEMM, low-rank products in Triton
     joined_gemm        the weight dequantized beside its adapters' B: the library's GEMM over K + R, no pass over y
+    summed_gemm        backward of several linears: dX summed in fp32 by the library's GEMMs, no copy of the dy
 
 None is preferred: where no measurement speaks (a shipped table, `autotune=True`), the library's GEMM on the dequantized
 weight runs. M rows of x, N output and K input features, R ranks.
@@ -12,7 +13,8 @@ weight runs. M rows of x, N output and K input features, R ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from ...lora_group import LoRAGroup, scratch, split_ranks
 from ...nf4 import QuantizedData
 from . import dispatch, triton_linear, triton_low_rank, triton_operands
 from .dispatch import Candidate, Problem
+from .triton_linear import VectorAdapter
 from .triton_low_rank import Dropout, Scale
 from .triton_operands import Adapter, Weight
 
@@ -88,13 +91,16 @@ def _adapters(group: LoRAGroup, h: Tensor) -> list[list[Adapter]]:
 
 
 def forward_vector(group: LoRAGroup, x: Tensor, bias: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    m = x.shape[0]
+    m, k = x.shape
     outs = [x.new_empty((m, n)) for n in group.out_features]
-    if not m:
-        return outs, x.new_empty((m, sum(group.ranks())))
-    h = low_rank(group, x)
-    weights, adapters = [_weight(group, i, x.shape[1]) for i in range(len(outs))], _adapters(group, h)
-    triton_linear.lora_linear_vector(x, weights, outs, h, adapters, bias)
+    h = x.new_empty((m, sum(group.ranks())))
+
+    def adapter(j: int) -> VectorAdapter:
+        scaling = group.scaling[j] if group.scaling else None
+        return VectorAdapter(group.lora_a[j], group.lora_b[j].contiguous(), group.alpha[j], scaling)
+
+    adapters = [[adapter(j) for j in mine] for mine in group.adapters_of()]
+    triton_linear.lora_linear_vector(x, [_weight(group, i, k) for i in range(len(outs))], outs, h, adapters, bias)
     return outs, h
 
 
@@ -160,15 +166,17 @@ def low_rank_grads(
     ranks = group.ranks()
     if not ranks:
         return [], [], []
-    low = x.new_empty((x.shape[0], sum(ranks)))
-    g, parts = list(split_ranks(group, low)), split_ranks(group, h)
+    parts = split_ranks(group, h)
+    g: list[Tensor] = []
     da = [torch.empty_like(a) for a in group.lora_a] if need_adapters else []
     db = [torch.empty_like(b) for b in group.lora_b] if need_adapters else []
     for dy, own in zip(dys, group.adapters_of(), strict=True):
         for part in _launches(ranks[own.start : own.stop]):
             mine = own[part]
-            scale, columns = _scale(group, mine), _columns(low, ranks, slice(mine.start, mine.stop))
-            triton_low_rank.lora_down(dy, [group.lora_b[j].t() for j in mine], columns, scale)
+            scale, factors = _scale(group, mine), [group.lora_b[j].t() for j in mine]
+            low = x.new_empty((x.shape[0], sum(ranks[j] for j in mine)))  # whole rows: torch.cat copies others slowly
+            triton_low_rank.lora_down(dy, factors, low, scale)
+            g += low.split_with_sizes([ranks[j] for j in mine], dim=1) if len(mine) > 1 else [low]
             if need_adapters:
                 triton_low_rank.lora_over_tokens([parts[j] for j in mine], dy, [db[j].t() for j in mine], scale)
     for part in _launches(ranks) if need_adapters else []:
@@ -197,6 +205,34 @@ def backward_low_rank(
     return grad_x(group, dys, g, x) if need_dx else None, da, db
 
 
+def backward_summed(
+    group: LoRAGroup, dys: list[Tensor], x: Tensor, h: Tensor, need_dx: bool, need_adapters: bool
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+    """dX = dy_0 W_0 + dy_1 W_1 + ... summed in fp32 by the library, low-rank products added at the one rounding: no dy is
+    copied. The products write and read 8 K bytes a token for each linear, torch.cat of the dy 4 sum N."""
+    g, da, db = low_rank_grads(group, dys, x, h, need_adapters)
+    if not need_dx:
+        return None, da, db
+    total: Tensor | None = None
+    for i, dy in enumerate(dys):
+        total = _add_product(total, dy, group.dense_weight(i, x.shape[1]))
+    assert total is not None
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    factors, dropout = [a.t() for a in group.lora_a], _dropout(group, x.device, range(len(g)))
+    triton_low_rank.lora_up(dx, g, factors, dropout=dropout, partial=total[None])
+    return dx, da, db
+
+
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """total + left [M, N] right [N, K] in fp32; a CPU, where Triton's interpreter runs, has no product with that result."""
+    if left.device.type == "cpu" or left.dtype == torch.float32:
+        product = left.float() @ right.float()
+        return product if total is None else total.add_(product)
+    if total is None:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return torch.addmm(total, left, right, out_dtype=torch.float32)
+
+
 def _declines_device(problem: Problem) -> str | None:
     """What keeps the kernels that prove themselves from this device (no compiler for launchers, ...) keeps these, too."""
     from . import find
@@ -221,6 +257,14 @@ def _declines_codes(problem: Problem) -> str | None:
     return _declines_low_rank(problem) if problem.rank else _declines_device(problem)
 
 
+def _declines_summed(problem: Problem) -> str | None:
+    if torch.version.hip is not None:
+        return "ROCm has no product of 16-bit factors in fp32"
+    if len(problem.n) < 2:
+        return "for several linears"
+    return f"for more than {MOST_FEW} rows" if problem.m <= MOST_FEW else _declines_low_rank(problem)
+
+
 def _declines_joined(problem: Problem) -> str | None:
     if problem.quant_type != "none" and problem.k % problem.block_size:
         return f"K is no multiple of the block of {problem.block_size}"
@@ -229,7 +273,9 @@ def _declines_joined(problem: Problem) -> str | None:
 
 def _declines_vector(problem: Problem) -> str | None:
     most = triton_linear.MOST_VECTOR_ROWS
-    return f"for at most {most} rows" if problem.m > most else _declines_codes(problem)
+    if problem.m > most:
+        return f"for at most {most} rows"
+    return "it draws no masks" if problem.dropout else _declines_codes(problem)
 
 
 def _never(problem: Problem) -> bool:
@@ -243,16 +289,16 @@ CODES, DOWN, UP = "lora_linear_gemm", "lora_down", "lora_up"
 
 def register() -> None:
     """Adds the candidates; where Triton is installed."""
-    for name, run, declines, kernels in (
-        ("triton_vector", forward_vector, _declines_vector, (DOWN, "lora_linear_small")),
-        ("triton_gemm", forward_gemm, _declines_codes, (DOWN, CODES)),
-        ("triton_low_rank", forward_low_rank, _declines_low_rank, ("dequantize_4bit", DOWN, UP)),
-        ("joined_gemm", forward_joined, _declines_joined, ("dequantize_4bit", DOWN)),
-    ):
-        dispatch.register(Candidate("lora_linear", name, run, ("cuda",), declines, _never, kernels))
-    over = "lora_over_tokens"
-    for name, run_back, declines, kernels in (
-        ("triton_dx", backward_dx, _declines_codes, (DOWN, over, "lora_linear_dx")),
-        ("triton_low_rank", backward_low_rank, _declines_low_rank, ("dequantize_4bit", DOWN, over)),
-    ):
-        dispatch.register(Candidate("lora_linear_backward", name, run_back, ("cuda",), declines, _never, kernels))
+    over, codec = "lora_over_tokens", "dequantize_4bit"
+
+    def add(op: str, name: str, run: Callable[..., Any], declines: Callable[[Problem], str | None], *used: str) -> None:
+        dispatch.register(Candidate(op, name, run, ("cuda",), declines, _never, used))
+
+    add("lora_linear", "triton_vector", forward_vector, _declines_vector, "lora_linear_small")
+    add("lora_linear", "triton_gemm", forward_gemm, _declines_codes, DOWN, CODES)
+    add("lora_linear", "triton_low_rank", forward_low_rank, _declines_low_rank, codec, DOWN, UP)
+    add("lora_linear", "joined_gemm", forward_joined, _declines_joined, codec, DOWN)
+    back = "lora_linear_backward"
+    add(back, "triton_dx", backward_dx, _declines_codes, DOWN, over, "lora_linear_dx")
+    add(back, "triton_low_rank", backward_low_rank, _declines_low_rank, codec, DOWN, over)
+    add(back, "summed_gemm", backward_summed, _declines_summed, codec, DOWN, over, UP)

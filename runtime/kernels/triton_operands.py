@@ -91,6 +91,15 @@ def check_adapters(adapters: Sequence[Adapter], rows: int, columns: int, x: Tens
             raise KernelError(f"A factor of shape {[*adapter.factor.shape]} does not fit: {[*shape]} is needed.")
 
 
+def check_factor(name: str, factor: Tensor, shape: tuple[int, int], device: torch.device) -> None:
+    """Of any strides."""
+    if factor.shape != shape or factor.dtype not in DTYPES or factor.device != device:
+        raise KernelError(
+            f"{name} must be a floating {[*shape]} tensor on {device}, "
+            f"got {factor.dtype} {[*factor.shape]} on {factor.device}."
+        )
+
+
 def rank_arguments(adapter: Adapter) -> list[Any]:
     """B, alpha and scaling of an adapter among a launch's arguments."""
     return [TENSOR, adapter.alpha, *([] if adapter.scaling is None else [TENSOR])]

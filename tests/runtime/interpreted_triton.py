@@ -24,6 +24,7 @@ from qlora_compile.runtime.kernels import (
     triton_paged_step,
 )
 from qlora_compile.runtime.kernels.paged_step_proof import proves_paged_step
+from qlora_compile.runtime.kernels.triton_linear import VectorAdapter
 from qlora_compile.runtime.kernels.triton_operands import Adapter, Weight
 
 GENERATOR = torch.Generator().manual_seed(23)
@@ -105,25 +106,30 @@ def test_quantize_has_the_bytes_of_the_reference(
     assert torch.equal(got.codes, expected.codes) and torch.equal(got.absmax, expected.absmax)
 
 
-@pytest.mark.parametrize("m", [1, 3])
+@pytest.mark.parametrize("m", [1, 2])
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_a_few_rows_of_a_group(m: int, double_quant: bool) -> None:
     weights = [_weight(n, 96, double_quant=double_quant) for n in (21, 10, 7)]
-    x, h = _randn(m, 96), _randn(m, 12)
-    factors = [_randn(21, 5), _randn(10, 3), _randn(7, 4)]
-    lows = h.split([5, 3, 4], dim=1)
-    adapters = [[Adapter(low, factor, 1.5, torch.tensor(0.5))] for low, factor in zip(lows, factors)]
+    x, h, ranks = _randn(m, 96), torch.full((m, 14), torch.nan), ((5,), (3, 2), (4,))
+    adapters = [
+        [VectorAdapter(_randn(96, r).t(), _randn(w.rows, r), 1.5, torch.tensor(0.5)) for r in mine]
+        for w, mine in zip(weights, ranks)
+    ]
     bias = [_randn(w.rows) for w in weights]
     outs = [torch.full((m, w.rows), torch.nan) for w in weights]
     triton_linear.lora_linear_vector(x, weights, outs, h, adapters, bias)
+    lows = iter(h.split([5, 3, 2, 4], dim=1))
     for weight, out, mine, b in zip(weights, outs, adapters, bias):
-        _close(out, x.double() @ _dense(weight).double().t() + _low_rank(mine) + b.double(), 110)
+        low = [Adapter(next(lows), adapter.up, 1.5, adapter.scaling) for adapter in mine]
+        for one, adapter in zip(low, mine):
+            _close(one.low, x.double() @ adapter.down.double().t(), 96)
+        _close(out, x.double() @ _dense(weight).double().t() + _low_rank(low) + b.double(), 110)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("block_size", [32, 64, 128])
 def test_rows_longer_than_a_step_whose_codes_begin_anywhere(dtype: torch.dtype, block_size: int) -> None:
-    """Two steps over K, more weight rows than four a program, and codes that are a slice from an odd address."""
+    """Two steps over K, more weight rows than a program takes, and codes that are a slice from an odd address."""
     m, n, k = 2, 261, 1056
     weight = _weight(n, k, "fp4", block_size)
     buffer = torch.zeros(weight.data.codes.numel() + 5, dtype=torch.uint8)
@@ -132,7 +138,7 @@ def test_rows_longer_than_a_step_whose_codes_begin_anywhere(dtype: torch.dtype, 
     codes.copy_(weight.data.codes)
     x, out = _randn(m, k).to(dtype), torch.empty(m, n)
     sliced = Weight(weight.data._replace(codes=codes), n, k, "fp4", block_size)
-    triton_linear.lora_linear_vector(x, [sliced], [out], _randn(m, 0), [[]], [])
+    triton_linear.lora_linear_vector(x, [sliced], [out], _randn(m, 0).to(dtype))
     _close(out, x.double() @ _dense(weight).double().t(), k)
     if dtype == torch.float32:
         gemm, dx = torch.empty(m, n), torch.empty(m, k)

@@ -39,7 +39,11 @@ FORWARD = {
     "low_rank": triton_lora.forward_low_rank,
     "joined": triton_lora.forward_joined,
 }
-BACKWARD = {"dx": triton_lora.backward_dx, "low_rank": triton_lora.backward_low_rank}
+BACKWARD = {
+    "dx": triton_lora.backward_dx,
+    "low_rank": triton_lora.backward_low_rank,
+    "summed": triton_lora.backward_summed,
+}
 
 
 def _randn(*shape: int) -> Tensor:
@@ -105,7 +109,7 @@ def test_forward(name: str, dropout: float, with_bias: bool) -> None:
     _close(h, torch.cat([p.double() @ a.double().t() for p, a in zip(parts, group.lora_a)], dim=1))
 
 
-@pytest.mark.parametrize("m", [1, 4])
+@pytest.mark.parametrize("m", [1, 2])
 def test_a_few_rows(m: int) -> None:
     group = _group(0.0, quant_type="fp4")
     wide = _randn(m, K + 3)[:, 3:]
@@ -211,7 +215,7 @@ def test_kernels_prove_themselves() -> None:
 
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "measured", lambda device: ())
-    problem = Problem("lora_linear", 4, (64,), 96, 8, torch.bfloat16, "nf4", 64, "cuda")
+    problem = Problem("lora_linear", 2, (64,), 96, 8, torch.bfloat16, "nf4", 64, "cuda")
     kept = list(dispatch._candidates)
     try:
         triton_lora.register()
@@ -223,7 +227,8 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
         choice = dispatch.choose(problem)
         assert choice.name == "library_gemm"  # nothing was measured
         for changed, name, reason in (
-            ({"m": 8}, "triton_vector", "at most 4 rows"),
+            ({"m": 8}, "triton_vector", "at most 2 rows"),
+            ({"dropout": True}, "triton_vector", "draws no masks"),
             ({"k": 72}, "triton_gemm", "multiple of 32"),
             ({"quant_type": "none"}, "triton_gemm", "dense"),
             ({"rank": 0}, "triton_low_rank", "no adapter"),
@@ -231,6 +236,12 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
         ):
             other = dispatch.choose(problem._replace(**changed), name)
             assert other.name == "library_gemm" and reason in other.why
+        back = problem._replace(op="lora_linear_backward", m=128)
+        single, several = (
+            dispatch.choose(back, "summed_gemm"),
+            dispatch.choose(back._replace(n=(64, 32)), "summed_gemm"),
+        )
+        assert "for several linears" in single.why and several.name == "summed_gemm"
         dispatch.forget_choices()
         monkeypatch.setattr(kernels, "find", lambda op, device: print if op == "dequantize_4bit" else None)
         assert dispatch.choose(problem, "triton_gemm").name == "triton_gemm"

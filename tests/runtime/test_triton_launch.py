@@ -99,7 +99,7 @@ ADAPTERS = [Adapter(part, B, 2.0, SCALING) for part in H.split(R, dim=1)]
 SCALE = Scale([2.0, 0.5], [SCALING, SCALING])
 DA, SEEDS, BIAS = torch.zeros(R, K), [torch.tensor(7), torch.tensor(8)], torch.zeros(N)
 ONE_X, ONE_H, ONE_Y = _bf16(1, K), _bf16(1, R), _bf16(1, N)
-ONE_ADAPTER = [Adapter(ONE_H, B, 2.0, SCALING)]
+ONE_ADAPTER = [triton_linear.VectorAdapter(A, B, 2.0, SCALING)]
 CALLS: dict[str, Callable[[], None]] = {
     "dequantize": lambda: triton_codec.dequantize_4bit(*WEIGHT.data, N * K, "nf4", 32, _DENSE),
     "down": lambda: triton_low_rank.lora_down(X, [A, A], H, SCALE, Dropout(SEEDS, 0.75)),
@@ -112,20 +112,23 @@ CALLS: dict[str, Callable[[], None]] = {
     "dx": lambda: triton_linear.lora_linear_dx(X, [Y, Y], [WEIGHT, WEIGHT], [Adapter(H[:, :R], A)]),
 }
 PIECES, NUMBERS = torch.zeros(3, 6, dtype=torch.int64), torch.zeros(2, 8)
-_DENSE, _PARTS = _bf16(N, K), torch.zeros(3, R, K)
+_DENSE, _PARTS, _SPREAD = _bf16(N, K), torch.zeros(3, R, K), torch.zeros(1024)
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_launch_that_is_found_again_is_the_same_launch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_low_rank, "_splits", lambda *_: 1)  # a split sum has a buffer of its own at each call
+    monkeypatch.setattr(
+        triton_low_rank, "_splits", lambda *_, **__: 1
+    )  # a split sum has a buffer of its own at each call
+    monkeypatch.setattr(triton_linear, "scratch", lambda like, numel: _SPREAD)  # as well
     CALLS[name]()
-    (by_triton,) = launched
-    assert len(triton_launch._launches) == 1
+    by_triton = launched.copy()
+    assert len(triton_launch._launches) == len(by_triton) == (2 if name == "vector" else 1)
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", None)
     launched.clear()
     for _ in range(2):
         CALLS[name]()
-    assert launched == [by_triton, by_triton]
+    assert launched == by_triton * 2
 
 
 def test_addresses_that_are_no_multiple_of_16_have_a_kernel_of_their_own() -> None:
