@@ -49,8 +49,8 @@ FIRST, REST, SMALL_REST = (1, 4096), (2048, 16, 64, 4, 512), (16,)  # rows of x;
 
 
 def jobs(small: bool) -> list[Job]:
-    """What is done, in this order: least and most seconds of each. Behind it those that an H200 with 16 cores is
-    expected to take: by results/gpu_h200_first.json, 1 s for a Triton kernel to compile, 3 for a process to find the GPU. They are
+    """What is done, in this order: least and most seconds of each. Behind it those that an H200 with 16 cores is expected
+    to take: by results/gpu_h200_first.json, 1 s for a Triton kernel to compile, 3 for a process to find the GPU. They are
     520 with the imports, so the last may not get their time."""
     linears, contender, paging = gpu_jobs.linears, gpu_jobs.contender, gpu_jobs.paging
     bind = functools.partial
