@@ -3,9 +3,10 @@
     python benchmarks/gpu.py --out DIR [--seconds 440] [--layers N] [--batch 2 --seq-len 2048] [--parts kernels,paging,model]
 
 Needs torch >= 2.11 with CUDA (or ROCm), triton and transformers; peft and bitsandbytes are measured beside us where they
-are installed. `jobs` says what is done in which order, each in a process of its own: every kernel against fp64; the device's
-speeds, and dequantize beside a copy; every linear kernel beside cuBLAS (dense bf16) for the shapes of Llama-3-8B; training
-steps and decoding of a Llama of that shape with as many layers as fit; a paged optimizer. Beside each number stands what
+are installed. `jobs` says what is done in which order, each in a process of its own: the device's speeds, and dequantize
+beside a copy; every linear kernel beside cuBLAS (dense bf16) for the shapes of Llama-3-8B; training steps and decoding of a
+Llama of that shape with as many layers as fit; a paged optimizer; every kernel against fp64. Most of it is compilation:
+the processes of a group compile side by side, and what is timed has the machine to itself. Beside each number stands what
 bounds it: bytes at the speed of a read or a copy, operations at cuBLAS's, both measured here, the host, or launches.
 
 No job starts that cannot get its least time before --seconds are over, so some may be missing: the file says which, and
@@ -48,24 +49,26 @@ LLAMA, PEFT, BOTH = ("transformers",), ("transformers", "peft"), ("transformers"
 FIRST, REST, SMALL_REST = (1, 4096), (2048, 16, 64, 4, 512), (16,)  # rows of x; what says most comes first
 
 
-def jobs(small: bool) -> list[Job]:
-    """What is done, in this order: least and most seconds of each. Behind it those that an H200 with 16 cores is expected
-    to take: by results/gpu_h200_first.json, 1 s for a Triton kernel to compile, 3 for a process to find the GPU. They are
-    520 with the imports, so the last may not get their time."""
+def jobs(small: bool) -> list[list[Job]]:
+    """What is done: groups that get ready side by side, in this order, and of each the least and most seconds of its turn.
+    The models of a group fit 80 GB together (results/gpu_h200.json: 16 GB and less each)."""
     linears, contender, paging = gpu_jobs.linears, gpu_jobs.contender, gpu_jobs.paging
     bind = functools.partial
     return [
-        Job("check", "kernels", gpu_jobs.check, 20, 150),  # 55
-        Job("speeds", "", gpu_jobs.speeds, 10, 60),  # 15
-        Job("linears", "kernels", bind(linears, FIRST), 25, 110),  # 45
-        Job("ours", "model", bind(contender, "ours", True), 40, 110, LLAMA),  # 45
-        Job("bitsandbytes", "model", bind(contender, "bitsandbytes", True), 55, 120, BOTH),  # 60
-        Job("dense_lora", "model", bind(contender, "dense_lora", True), 45, 110, PEFT),  # 50
-        Job("paging_resident", "paging", bind(paging, "resident"), 30, 90, LLAMA),  # 35
-        Job("paging_paged", "paging", bind(paging, "paged"), 30, 90, LLAMA),  # 30
-        Job("more_linears", "kernels", bind(linears, SMALL_REST if small else REST), 20, 120),  # 85
-        Job("ours_without_logits", "model", bind(contender, "ours_without_logits", False), 25, 80, LLAMA),  # 30
-        Job("bitsandbytes_bf16", "model", bind(contender, "bitsandbytes_bf16", False), 45, 100, BOTH),  # 55
+        [Job("speeds", "", gpu_jobs.speeds, 10, 60), Job("linears", "kernels", bind(linears, FIRST), 15, 90)],
+        [
+            Job("ours", "model", bind(contender, "ours", True), 10, 60, LLAMA),
+            Job("bitsandbytes", "model", bind(contender, "bitsandbytes", True), 10, 60, BOTH),
+            Job("dense_lora", "model", bind(contender, "dense_lora", True), 10, 60, PEFT),
+            Job("paging_resident", "paging", bind(paging, "resident"), 15, 60, LLAMA),
+            Job("paging_paged", "paging", bind(paging, "paged"), 15, 60, LLAMA),
+            Job("check", "kernels", gpu_jobs.check, 5, 150),
+        ],
+        [
+            Job("more_linears", "kernels", bind(linears, SMALL_REST if small else REST), 20, 90),
+            Job("ours_without_logits", "model", bind(contender, "ours_without_logits", False), 10, 60, LLAMA),
+            Job("bitsandbytes_bf16", "model", bind(contender, "bitsandbytes_bf16", False), 10, 60, BOTH),
+        ],
     ]
 
 
@@ -108,11 +111,11 @@ def measure(out: Path, settings: gpu_jobs.Settings, seconds: float) -> int:
     run = Run(out, settings, seconds, method=start_method(settings.device), summarize=summary)
     run.own["settings"] = asdict(settings)
     said: set[str] = set()
-    for job in jobs(settings.small):
-        if job.part in ("", *settings.parts):
-            run.do(job)
-        else:
-            run.skip(job.name, "not asked for")
+    for group in jobs(settings.small):
+        for job in group:
+            if job.part not in ("", *settings.parts):
+                run.skip(job.name, "not asked for")
+        run.do_together([job for job in group if job.part in ("", *settings.parts)])
         for text in map(line, run.found["summary"]):
             if text not in said:
                 said.add(text)

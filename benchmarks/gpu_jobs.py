@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -41,10 +42,10 @@ class Settings:
         return gpu_models.SMALL if self.small else gpu_models.LLAMA_3_8B
 
     def model_layers(self) -> int:
-        """As asked, or what fits: Llama-3-8B has 32; dense bf16 layers take 0.44 GB, embedding, head and activations 12."""
+        """As asked, or what fits, of 32: the models of a group, side by side, take 15 GB and 4.5 for each layer."""
         if self.layers is not None or self.small or self.device != "cuda":
             return self.layers or (2 if self.small else 1)
-        return max(1, min(8, int((torch.cuda.mem_get_info()[0] - 12e9) / 1.5e9)))
+        return max(1, min(8, int((torch.cuda.mem_get_info()[1] - 15e9) / 4.5e9)))
 
 
 class Wrongs:
@@ -73,6 +74,7 @@ def check(child: Child) -> None:
 
 def speeds(child: Child) -> None:
     """The device's name and speeds; where kernels are asked for, dequantize beside a copy."""
+    child.turn()
     device, small = child.settings.device, child.settings.small
     child.keep(machine=tuning.about(device))
     measured = gpu_linears.measured_speeds(device, small)
@@ -100,9 +102,13 @@ def linears(rows_of_x: Sequence[int], child: Child) -> None:
     """Rows of the linear table for these numbers of rows of x, and the dispatch table of all rows so far."""
     settings, wrong = child.settings, Wrongs(child)
     device = settings.device
-    known = Speeds(**child.found["speeds"]) if "speeds" in child.found else None
     made = [gpu_kernels.group_of(sizes, k, device) for sizes, k in ((((64, 32), 96),) if settings.small else GROUPS)]
     rows: list[dict[str, Any]] = []
+    if not settings.small:
+        for m, (group, dense) in itertools.product(rows_of_x, made):  # compiles; what is wrong is said when it is timed
+            gpu_linears.linear_row(device, group, torch.cat(dense), m, None, lambda line: None, gpu_linears.once)
+    child.turn()
+    known = Speeds(**child.found["speeds"]) if "speeds" in child.found else None
     for m in rows_of_x:
         for group, dense in made:
             name = f"linears, M={m} N={group.out_features}"
@@ -149,7 +155,7 @@ def contender(name: str, decodes: bool, child: Child) -> None:
     }
     model = gpu_models.made(name, shape, layers, device)
     step = gpu_models.training_step(name, model, shape, settings.tokens, device)
-    result = found["training"][name] = gpu_models.timed_steps(step, device, 2 if small else 8)
+    result = found["training"][name] = gpu_models.timed_steps(step, device, 2 if small else 8, child.turn)
     child.keep(model=found)
     say(f"training {name}: {numbers(result)}")
     result["profile"] = gpu_profile.on_device(step, device)
@@ -167,7 +173,7 @@ def paging(name: str, child: Child) -> None:
     """Training with the optimizer's states resident, or paged."""
     device, small = child.settings.device, child.settings.small
     shape, layers = (gpu_models.SMALL, 2) if small else (gpu_paging.NARROW, gpu_paging.LAYERS)
-    found, step = gpu_paging.run(name, shape, layers, device, 2 if small else 12)
+    found, step = gpu_paging.run(name, shape, layers, device, 2 if small else 12, child.turn)
     child.keep(paging={name: found})
     found["profile"] = gpu_profile.on_device(step, device)
     child.keep(paging={name: found})

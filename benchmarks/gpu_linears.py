@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -56,8 +57,23 @@ def peer_seconds(weight: Tensor, device: str) -> float:
     return seconds(lambda: functional.dequantize_4bit(codes, state), device)
 
 
+Timer = Callable[[Callable[[], object], str], float]
+
+
+def once(call: Callable[[], object], device: str) -> float:
+    """Not timed: what it needs is compiled then."""
+    call()
+    return math.nan
+
+
 def linear_row(
-    device: str, group: LoRAGroup, dense: Tensor, m: int, speeds: Speeds | None, wrong: Callable[[str], None]
+    device: str,
+    group: LoRAGroup,
+    dense: Tensor,
+    m: int,
+    speeds: Speeds | None,
+    wrong: Callable[[str], None],
+    timer: Timer = seconds,
 ) -> list[dict[str, Any]]:
     """Forward and backward at one number of rows, every candidate; `dense` [sum N, K] is the group's weight. The library's
     product has no adapter. A candidate that raises is told to `wrong`, and the row goes on without it."""
@@ -73,8 +89,8 @@ def linear_row(
         works[DX] = works["lora_linear_backward"][0], (group, dys, x, h, True, False)
     found = []
     for op, (product, args) in works.items():
-        row = {"op": op, "m": m, "n": list(sizes), "k": k, "dense_bf16_us": 1e6 * seconds(product, device)}
-        row["us"] = times = candidate_times(device, op, group, m, k, args, wrong)
+        row = {"op": op, "m": m, "n": list(sizes), "k": k, "dense_bf16_us": 1e6 * timer(product, device)}
+        row["us"] = times = candidate_times(device, op, group, m, k, args, wrong, timer)
         row["best"] = best = min(times, key=times.__getitem__, default=None)
         if best is not None:
             row["dense_over_best"] = row["dense_bf16_us"] / times[best]
@@ -85,7 +101,14 @@ def linear_row(
 
 
 def candidate_times(
-    device: str, op: str, group: LoRAGroup, m: int, k: int, args: tuple[Any, ...], wrong: Callable[[str], None]
+    device: str,
+    op: str,
+    group: LoRAGroup,
+    m: int,
+    k: int,
+    args: tuple[Any, ...],
+    wrong: Callable[[str], None],
+    timer: Timer,
 ) -> dict[str, float]:
     """Microseconds by candidate, of those that did not raise."""
     times = {}
@@ -94,7 +117,7 @@ def candidate_times(
             continue
         call = bound_to(candidate, *args)
         name = f"timing {op} {candidate.name} M={m} N={group.out_features} K={k}"
-        time_s = guarded(name, device, wrong, functools.partial(seconds, call, device))
+        time_s = guarded(name, device, wrong, functools.partial(timer, call, device))
         if time_s is not None:
             times[candidate.name] = round(1e6 * time_s, 1)
     return times

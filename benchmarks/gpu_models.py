@@ -125,15 +125,18 @@ def training_step(name: str, model: nn.Module, shape: Shape, tokens: tuple[int, 
     return stepper(model, optimizer, "qlora" if name.startswith("ours") else "inductor", [ids])
 
 
-def timed_steps(step: Step, device: str, steps: int) -> dict[str, Any]:
-    """Median of `steps` after WARM_UP that compile, losses and, on CUDA, the memory's peaks.
+def timed_steps(step: Step, device: str, steps: int, turn: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Median of `steps` after WARM_UP that compile, losses and, on CUDA, the memory's peaks. `turn` waits, in between, until
+    nothing else runs.
 
-    "first_step_s" is a compilation with the caches as the parts before left them, not a cold one. "peak_mb" is training's,
+    "first_step_s" is a compilation with the caches as the parts before left them, others beside it. "peak_mb" is training's,
     "peak_with_compiling_mb" that of the process so far (the dense model and the compilation too), and "reserved_mb" what
     the allocator has taken of the device meanwhile.
     """
     times, losses, found = [], [], {}
     for number in range(WARM_UP + steps):
+        if number == WARM_UP:
+            turn()
         if number == WARM_UP and device == "cuda":
             found["peak_with_compiling_mb"] = torch.cuda.max_memory_allocated() / 1e6
             torch.cuda.reset_peak_memory_stats()

@@ -11,6 +11,7 @@ Used by gpu.py, which gives each of the two a process of its own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,7 +30,9 @@ LAYERS, RANK, TOKENS, MICRO_BATCHES = 4, 64, (1, 128), 4
 BUDGET = 8  # the device keeps this part of the states
 
 
-def run(name: str, shape: Shape, layers: int, device: str, steps: int) -> tuple[dict[str, Any], Step]:
+def run(
+    name: str, shape: Shape, layers: int, device: str, steps: int, turn: Callable[[], None] = lambda: None
+) -> tuple[dict[str, Any], Step]:
     """Median step, losses, peaks, bytes of the states and of what moves in a step; and the step, to be profiled."""
     torch.manual_seed(0)
     config = qc.QLoRAConfig(r=RANK, lora_alpha=2 * RANK, keep_logits=False)
@@ -40,7 +43,7 @@ def run(name: str, shape: Shape, layers: int, device: str, steps: int) -> tuple[
     optimizer = torch.optim.AdamW(adapters, lr=1e-4, fused=True) if paged is None else paged
     ids = torch.randint(0, shape["vocab_size"], (MICRO_BATCHES, *TOKENS), device=device)
     step = stepper(model, optimizer, "qlora", list(ids))
-    found = timed_steps(step, device, steps) | {"state_mb": states / 1e6}
+    found = timed_steps(step, device, steps, turn) | {"state_mb": states / 1e6}
     if paged is not None:
         before = moved_mb(paged)
         step()

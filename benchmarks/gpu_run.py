@@ -1,7 +1,9 @@
-"""Jobs, one after the other, each in a process of its own -> one JSON file that loses nothing of what a job has kept.
+"""Jobs, each in a process of its own -> one JSON file that loses nothing of what a job has kept.
 
-A job that raises, dies or runs past its limit costs nothing but what it had not kept yet: it writes DIR/parts/<job>.json
-as it goes, and after each job all parts are merged into DIR/gpu.json. Used by gpu.py; imports no torch.
+Jobs of one group get ready side by side (imports, models, compilations), and then have the device one after the other: a
+job calls `Child.turn` before what it times. While one has its turn all others wait, or are stopped where they were not ready
+in time. A job that raises, dies or runs past its limit costs nothing but what it had not kept yet: it writes
+DIR/parts/<job>.json as it goes, and after each job all parts are merged into DIR/gpu.json. Used by gpu.py; imports no torch.
 """
 
 from __future__ import annotations
@@ -11,13 +13,14 @@ import ctypes
 import functools
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -39,7 +42,20 @@ class Child:
     found: Found
     file: Path
     end: float  # by time.monotonic(); then it is killed
+    limit: float = math.inf  # seconds of its turn
+    last: float = math.inf  # the end of all turns
+    ready: Any = None  # multiprocessing's events; None where it is its turn already
+    go: Any = None
     kept: Found = field(default_factory=dict)
+
+    def turn(self) -> None:
+        """Returns when nothing else runs; what is timed comes after it. `found` has what the turns before have found."""
+        if self.ready is None or self.ready.is_set():
+            return
+        self.ready.set()
+        self.go.wait()
+        self.end = min(time.monotonic() + self.limit, self.last)
+        self.found = _read(self.file.parents[1] / "gpu.json")
 
     def keep(self, **values: Any) -> None:
         """Adds to what this job has found, or replaces it; from here on it is not lost."""
@@ -53,7 +69,7 @@ class Child:
 
 @dataclass(frozen=True)
 class Job:
-    """`least` seconds must be left to start it, after `limit` it is killed; `part` "": whatever parts were asked for."""
+    """`least` seconds must be left for its turn, after `limit` it is killed; `part` "": whatever parts were asked for."""
 
     name: str
     part: str
@@ -79,7 +95,8 @@ class Run:
         started: float = STARTED,
         summarize: Callable[[Found], list[Found]] = lambda found: [],
     ) -> None:
-        self.settings, self.method, self.started, self.summarize = settings, method, started, summarize
+        self.settings, self.started, self.summarize = settings, started, summarize
+        self._context: Any = multiprocessing.get_context(method)
         self.end = started + seconds
         self.file, self.parts, self.names = out / "gpu.json", out / "parts", list[str]()
         self.own: Found = {"errors": {}, "skipped": {}, "jobs": {}}
@@ -96,24 +113,80 @@ class Run:
         say(f"not measured: {name}: {why}")
         self.write()
 
+    def _can(self, job: Job) -> bool:
+        """Says why not."""
+        missing = next((package for package in job.needs if importlib.util.find_spec(package) is None), None)
+        if missing is None and self.left() >= job.least:
+            return True
+        self.skip(job.name, "no time left" if missing is None else f"{missing} is not installed")
+        return False
+
     def do(self, job: Job) -> None:
         """Runs a job, or says why not; what it has kept is in the file afterwards, however it ended."""
-        missing = next((package for package in job.needs if importlib.util.find_spec(package) is None), None)
-        if missing is not None or self.left() < job.least:
-            self.skip(job.name, "no time left" if missing is None else f"{missing} is not installed")
+        if not self._can(job):
             return
         begin, limit = time.monotonic(), min(job.limit, self.left())
         say(f"== {job.name}, {begin - self.started:.0f} s after the start")
         child = Child(self.settings, self.found, self.parts / f"{job.name}.json", begin + limit)
-        process = multiprocessing.get_context(self.method).Process(target=_work, args=(job, child))  # type: ignore[attr-defined]
+        process = self._context.Process(target=_work, args=(job, child))
         process.start()
+        self._await(job.name, process, limit, begin)
+
+    def do_together(self, jobs: Sequence[Job]) -> None:
+        """The same for several that get ready side by side. Those that are not ready when the time left is what the others'
+        turns need at least are stopped, and go on after them."""
+        jobs = [job for job in jobs if self._can(job)]
+        if not jobs:
+            return
+        begin = time.monotonic()
+        say(f"== side by side, {begin - self.started:.0f} s after the start: {', '.join(job.name for job in jobs)}")
+        waiting: dict[Job, tuple[BaseProcess, Child]] = {}
+        try:
+            for job in jobs:
+                file, event = self.parts / f"{job.name}.json", self._context.Event
+                child = Child(self.settings, self.found, file, self.end, job.limit, self.end, event(), event())
+                process = self._context.Process(target=_work, args=(job, child))
+                process.start()
+                waiting[job] = process, child
+            self._until_ready(waiting, sum(job.least for job in jobs))
+            say(f"ready, {time.monotonic() - self.started:.0f} s after the start")
+            late = [job for job, (process, child) in waiting.items() if _gets_ready(process, child)]
+            for job in late:
+                _signal(waiting[job][0], signal.SIGSTOP)
+            for job in sorted(jobs, key=late.__contains__):
+                process, child = waiting[job]
+                if job in late:
+                    _signal(process, signal.SIGCONT)
+                    self._until_ready({job: waiting[job]}, job.least)
+                del waiting[job]
+                self._turn(job, process, child)
+        finally:  # also where a signal ends this script
+            for process, _ in waiting.values():
+                _end(process)
+
+    def _until_ready(self, waiting: Mapping[Job, tuple[BaseProcess, Child]], reserve: float) -> None:
+        while self.left() > reserve and any(_gets_ready(*one) for one in waiting.values()):
+            time.sleep(0.05)
+
+    def _turn(self, job: Job, process: BaseProcess, child: Child) -> None:
+        begin, limit = time.monotonic(), min(job.limit, max(self.left(), 0.0))
+        if _gets_ready(process, child):
+            _end(process)
+            self._close(job.name, "was not ready in time", 0.0)
+            return
+        say(f"== {job.name}, {begin - self.started:.0f} s after the start")
+        child.go.set()
+        self._await(job.name, process, limit, begin)
+
+    def _await(self, name: str, process: BaseProcess, limit: float, begin: float) -> None:
+        """Until the job has ended, or been ended."""
         try:
             process.join(limit)
         finally:  # also where a signal ends this script
-            late = child.left() <= 0 and process.is_alive()
+            late = process.is_alive() and time.monotonic() - begin >= limit
             _end(process)
             why = f"ran past its limit of {limit:.0f} s" if late else _ending(process.exitcode)
-            self._close(job.name, why, time.monotonic() - begin)
+            self._close(name, why, time.monotonic() - begin)
 
     def _close(self, name: str, why: str | None, seconds: float) -> None:
         self.names.append(name)
@@ -193,11 +266,21 @@ def _end_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _gets_ready(process: BaseProcess, child: Child) -> bool:
+    return process.is_alive() and not child.ready.is_set()
+
+
+def _signal(process: BaseProcess, number: int) -> None:
+    """To its group."""
+    if process.pid is not None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # it may be gone, or not have its group yet
+            os.killpg(process.pid, number)
+
+
 def _end(process: BaseProcess) -> None:
     """Kills a process that still runs, and its group."""
     if process.is_alive() and process.pid is not None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # it may be gone, or not have its group yet
-            os.killpg(process.pid, signal.SIGKILL)
+        _signal(process, signal.SIGKILL)
         process.kill()
         process.join(KILL_S)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import json
 import math
 import os
@@ -98,6 +99,40 @@ def test_a_job_that_fails_loses_nothing_that_was_kept(module: Callable[[str], An
     assert errors["hangs"] == "ran past its limit of 3 s" and errors["dies"] == "killed by SIGKILL"
     assert run.exit_code() == 1 and set(found["jobs"]) == {"first", "raises", "hangs", "dies", "last"}
     assert found["jobs"]["hangs"]["seconds"] < 20
+
+
+def _timed(child: Any) -> None:
+    child.keep(ready=[child.file.stem])
+    child.turn()
+    before = time.monotonic()
+    time.sleep(0.3)
+    child.keep(turns=[(before, time.monotonic())], saw=[len(child.found.get("turns", []))])
+
+
+def _slow_to_get_ready(child: Any) -> None:
+    for _ in range(60):  # stopped meanwhile
+        time.sleep(0.05)
+    _timed(child)
+
+
+def _never_ready(child: Any) -> None:
+    child.keep(wrong=["kept"])
+    time.sleep(100)
+
+
+def test_jobs_get_ready_together_and_have_their_turns_alone(module: Callable[[str], Any], tmp_path: Path) -> None:
+    gpu_run = module("gpu_run")
+    run = gpu_run.Run(tmp_path, None, 14.0, started=time.monotonic())
+    works = {"late": _slow_to_get_ready, "first": _timed, "raises": _raises, "never": _never_ready, "second": _timed}
+    # 12.5 seconds are kept for turns: what is not ready after a second waits until the others are done
+    run.do_together([gpu_run.Job(name, "", work, 2.5, 5.0) for name, work in works.items()])
+    found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    assert found["jobs"].keys() == works.keys() and found["ready"] == ["first", "second", "late"]
+    assert found["saw"] == [0, 1, 2]  # what the turns before have found
+    turns = found["turns"]
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(turns))
+    assert found["errors"]["never"] == "was not ready in time" and "ValueError" in found["errors"]["raises"]
+    assert found["wrong"] == ["kept"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel for it")
