@@ -3,8 +3,8 @@
 The states have to be a third of the resident peak, with r=64 on all linears. Of the 20 bytes that a parameter of an adapter
 takes (itself, its gradient, the next micro-batch's, two states) they are 8. So the 4-bit base must be small beside its
 adapters, N K / 2 bytes against 20 r (N + K): hidden size 128 and a very wide MLP, four layers for 406 MB of states (more
-layers take longer to compile than to train). Four micro-batches, as training accumulates them: a step of one is little more
-than its optimizer's. On an H200 the states are 0.33 of the peak.
+layers take longer to compile than to train). On an H200 they are 0.33 of the peak. Sixteen micro-batches, as training
+accumulates them: a step of one is little more than its optimizer's.
 
 Used by gpu.py, which gives each of the two a process of its own.
 """
@@ -26,7 +26,7 @@ NARROW = {
     "num_key_value_heads": 4,
     "vocab_size": 4096,
 }
-LAYERS, RANK, TOKENS, MICRO_BATCHES = 4, 64, (1, 128), 4
+LAYERS, RANK, TOKENS, MICRO_BATCHES = 4, 64, (1, 128), 16
 BUDGET = 8  # the device keeps this part of the states
 
 

@@ -103,7 +103,12 @@ class Plan:
         table[:, 0] = table[:, 1] = self.start[at]
         table[:, 2], table[:, 3] = self.offset[at], self.count[at]
         table[:, 5] = 0 if late else self.dtype[at]
-        return Order(self.task[at], self.page[at], table, calls)
+        page = self.page[at]
+        first = np.flatnonzero(np.diff(key[at] * len(self.pages) + page, prepend=-1))
+        runs: list[list[Run]] = [[] for _ in windows]
+        for begin, end in zip(first.tolist(), [*first[1:].tolist(), len(key)]):
+            runs[key[at[begin]] // 6].append(Run(int(page[begin]), begin, end))
+        return Order(self.task[at], page, table, calls, runs)
 
 
 class Call(NamedTuple):
@@ -115,13 +120,22 @@ class Call(NamedTuple):
     form: tuple[int, ...]
 
 
+class Run(NamedTuple):
+    """Rows `first` to `last` of a table are of one page (its index)."""
+
+    page: int
+    first: int
+    last: int
+
+
 class Order(NamedTuple):
-    """By row of a table its task and its page (by index), what of the row no step changes; and by window its calls."""
+    """By row of a table its task and its page (by index), what of the row no step changes; by window its calls and runs."""
 
     task: np.ndarray
     page: np.ndarray
     table: np.ndarray
     calls: list[list[Call]]
+    runs: list[list[Run]]
 
 
 class Rows(NamedTuple):
@@ -137,7 +151,8 @@ class Table:
     coefficients.
 
     For a GPU (`late`) a call has pieces of one dtype, in whose place stands the address of the gradient's sum, and the
-    table lies in one pinned buffer: what a window needs follows it to the device without anyone waiting.
+    table goes there before the pages begin to. Where a page comes to lie is added when it has come, by a kernel: a copy would
+    wait behind those of the next pages, and they then for what is made of this one.
     """
 
     def __init__(
@@ -160,17 +175,18 @@ class Table:
         if late:
             totals = [0 if t.total is None else t.total.data_ptr() for t in tasks]
             self._array[:, 5] = np.array(totals, dtype=np.int64)[task]
+        self._bases = [0 if page.buffer is None else page.buffer.data_ptr() for page in plan.pages]  # of those here now
+        self._array[:, 2] += np.array(self._bases, dtype=np.int64)[self._order.page]
+        if on_gpu:
+            self._there.copy_(self._here, non_blocking=True)
 
-    def calls(self, number: int, window: Sequence[Page]) -> Iterator[Rows]:
-        """Those of a window, whose pages are on the device by now."""
-        plan, found = self._plan, self._order.calls[number]
-        bases = np.zeros(len(plan.pages), dtype=np.int64)
-        for page in window:
-            assert page.buffer is not None
-            bases[plan.index[page]] = page.buffer.data_ptr()
-        begin, end = found[0].first, found[-1].last
-        self._array[begin:end, 2] += bases[self._order.page[begin:end]]
-        if self._there is not self._here:
-            self._there[begin:end].copy_(self._here[begin:end], non_blocking=True)
-        for first, last, narrow, form in found:
+    def calls(self, number: int) -> Iterator[Rows]:
+        """Those of a window, whose pages are on the device, or on their way, by now."""
+        for page, first, last in self._order.runs[number]:
+            buffer = self._plan.pages[page].buffer
+            assert buffer is not None
+            moved = buffer.data_ptr() - self._bases[page]
+            if moved:
+                self._there[first:last, 2] += moved
+        for first, last, narrow, form in self._order.calls[number]:
             yield Rows(self._there[first:last], narrow, form)

@@ -43,7 +43,7 @@ def sweep(pool: PagePool, tasks: Sequence[Task], plan: Plan) -> None:
         with _at_work(pool, window, number):
             fetch(pool, away, len(window))
             if kernel is not None and table is not None:
-                for rows in table.calls(number, window):
+                for rows in table.calls(number):
                     kernel(rows.pieces, table.numbers, tasks[0].state.layout.lion, rows.narrow, *rows.form)
             else:
                 for at in (at for page in window for at in plan.pieces[page]):
