@@ -151,8 +151,8 @@ class Table:
     coefficients.
 
     For a GPU (`late`) a call has pieces of one dtype, in whose place stands the address of the gradient's sum, and the
-    table goes there before the pages begin to. Where a page comes to lie is added when it has come, by a kernel: a copy would
-    wait behind those of the next pages, and they then for what is made of this one.
+    table goes there before the pages begin to. Where a page comes to lie is added when it has come, by a kernel: a copy
+    would wait behind those of the next pages, and they then for what is made of this one.
     """
 
     def __init__(
