@@ -111,11 +111,13 @@ def measure(out: Path, settings: gpu_jobs.Settings, seconds: float) -> int:
     run = Run(out, settings, seconds, method=start_method(settings.device), summarize=summary)
     run.own["settings"] = asdict(settings)
     said: set[str] = set()
-    for group in jobs(settings.small):
+    groups = jobs(settings.small)
+    for number, group in enumerate(groups):
         for job in group:
             if job.part not in ("", *settings.parts):
                 run.skip(job.name, "not asked for")
-        run.do_together([job for job in group if job.part in ("", *settings.parts)])
+        wanted, *others = ([job for job in one if job.part in ("", *settings.parts)] for one in groups[number:])
+        run.do_together(wanted, later=sum(job.least for other in others for job in other))
         for text in map(line, run.found["summary"]):
             if text not in said:
                 said.add(text)

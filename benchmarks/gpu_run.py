@@ -28,6 +28,7 @@ from typing import Any
 
 STARTED = time.monotonic()  # gpu.py imports this before torch: what that takes counts too
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
+READY_S = 150.0  # to get ready, at most
 KILL_S = 20.0  # a process that hangs in a driver need not be gone at once
 
 say = functools.partial(print, flush=True)
@@ -44,8 +45,8 @@ class Child:
     end: float  # by time.monotonic(); then it is killed
     limit: float = math.inf  # seconds of its turn
     last: float = math.inf  # the end of all turns
-    ready: Any = None  # multiprocessing's events; None where it is its turn already
-    go: Any = None
+    ready: Any = None  # an event of multiprocessing's; None where it is its turn already
+    go: Any = None  # a semaphore: who sets an event waits for those that wait for it, also for the dead
     kept: Found = field(default_factory=dict)
 
     def turn(self) -> None:
@@ -53,7 +54,7 @@ class Child:
         if self.ready is None or self.ready.is_set():
             return
         self.ready.set()
-        self.go.wait()
+        self.go.acquire()
         self.end = min(time.monotonic() + self.limit, self.last)
         self.found = _read(self.file.parents[1] / "gpu.json")
 
@@ -113,10 +114,10 @@ class Run:
         say(f"not measured: {name}: {why}")
         self.write()
 
-    def _can(self, job: Job) -> bool:
-        """Says why not."""
+    def _can(self, job: Job, later: float = 0.0) -> bool:
+        """Whether it can have its time, and `later` seconds be left; says why not."""
         missing = next((package for package in job.needs if importlib.util.find_spec(package) is None), None)
-        if missing is None and self.left() >= job.least:
+        if missing is None and self.left() >= job.least + later:
             return True
         self.skip(job.name, "no time left" if missing is None else f"{missing} is not installed")
         return False
@@ -132,23 +133,29 @@ class Run:
         process.start()
         self._await(job.name, process, limit, begin)
 
-    def do_together(self, jobs: Sequence[Job]) -> None:
-        """The same for several that get ready side by side. Those that are not ready when the time left is what the others'
-        turns need at least are stopped, and go on after them."""
-        jobs = [job for job in jobs if self._can(job)]
-        if not jobs:
+    def do_together(self, jobs: Sequence[Job], later: float = 0.0, most: float = READY_S) -> None:
+        """The same for several that get ready side by side, as far as there is time for all of their turns. Those that are
+        not ready after `most` seconds, or when no more is left than all turns need at least and the `later` seconds of
+        other groups, are stopped, and go on after the others."""
+        able: list[Job] = []
+        for job in jobs:
+            if self._can(job, later=sum(other.least for other in able)):
+                able.append(job)
+        if not able:
             return
-        begin = time.monotonic()
+        jobs, begin = able, time.monotonic()
         say(f"== side by side, {begin - self.started:.0f} s after the start: {', '.join(job.name for job in jobs)}")
         waiting: dict[Job, tuple[BaseProcess, Child]] = {}
         try:
             for job in jobs:
-                file, event = self.parts / f"{job.name}.json", self._context.Event
-                child = Child(self.settings, self.found, file, self.end, job.limit, self.end, event(), event())
+                file, ready, go = self.parts / f"{job.name}.json", self._context.Event(), self._context.Semaphore(0)
+                child = Child(self.settings, self.found, file, self.end, job.limit, self.end, ready, go)
                 process = self._context.Process(target=_work, args=(job, child))
                 process.start()
+                with contextlib.suppress(OSError):  # the child does it too; whoever is first
+                    os.setpgid(process.pid, process.pid)
                 waiting[job] = process, child
-            self._until_ready(waiting, sum(job.least for job in jobs))
+            self._until_ready(waiting, sum(job.least for job in jobs) + later, most)
             say(f"ready, {time.monotonic() - self.started:.0f} s after the start")
             late = [job for job, (process, child) in waiting.items() if _gets_ready(process, child)]
             for job in late:
@@ -157,15 +164,16 @@ class Run:
                 process, child = waiting[job]
                 if job in late:
                     _signal(process, signal.SIGCONT)
-                    self._until_ready({job: waiting[job]}, job.least)
-                del waiting[job]
+                    self._until_ready({job: waiting[job]}, job.least + later, most)
                 self._turn(job, process, child)
+                del waiting[job]
         finally:  # also where a signal ends this script
             for process, _ in waiting.values():
                 _end(process)
 
-    def _until_ready(self, waiting: Mapping[Job, tuple[BaseProcess, Child]], reserve: float) -> None:
-        while self.left() > reserve and any(_gets_ready(*one) for one in waiting.values()):
+    def _until_ready(self, waiting: Mapping[Job, tuple[BaseProcess, Child]], reserve: float, most: float) -> None:
+        end = time.monotonic() + min(most, self.left() - reserve)
+        while time.monotonic() < end and any(_gets_ready(*one) for one in waiting.values()):
             time.sleep(0.05)
 
     def _turn(self, job: Job, process: BaseProcess, child: Child) -> None:
@@ -175,7 +183,7 @@ class Run:
             self._close(job.name, "was not ready in time", 0.0)
             return
         say(f"== {job.name}, {begin - self.started:.0f} s after the start")
-        child.go.set()
+        child.go.release()
         self._await(job.name, process, limit, begin)
 
     def _await(self, name: str, process: BaseProcess, limit: float, begin: float) -> None:
@@ -273,8 +281,11 @@ def _gets_ready(process: BaseProcess, child: Child) -> bool:
 def _signal(process: BaseProcess, number: int) -> None:
     """To its group."""
     if process.pid is not None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # it may be gone, or not have its group yet
-            os.killpg(process.pid, number)
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # it may be gone
+            try:
+                os.killpg(process.pid, number)
+            except ProcessLookupError:  # it has no group yet
+                os.kill(process.pid, number)
 
 
 def _end(process: BaseProcess) -> None:

@@ -175,7 +175,8 @@ class Table:
         if late:
             totals = [0 if t.total is None else t.total.data_ptr() for t in tasks]
             self._array[:, 5] = np.array(totals, dtype=np.int64)[task]
-        self._bases = [0 if page.buffer is None else page.buffer.data_ptr() for page in plan.pages]  # of those here now
+        buffers = [page.buffer for page in plan.pages]  # of those that are here now
+        self._bases = [0 if buffer is None else buffer.data_ptr() for buffer in buffers]
         self._array[:, 2] += np.array(self._bases, dtype=np.int64)[self._order.page]
         if on_gpu:
             self._there.copy_(self._here, non_blocking=True)
@@ -187,6 +188,6 @@ class Table:
             assert buffer is not None
             moved = buffer.data_ptr() - self._bases[page]
             if moved:
-                self._there[first:last, 2] += moved
+                self._there[first:last, 2].add_(moved)
         for first, last, narrow, form in self._order.calls[number]:
             yield Rows(self._there[first:last], narrow, form)

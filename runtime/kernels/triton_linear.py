@@ -101,7 +101,9 @@ def _vector_start(x: Tensor, weights: Sequence[Weight], h: Tensor, adapters: Seq
         raise KernelError(f"lora_linear_vector takes at most {MOST_VECTOR_ROWS} rows of x, got {m}.")
     check_activation("x", x, weights[0].columns, x.dtype, x.device)
     check_activation("h", h, sum(adapter.down.shape[0] for adapter in adapters), x.dtype, x.device)
-    chunk = max(128, next_power_of_2(cdiv(k, 32)))
+    # the next kernel's programs add the parts up: 32 of 16 ranks; and so much of A is in the registers
+    ranks = max([next_power_of_2(adapter.down.shape[0]) for adapter in adapters], default=1)
+    chunk = min(max(128, next_power_of_2(cdiv(k, min(32, max(4, 512 // ranks))))), (1 << 16) // ranks)
     chunks = cdiv(k, chunk)
     arguments: list[Any] = [TENSOR, x.stride(0), TENSOR, m, k]
     for adapter in adapters:
@@ -152,9 +154,11 @@ def _vector_launch(
     first = weights[0]
     adapters = adapters or [()] * len(weights)
     flat = [adapter for mine in adapters for adapter in mine]
-    for weight, out, mine in zip(weights, outs, adapters, strict=True):
+    for i, (weight, out, mine) in enumerate(zip(weights, outs, adapters, strict=True)):
         weight.check(x.device)
         check_activation("out", out, weight.rows, out.dtype, x.device)
+        for b in bias[i : i + 1]:
+            check("bias", b, DTYPES, weight.rows, x.device)
         for adapter in mine:
             check_factor("B", adapter.up, (weight.rows, adapter.down.shape[0]), x.device)
             check("B", adapter.up, DTYPES, 0, x.device)

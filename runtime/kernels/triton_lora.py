@@ -100,7 +100,9 @@ def forward_vector(group: LoRAGroup, x: Tensor, bias: Sequence[Tensor]) -> tuple
         return VectorAdapter(group.lora_a[j], group.lora_b[j].contiguous(), group.alpha[j], scaling)
 
     adapters = [[adapter(j) for j in mine] for mine in group.adapters_of()]
-    triton_linear.lora_linear_vector(x, [_weight(group, i, k) for i in range(len(outs))], outs, h, adapters, bias)
+    triton_linear.lora_linear_vector(
+        x, [_weight(group, i, k) for i in range(len(outs))], outs, h, adapters, [b.contiguous() for b in bias]
+    )
     return outs, h
 
 
@@ -213,6 +215,8 @@ def backward_summed(
     g, da, db = low_rank_grads(group, dys, x, h, need_adapters)
     if not need_dx:
         return None, da, db
+    if len(_launches(group.ranks())) != 1:  # more than one launch adds
+        return grad_x(group, dys, g, x), da, db
     total: Tensor | None = None
     for i, dy in enumerate(dys):
         total = _add_product(total, dy, group.dense_weight(i, x.shape[1]))
@@ -275,6 +279,8 @@ def _declines_vector(problem: Problem) -> str | None:
     most = triton_linear.MOST_VECTOR_ROWS
     if problem.m > most:
         return f"for at most {most} rows"
+    if not problem.k or 0 in problem.n:
+        return "for weights with rows and columns"
     return "it draws no masks" if problem.dropout else _declines_codes(problem)
 
 

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -133,6 +134,31 @@ def test_jobs_get_ready_together_and_have_their_turns_alone(module: Callable[[st
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(turns))
     assert found["errors"]["never"] == "was not ready in time" and "ValueError" in found["errors"]["raises"]
     assert found["wrong"] == ["kept"]
+
+
+def _dies_while_it_waits(child: Any) -> None:
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    child.turn()
+
+
+def test_a_job_that_dies_while_it_waits_is_not_waited_for(module: Callable[[str], Any], tmp_path: Path) -> None:
+    gpu_run = module("gpu_run")
+    run = gpu_run.Run(tmp_path, None, 30.0, started=time.monotonic())
+    works = {"first": _slow_to_get_ready, "dies": _dies_while_it_waits, "second": _timed}
+    run.do_together([gpu_run.Job(name, "", work, 1.0, 5.0) for name, work in works.items()], later=5.0)
+    found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    assert found["errors"] == {"dies": "killed by SIGKILL"} and len(found["turns"]) == 2
+
+
+def test_who_hangs_while_it_gets_ready_leaves_time_to_later_groups(
+    module: Callable[[str], Any], tmp_path: Path
+) -> None:
+    gpu_run = module("gpu_run")
+    run = gpu_run.Run(tmp_path, None, 12.0, started=time.monotonic())
+    run.do_together([gpu_run.Job("never", "", _never_ready, 1.0, 5.0)], later=8.0, most=100.0)
+    run.do_together([gpu_run.Job(name, "", _timed, 3.0, 5.0) for name in ("later", "more")])
+    found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    assert found["errors"] == {"never": "was not ready in time"} and len(found["turns"]) == 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel for it")

@@ -147,8 +147,15 @@ def test_more_ranks_than_one_launch_holds() -> None:
     group, x = _group(0.0), _randn(5, K)
     group.lora_a = [_randn(100, K) / 10 for _ in range(3)]
     group.lora_b = [_randn(n, 100) / 10 for n in (21, 21, 7)]
-    for y, e in zip(triton_lora.forward_low_rank(group, x, [])[0], _expected(group, x, [])[0], strict=True):
+    ys, _, wide = _expected(group, x, [])
+    for y, e in zip(triton_lora.forward_low_rank(group, x, [])[0], ys, strict=True):
         _close(y, e)
+    dys, h = [_randn(5, n) for n in OUT], triton_lora.low_rank(group, x)
+    torch.autograd.backward(ys, [dy.double() for dy in dys])
+    for name in ("low_rank", "summed"):
+        dx = BACKWARD[name](group, dys, x, h, True, False)[0]
+        assert dx is not None and wide.grad is not None
+        _close(dx, wide.grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
