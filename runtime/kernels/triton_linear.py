@@ -103,7 +103,7 @@ def _vector_start(x: Tensor, weights: Sequence[Weight], h: Tensor, adapters: Seq
     check_activation("h", h, sum(adapter.down.shape[0] for adapter in adapters), x.dtype, x.device)
     # the next kernel's programs add the parts up: 32 of 16 ranks; and so much of A is in the registers
     ranks = max([next_power_of_2(adapter.down.shape[0]) for adapter in adapters], default=1)
-    chunk = min(max(128, next_power_of_2(cdiv(k, min(32, max(4, 512 // ranks))))), (1 << 16) // ranks)
+    chunk = min(max(128, next_power_of_2(cdiv(k, min(32, max(4, 512 // ranks))))), (1 << 15) // min(ranks, 64))
     chunks = cdiv(k, chunk)
     arguments: list[Any] = [TENSOR, x.stride(0), TENSOR, m, k]
     for adapter in adapters:

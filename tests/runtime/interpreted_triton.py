@@ -110,7 +110,7 @@ def test_quantize_has_the_bytes_of_the_reference(
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_a_few_rows_of_a_group(m: int, double_quant: bool) -> None:
     weights = [_weight(n, 96, double_quant=double_quant) for n in (21, 10, 7)]
-    x, h, ranks = _randn(m, 96), torch.full((m, 14), torch.nan), ((5,), (3, 2), (4,))
+    x, h, ranks = _randn(m, 96), torch.full((m, 79), torch.nan), ((70,), (3, 2), (4,))
     adapters = [
         [VectorAdapter(_randn(96, r).t(), _randn(w.rows, r), 1.5, torch.tensor(0.5)) for r in mine]
         for w, mine in zip(weights, ranks)
@@ -118,7 +118,7 @@ def test_a_few_rows_of_a_group(m: int, double_quant: bool) -> None:
     bias = [_randn(w.rows) for w in weights]
     outs = [torch.full((m, w.rows), torch.nan) for w in weights]
     triton_linear.lora_linear_vector(x, weights, outs, h, adapters, bias)
-    lows = iter(h.split([5, 3, 2, 4], dim=1))
+    lows = iter(h.split([70, 3, 2, 4], dim=1))
     for weight, out, mine, b in zip(weights, outs, adapters, bias):
         low = [Adapter(next(lows), adapter.up, 1.5, adapter.scaling) for adapter in mine]
         for one, adapter in zip(low, mine):

@@ -83,13 +83,13 @@ def _adapters(m: int, n: int, count: int = 1) -> tuple[torch.Tensor, list[Adapte
     return h, [Adapter(part, torch.empty(n, R), 2.0, torch.empty(())) for part in h.split(R, dim=1)]
 
 
-def _vector(m: int) -> None:
+def _vector(m: int, k: int = K, rank: int = R) -> None:
     """q, k and v of one token, or of a few."""
-    weights = [_weight(n, K) for n in (4096, 1024, 1024)]
-    h = _bf16(m, 3 * R)
-    adapters = [[VectorAdapter(torch.empty(R, K), torch.empty(w.rows, R), 2.0, torch.empty(()))] for w in weights]
+    weights = [_weight(n, k) for n in (4096, 1024, 1024)]
+    h = _bf16(m, 3 * rank)
+    adapters = [[VectorAdapter(torch.empty(rank, k), torch.empty(w.rows, rank), 2.0, torch.empty(()))] for w in weights]
     bias = [torch.empty(w.rows) for w in weights]
-    triton_linear.lora_linear_vector(_bf16(m, K), weights, [_bf16(m, w.rows) for w in weights], h, adapters, bias)
+    triton_linear.lora_linear_vector(_bf16(m, k), weights, [_bf16(m, w.rows) for w in weights], h, adapters, bias)
 
 
 def _gemm(m: int) -> None:
@@ -136,6 +136,7 @@ CASES: dict[str, Callable[[], None]] = {
     ),
     "vector_1": lambda: _vector(1),
     "vector_2": lambda: _vector(2),
+    "vector_256_ranks": lambda: _vector(1, 14336, 256),
     "gemm_16": lambda: _gemm(16),
     "gemm_64": lambda: _gemm(64),
     "gemm_training": lambda: _gemm(M_TRAIN),
