@@ -22,6 +22,7 @@ from .triton_launch import TENSOR, Launch, prepared
 from .triton_low_rank import NO_DROPOUT, TYPES, Dropout, Scale, lora_up, padded
 from .triton_operands import (
     Adapter,
+    VectorAdapter,
     Weight,
     check_activation,
     check_adapters,
@@ -34,16 +35,6 @@ from .triton_operands import (
 
 MOST_VECTOR_ROWS = 2  # of four, sums take the registers: an H200 was faster by the GEMM
 PROGRAMS = 32  # of one warp, that a multiprocessor runs at once
-
-
-@dataclass(frozen=True)
-class VectorAdapter:
-    """One adapter of a linear for `lora_linear_vector`: A [R, K] of any strides, B [N, R], alpha and scaling."""
-
-    down: Tensor
-    up: Tensor
-    alpha: float = 1.0
-    scaling: Tensor | None = None
 
 
 def lora_linear_vector(
@@ -170,8 +161,7 @@ def _vector_launch(
         arguments += [TENSOR] * (len(weight.arguments()) + len(bias[:1]) + 1) + [out.stride(0), weight.rows]
         for adapter in mine:
             rank = adapter.up.shape[1]
-            numbers = [adapter.alpha, *([] if adapter.scaling is None else [TENSOR])]
-            arguments += [TENSOR, *numbers, rank, next_power_of_2(rank)]
+            arguments += [*rank_arguments(adapter), rank, next_power_of_2(rank)]
     words = min(max(next_power_of_2(k // 8), 4), 128)  # 32 threads with four each
     block_n = 128 // words  # shorter rows side by side
     return Launch(

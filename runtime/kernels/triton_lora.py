@@ -24,9 +24,8 @@ from ...lora_group import LoRAGroup, scratch, split_ranks
 from ...nf4 import QuantizedData
 from . import dispatch, triton_linear, triton_low_rank, triton_operands
 from .dispatch import Candidate, Problem
-from .triton_linear import VectorAdapter
 from .triton_low_rank import Dropout, Scale
-from .triton_operands import Adapter, Weight
+from .triton_operands import Adapter, VectorAdapter, Weight
 
 
 def _weight(group: LoRAGroup, index: int, k: int) -> Weight:

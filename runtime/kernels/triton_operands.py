@@ -58,6 +58,16 @@ class Adapter:
     scaling: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class VectorAdapter:
+    """One adapter of a linear for `lora_linear_vector`: A [R, K] of any strides, B [N, R], alpha and scaling."""
+
+    down: Tensor
+    up: Tensor
+    alpha: float = 1.0
+    scaling: Tensor | None = None
+
+
 def chunk_of(columns: int, block_size: int, most: int) -> int:
     """Columns read under one scale: the largest power of two, at most `most`, that divides the block size and K."""
     return min(columns & -columns, block_size, most) if columns else most
@@ -100,7 +110,7 @@ def check_factor(name: str, factor: Tensor, shape: tuple[int, int], device: torc
         )
 
 
-def rank_arguments(adapter: Adapter) -> list[Any]:
+def rank_arguments(adapter: Adapter | VectorAdapter) -> list[Any]:
     """B, alpha and scaling of an adapter among a launch's arguments."""
     return [TENSOR, adapter.alpha, *([] if adapter.scaling is None else [TENSOR])]
 

@@ -24,8 +24,7 @@ from qlora_compile.runtime.kernels import (
     triton_paged_step,
 )
 from qlora_compile.runtime.kernels.paged_step_proof import proves_paged_step
-from qlora_compile.runtime.kernels.triton_linear import VectorAdapter
-from qlora_compile.runtime.kernels.triton_operands import Adapter, Weight
+from qlora_compile.runtime.kernels.triton_operands import Adapter, VectorAdapter, Weight
 
 GENERATOR = torch.Generator().manual_seed(23)
 

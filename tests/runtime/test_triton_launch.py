@@ -30,7 +30,7 @@ from qlora_compile.runtime.kernels import (  # noqa: E402
     triton_paged_step,
 )
 from qlora_compile.runtime.kernels.triton_low_rank import Dropout, Scale  # noqa: E402
-from qlora_compile.runtime.kernels.triton_operands import Adapter, Weight  # noqa: E402
+from qlora_compile.runtime.kernels.triton_operands import Adapter, VectorAdapter, Weight  # noqa: E402
 
 launched: list[tuple[Any, ...]] = []
 
@@ -99,7 +99,7 @@ ADAPTERS = [Adapter(part, B, 2.0, SCALING) for part in H.split(R, dim=1)]
 SCALE = Scale([2.0, 0.5], [SCALING, SCALING])
 DA, SEEDS, BIAS = torch.zeros(R, K), [torch.tensor(7), torch.tensor(8)], torch.zeros(N)
 ONE_X, ONE_H, ONE_Y = _bf16(1, K), _bf16(1, R), _bf16(1, N)
-ONE_ADAPTER = [triton_linear.VectorAdapter(A, B, 2.0, SCALING)]
+ONE_ADAPTER = [VectorAdapter(A, B, 2.0, SCALING)]
 CALLS: dict[str, Callable[[], None]] = {
     "dequantize": lambda: triton_codec.dequantize_4bit(*WEIGHT.data, N * K, "nf4", 32, _DENSE),
     "down": lambda: triton_low_rank.lora_down(X, [A, A], H, SCALE, Dropout(SEEDS, 0.75)),

@@ -31,8 +31,7 @@ from qlora_compile.runtime.kernels import (  # noqa: E402
     triton_paged_step,
 )
 from qlora_compile.runtime.kernels.cpu_common import DTYPES  # noqa: E402
-from qlora_compile.runtime.kernels.triton_linear import VectorAdapter  # noqa: E402
-from qlora_compile.runtime.kernels.triton_operands import Adapter, Weight  # noqa: E402
+from qlora_compile.runtime.kernels.triton_operands import Adapter, VectorAdapter, Weight  # noqa: E402
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
