@@ -117,7 +117,7 @@ def measure(out: Path, settings: gpu_jobs.Settings, seconds: float) -> int:
             if job.part not in ("", *settings.parts):
                 run.skip(job.name, "not asked for")
         wanted, *others = ([job for job in one if job.part in ("", *settings.parts)] for one in groups[number:])
-        run.do_together(wanted, later=sum(job.least for other in others for job in other))
+        run.do(wanted, later=sum(job.least for other in others for job in other))
         for text in map(line, run.found["summary"]):
             if text not in said:
                 said.add(text)

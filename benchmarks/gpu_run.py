@@ -13,7 +13,6 @@ import ctypes
 import functools
 import importlib.util
 import json
-import math
 import multiprocessing
 import os
 import signal
@@ -42,20 +41,19 @@ class Child:
     settings: Any
     found: Found
     file: Path
-    end: float  # by time.monotonic(); then it is killed
-    limit: float = math.inf  # seconds of its turn
-    last: float = math.inf  # the end of all turns
-    ready: Any = None  # an event of multiprocessing's; None where it is its turn already
-    go: Any = None  # a semaphore: who sets an event waits for those that wait for it, also for the dead
+    end: float  # by time.monotonic(); then it is killed: the end of all turns, and of its own as soon as it has it
+    limit: float  # seconds of its turn
+    ready: Any  # an event of multiprocessing's
+    go: Any  # a semaphore: who sets an event waits for those that wait for it, also for the dead
     kept: Found = field(default_factory=dict)
 
     def turn(self) -> None:
         """Returns when nothing else runs; what is timed comes after it. `found` has what the turns before have found."""
-        if self.ready is None or self.ready.is_set():
+        if self.ready.is_set():
             return
         self.ready.set()
         self.go.acquire()
-        self.end = min(time.monotonic() + self.limit, self.last)
+        self.end = min(time.monotonic() + self.limit, self.end)
         self.found = _read(self.file.parents[1] / "gpu.json")
 
     def keep(self, **values: Any) -> None:
@@ -122,21 +120,11 @@ class Run:
         self.skip(job.name, "no time left" if missing is None else f"{missing} is not installed")
         return False
 
-    def do(self, job: Job) -> None:
-        """Runs a job, or says why not; what it has kept is in the file afterwards, however it ended."""
-        if not self._can(job):
-            return
-        begin, limit = time.monotonic(), min(job.limit, self.left())
-        say(f"== {job.name}, {begin - self.started:.0f} s after the start")
-        child = Child(self.settings, self.found, self.parts / f"{job.name}.json", begin + limit)
-        process = self._context.Process(target=_work, args=(job, child))
-        process.start()
-        self._await(job.name, process, limit, begin)
-
-    def do_together(self, jobs: Sequence[Job], later: float = 0.0, most: float = READY_S) -> None:
-        """The same for several that get ready side by side, as far as there is time for all of their turns. Those that are
-        not ready after `most` seconds, or when no more is left than all turns need at least and the `later` seconds of
-        other groups, are stopped, and go on after the others."""
+    def do(self, jobs: Sequence[Job], later: float = 0.0, most: float = READY_S) -> None:
+        """Runs jobs that get ready side by side, as far as there is time for all of their turns, or says why not; what they
+        have kept is in the file afterwards, however they ended. Those that are not ready after `most` seconds, or when no
+        more is left than all turns need at least and the `later` seconds of other groups, are stopped, and go on after the
+        others."""
         able: list[Job] = []
         for job in jobs:
             if self._can(job, later=sum(other.least for other in able)):
@@ -149,7 +137,7 @@ class Run:
         try:
             for job in jobs:
                 file, ready, go = self.parts / f"{job.name}.json", self._context.Event(), self._context.Semaphore(0)
-                child = Child(self.settings, self.found, file, self.end, job.limit, self.end, ready, go)
+                child = Child(self.settings, self.found, file, self.end, job.limit, ready, go)
                 process = self._context.Process(target=_work, args=(job, child))
                 process.start()
                 with contextlib.suppress(OSError):  # the child does it too; whoever is first
@@ -184,17 +172,13 @@ class Run:
             return
         say(f"== {job.name}, {begin - self.started:.0f} s after the start")
         child.go.release()
-        self._await(job.name, process, limit, begin)
-
-    def _await(self, name: str, process: BaseProcess, limit: float, begin: float) -> None:
-        """Until the job has ended, or been ended."""
         try:
             process.join(limit)
         finally:  # also where a signal ends this script
             late = process.is_alive() and time.monotonic() - begin >= limit
             _end(process)
             why = f"ran past its limit of {limit:.0f} s" if late else _ending(process.exitcode)
-            self._close(name, why, time.monotonic() - begin)
+            self._close(job.name, why, time.monotonic() - begin)
 
     def _close(self, name: str, why: str | None, seconds: float) -> None:
         self.names.append(name)

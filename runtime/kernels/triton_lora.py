@@ -22,7 +22,7 @@ from torch import Tensor
 from ...lora_gradients import grad_x
 from ...lora_group import LoRAGroup, scratch, split_ranks
 from ...nf4 import QuantizedData
-from . import dispatch, triton_linear, triton_low_rank, triton_operands
+from . import dispatch, triton_linear, triton_low_rank, triton_operands, triton_vector
 from .dispatch import Candidate, Problem
 from .triton_low_rank import Dropout, Scale
 from .triton_operands import Adapter, VectorAdapter, Weight
@@ -99,7 +99,7 @@ def forward_vector(group: LoRAGroup, x: Tensor, bias: Sequence[Tensor]) -> tuple
         return VectorAdapter(group.lora_a[j], group.lora_b[j].contiguous(), group.alpha[j], scaling)
 
     adapters = [[adapter(j) for j in mine] for mine in group.adapters_of()]
-    triton_linear.lora_linear_vector(
+    triton_vector.lora_linear_vector(
         x, [_weight(group, i, k) for i in range(len(outs))], outs, h, adapters, [b.contiguous() for b in bias]
     )
     return outs, h
@@ -275,7 +275,7 @@ def _declines_joined(problem: Problem) -> str | None:
 
 
 def _declines_vector(problem: Problem) -> str | None:
-    most = triton_linear.MOST_VECTOR_ROWS
+    most = triton_vector.MOST_VECTOR_ROWS
     if problem.m > most:
         return f"for at most {most} rows"
     if not problem.k or 0 in problem.n:

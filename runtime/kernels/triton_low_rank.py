@@ -171,11 +171,18 @@ def _splits(programs: int, blocks: int, numel: int, like: Tensor, most_each: int
 
 def sum_splits(partial: Tensor, out: Tensor) -> None:
     """out = the sum of fp32 partial results [SPLITS, ...], in order: the same bits in every run."""
-    if not out.is_contiguous():
+    if _is_turned(out):
+        partial, out = partial.transpose(-1, -2), out.t()
+    if not out.is_contiguous() or not partial.is_contiguous():
         out.copy_(partial.sum(0))
         return
     launch = prepared(("sum_splits",), [partial, out], lambda: _sum_launch(partial.shape[0], out.numel()))
     launch([partial, out])
+
+
+def _is_turned(out: Tensor) -> bool:
+    """Whether its columns lie one after the other in memory: the transpose of a contiguous matrix."""
+    return out.dim() == 2 and not out.is_contiguous() and out.t().is_contiguous()
 
 
 def _sum_launch(splits: int, numel: int) -> Launch:
@@ -263,13 +270,20 @@ def lora_over_tokens(
         return
     targets = outs
     if launch.splits > 1:
-        shapes = [(launch.splits, *out.shape) for out in outs]
-        targets = [torch.empty(shape, dtype=torch.float32, device=right.device) for shape in shapes]
+        targets = [_partial(launch.splits, out) for out in outs]
         given = [right, *_interleaved((left, targets), scale, dropout)]
     launch(given)
     if launch.splits > 1:
         for target, out in zip(targets, outs):
             sum_splits(target, out)
+
+
+def _partial(splits: int, out: Tensor) -> Tensor:
+    """fp32 [SPLITS, R, C], in memory as `out` is: then one launch sums it up."""
+    rows, columns = out.shape
+    shape = (splits, columns, rows) if _is_turned(out) else (splits, rows, columns)
+    target = torch.empty(shape, dtype=torch.float32, device=out.device)
+    return target.transpose(1, 2) if _is_turned(out) else target
 
 
 def _tokens_launch(
@@ -288,7 +302,7 @@ def _tokens_launch(
     splits = _splits(programs, cdiv(m, block_m), max(o.numel() for o in outs), right, most_each=7)
     arguments: list[Any] = [TENSOR, right.stride(0)]
     for j, (part, out) in enumerate(zip(left, outs)):
-        strides = out.stride() if splits == 1 else (c, 1)
+        strides = out.stride() if splits == 1 else (1, out.shape[0]) if _is_turned(out) else (c, 1)
         arguments += [TENSOR, part.stride(0), TENSOR, *strides, *_scale_and_seed(j, scale, dropout)]
     arguments += [m, c, *([dropout.keep] if dropout.seed else [])]
     return Launch(

@@ -67,6 +67,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 
 
 def _good(child: Any) -> None:
+    child.turn()
     child.keep(rows=[len(child.found.get("rows", []))])
 
 
@@ -76,12 +77,14 @@ def _raises(child: Any) -> None:
 
 
 def _hangs(child: Any) -> None:
+    child.turn()
     child.keep(rows=[20])
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])  # is ended with its parent
     time.sleep(100)
 
 
 def _dies(child: Any) -> None:
+    child.turn()
     child.keep(rows=[30], model={"training": {"dies": 2.0}})
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -90,7 +93,7 @@ def test_a_job_that_fails_loses_nothing_that_was_kept(module: Callable[[str], An
     gpu_run = module("gpu_run")
     run = gpu_run.Run(tmp_path, None, 60.0, started=time.monotonic())
     for name, work in {"first": _good, "raises": _raises, "hangs": _hangs, "dies": _dies, "last": _good}.items():
-        run.do(gpu_run.Job(name, "", work, 0.5, 3.0 if name == "hangs" else 30.0))
+        run.do([gpu_run.Job(name, "", work, 0.5, 3.0 if name == "hangs" else 30.0)])
     found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
     assert found["rows"] == [0, 10, 20, 30, 4]  # in order, and the last job saw what the others had kept
     assert found["model"] == {"training": {"raises": 1.0, "dies": 2.0}}
@@ -126,7 +129,7 @@ def test_jobs_get_ready_together_and_have_their_turns_alone(module: Callable[[st
     run = gpu_run.Run(tmp_path, None, 14.0, started=time.monotonic())
     works = {"late": _slow_to_get_ready, "first": _timed, "raises": _raises, "never": _never_ready, "second": _timed}
     # 12.5 seconds are kept for turns: what is not ready after a second waits until the others are done
-    run.do_together([gpu_run.Job(name, "", work, 2.5, 5.0) for name, work in works.items()])
+    run.do([gpu_run.Job(name, "", work, 2.5, 5.0) for name, work in works.items()])
     found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
     assert found["jobs"].keys() == works.keys() and found["ready"] == ["first", "second", "late"]
     assert found["saw"] == [0, 1, 2]  # what the turns before have found
@@ -145,7 +148,7 @@ def test_a_job_that_dies_while_it_waits_is_not_waited_for(module: Callable[[str]
     gpu_run = module("gpu_run")
     run = gpu_run.Run(tmp_path, None, 30.0, started=time.monotonic())
     works = {"first": _slow_to_get_ready, "dies": _dies_while_it_waits, "second": _timed}
-    run.do_together([gpu_run.Job(name, "", work, 1.0, 5.0) for name, work in works.items()], later=5.0)
+    run.do([gpu_run.Job(name, "", work, 1.0, 5.0) for name, work in works.items()], later=5.0)
     found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
     assert found["errors"] == {"dies": "killed by SIGKILL"} and len(found["turns"]) == 2
 
@@ -155,8 +158,8 @@ def test_who_hangs_while_it_gets_ready_leaves_time_to_later_groups(
 ) -> None:
     gpu_run = module("gpu_run")
     run = gpu_run.Run(tmp_path, None, 12.0, started=time.monotonic())
-    run.do_together([gpu_run.Job("never", "", _never_ready, 1.0, 5.0)], later=8.0, most=100.0)
-    run.do_together([gpu_run.Job(name, "", _timed, 3.0, 5.0) for name in ("later", "more")])
+    run.do([gpu_run.Job("never", "", _never_ready, 1.0, 5.0)], later=8.0, most=100.0)
+    run.do([gpu_run.Job(name, "", _timed, 3.0, 5.0) for name in ("later", "more")])
     found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
     assert found["errors"] == {"never": "was not ready in time"} and len(found["turns"]) == 2
 
@@ -169,10 +172,11 @@ def test_a_job_ends_with_a_script_that_is_killed(tmp_path: Path) -> None:
         import gpu_run
         from pathlib import Path
         def work(child):
+            child.turn()
             child.keep(process=os.getpid())
             time.sleep(100)
         run = gpu_run.Run(Path({str(tmp_path)!r}), None, 100.0)
-        run.do(gpu_run.Job("hangs", "", work, 1.0, 90.0))
+        run.do([gpu_run.Job("hangs", "", work, 1.0, 90.0)])
     """
     part = tmp_path / "parts" / "hangs.json"
     with subprocess.Popen([sys.executable, "-c", script]) as parent:
@@ -210,9 +214,9 @@ def test_no_job_starts_that_cannot_get_its_time(module: Callable[[str], Any], tm
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "short.json").write_text('{"rows": [99]}', encoding="utf-8")  # of an earlier call
     run = gpu_run.Run(tmp_path, None, 20.0, started=time.monotonic())
-    run.do(gpu_run.Job("long", "", _good, 30.0, 60.0))
-    run.do(gpu_run.Job("foreign", "", _good, 1.0, 60.0, ("no_such_package",)))
-    run.do(gpu_run.Job("short", "", _good, 1.0, 60.0))
+    run.do([gpu_run.Job("long", "", _good, 30.0, 60.0)])
+    run.do([gpu_run.Job("foreign", "", _good, 1.0, 60.0, ("no_such_package",))])
+    run.do([gpu_run.Job("short", "", _good, 1.0, 60.0)])
     found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
     assert found["skipped"] == {"long": "no time left", "foreign": "no_such_package is not installed"}
     assert found["rows"] == [0] and run.exit_code() == 0
@@ -221,7 +225,7 @@ def test_no_job_starts_that_cannot_get_its_time(module: Callable[[str], Any], tm
 def test_a_summary_that_fails_loses_nothing(module: Callable[[str], Any], tmp_path: Path) -> None:
     gpu_run = module("gpu_run")
     run = gpu_run.Run(tmp_path, None, 60.0, started=time.monotonic(), summarize=lambda found: [found["nothing"]])
-    run.do(gpu_run.Job("good", "", _good, 1.0, 60.0))
+    run.do([gpu_run.Job("good", "", _good, 1.0, 60.0)])
     found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
     assert found["rows"] == [0] and "KeyError" in found["errors"]["summary"] and run.exit_code() == 1
 

@@ -22,6 +22,7 @@ from qlora_compile.runtime.kernels import (
     triton_linear,
     triton_low_rank,
     triton_paged_step,
+    triton_vector,
 )
 from qlora_compile.runtime.kernels.paged_step_proof import proves_paged_step
 from qlora_compile.runtime.kernels.triton_operands import Adapter, VectorAdapter, Weight
@@ -116,7 +117,7 @@ def test_a_few_rows_of_a_group(m: int, double_quant: bool) -> None:
     ]
     bias = [_randn(w.rows) for w in weights]
     outs = [torch.full((m, w.rows), torch.nan) for w in weights]
-    triton_linear.lora_linear_vector(x, weights, outs, h, adapters, bias)
+    triton_vector.lora_linear_vector(x, weights, outs, h, adapters, bias)
     lows = iter(h.split([70, 3, 2, 4], dim=1))
     for weight, out, mine, b in zip(weights, outs, adapters, bias):
         low = [Adapter(next(lows), adapter.up, 1.5, adapter.scaling) for adapter in mine]
@@ -137,7 +138,7 @@ def test_rows_longer_than_a_step_whose_codes_begin_anywhere(dtype: torch.dtype, 
     codes.copy_(weight.data.codes)
     x, out = _randn(m, k).to(dtype), torch.empty(m, n)
     sliced = Weight(weight.data._replace(codes=codes), n, k, "fp4", block_size)
-    triton_linear.lora_linear_vector(x, [sliced], [out], _randn(m, 0).to(dtype))
+    triton_vector.lora_linear_vector(x, [sliced], [out], _randn(m, 0).to(dtype))
     _close(out, x.double() @ _dense(weight).double().t(), k)
     if dtype == torch.float32:
         gemm, dx = torch.empty(m, n), torch.empty(m, k)
@@ -187,6 +188,28 @@ def test_low_rank_products_and_their_gradients() -> None:
     triton_low_rank.lora_over_tokens(parts, x, outs)
     for part, out in zip(parts, outs):
         torch.testing.assert_close(out.double(), part.double().t() @ x.double(), rtol=1e-5, atol=1e-3)
+
+
+def test_split_sums_of_a_transposed_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dB lies [C, R] in memory: its parts are summed there, by the kernel, to the same bits."""
+    m, r, c = 700, 5, 33
+    left, right = _randn(m, r), _randn(m, c)
+    sums, made = list[tuple[int, int]](), triton_low_rank._sum_launch
+
+    def sum_launch(splits: int, numel: int) -> Any:
+        sums.append((splits, numel))
+        return made(splits, numel)
+
+    monkeypatch.setattr(triton_low_rank, "_sum_launch", sum_launch)
+    straight, turned, loose = torch.empty(r, c), torch.empty(c, r).t(), torch.empty(2 * c, 2 * r)[::2, ::2].t()
+    for out in (straight, turned, loose):
+        out.fill_(torch.nan)
+        triton_low_rank.lora_over_tokens([left], right, [out])
+    torch.testing.assert_close(straight.double(), left.double().t() @ right.double(), rtol=1e-5, atol=1e-3)
+    assert torch.equal(turned, straight)
+    # added by torch, in an order of its own
+    torch.testing.assert_close(loose, straight, rtol=1e-5, atol=1e-4)
+    assert len(sums) == 2 and sums[0][0] > 1
 
 
 def test_dropout_is_drawn_again_from_its_seed() -> None:

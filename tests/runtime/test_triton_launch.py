@@ -28,6 +28,7 @@ from qlora_compile.runtime.kernels import (  # noqa: E402
     triton_linear,
     triton_low_rank,
     triton_paged_step,
+    triton_vector,
 )
 from qlora_compile.runtime.kernels.triton_low_rank import Dropout, Scale  # noqa: E402
 from qlora_compile.runtime.kernels.triton_operands import Adapter, VectorAdapter, Weight  # noqa: E402
@@ -79,7 +80,7 @@ def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[None]:
     """Nothing compiled for this driver, and no launch of it, is left behind."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(triton_launch, "_launches", {})
-    for module in (triton_low_rank, triton_linear):
+    for module in (triton_low_rank, triton_linear, triton_vector):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
     launched.clear()
@@ -106,7 +107,7 @@ CALLS: dict[str, Callable[[], None]] = {
     "up": lambda: triton_low_rank.lora_up(Y, H.split(R, dim=1), [B, B], SCALE, bias=BIAS, accumulate=False),
     "over_tokens": lambda: triton_low_rank.lora_over_tokens([H[:, :R]], X, [DA], dropout=Dropout(SEEDS[:1], 0.75)),
     "sum": lambda: triton_low_rank.sum_splits(_PARTS, DA),
-    "vector": lambda: triton_linear.lora_linear_vector(ONE_X, [WEIGHT], [ONE_Y], ONE_H, [ONE_ADAPTER], [BIAS]),
+    "vector": lambda: triton_vector.lora_linear_vector(ONE_X, [WEIGHT], [ONE_Y], ONE_H, [ONE_ADAPTER], [BIAS]),
     "paged_step": lambda: triton_paged_step.paged_step(PIECES, NUMBERS, lion=False, narrow=True, dtype=1, most=5000),
     "gemm": lambda: triton_linear.lora_linear_gemm(X, WEIGHT, Y, ADAPTERS, BIAS),
     "dx": lambda: triton_linear.lora_linear_dx(X, [Y, Y], [WEIGHT, WEIGHT], [Adapter(H[:, :R], A)]),
@@ -120,7 +121,7 @@ def test_a_launch_that_is_found_again_is_the_same_launch(name: str, monkeypatch:
     monkeypatch.setattr(
         triton_low_rank, "_splits", lambda *_, **__: 1
     )  # a split sum has a buffer of its own at each call
-    monkeypatch.setattr(triton_linear, "scratch", lambda like, numel: _SPREAD)  # as well
+    monkeypatch.setattr(triton_vector, "scratch", lambda like, numel: _SPREAD)  # as well
     CALLS[name]()
     by_triton = launched.copy()
     assert len(triton_launch._launches) == len(by_triton) == (2 if name == "vector" else 1)

@@ -29,6 +29,7 @@ from qlora_compile.runtime.kernels import (  # noqa: E402
     triton_linear,
     triton_low_rank,
     triton_paged_step,
+    triton_vector,
 )
 from qlora_compile.runtime.kernels.cpu_common import DTYPES  # noqa: E402
 from qlora_compile.runtime.kernels.triton_operands import Adapter, VectorAdapter, Weight  # noqa: E402
@@ -88,7 +89,7 @@ def _vector(m: int, k: int = K, rank: int = R) -> None:
     h = _bf16(m, 3 * rank)
     adapters = [[VectorAdapter(torch.empty(rank, k), torch.empty(w.rows, rank), 2.0, torch.empty(()))] for w in weights]
     bias = [torch.empty(w.rows) for w in weights]
-    triton_linear.lora_linear_vector(_bf16(m, k), weights, [_bf16(m, w.rows) for w in weights], h, adapters, bias)
+    triton_vector.lora_linear_vector(_bf16(m, k), weights, [_bf16(m, w.rows) for w in weights], h, adapters, bias)
 
 
 def _gemm(m: int) -> None:
@@ -166,8 +167,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
         kept.append(Launch(self, dict(zip(self.arg_names, args)) | kwargs, options))
 
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
-    monkeypatch.setattr(triton_low_rank, "multiprocessors", lambda device: 132)
-    monkeypatch.setattr(triton_linear, "multiprocessors", lambda device: 132)
+    for module in (triton_low_rank, triton_linear, triton_vector):
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
     yield kept
 
 
@@ -271,8 +272,8 @@ def test_what_a_weight_costs_one_token(launches: list[Launch], tmp_path: Path, m
     At 5.3 a weight and 1.75 GHz that is 21 us for 117 million weights, one and a half times what their codes take."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     weights = [_weight(14336, K)] * 2
-    triton_linear.lora_linear_vector(_bf16(1, K), weights, [_bf16(1, 14336)] * 2, _bf16(1, 0))
-    launch, rows = launches[-1], triton_linear.vector_rows(weights, 1, torch.device("cpu"))
+    triton_vector.lora_linear_vector(_bf16(1, K), weights, [_bf16(1, 14336)] * 2, _bf16(1, 0))
+    launch, rows = launches[-1], triton_vector.vector_rows(weights, 1, torch.device("cpu"))
     compiled = _compile(launch, "sm_90")
     assert rows == 4 and launch.arguments["BLOCK_N"] == 1
     for loop in _loop_instructions(compiled, tmp_path):
