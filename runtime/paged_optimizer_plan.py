@@ -139,11 +139,11 @@ class Order(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What one call takes of the table; `form`: see Call."""
+    """What one call takes of the table; `form`: see Call, and behind it, for a GPU, the rows' places."""
 
     pieces: Tensor
     narrow: bool
-    form: tuple[int, ...]
+    form: tuple[Any, ...]
 
 
 class Table:
@@ -151,8 +151,9 @@ class Table:
     coefficients.
 
     For a GPU (`late`) a call has pieces of one dtype, in whose place stands the address of the gradient's sum, and the
-    table goes there before the pages begin to. Where a page comes to lie is added when it has come, by a kernel: a copy
-    would wait behind those of the next pages, and they then for what is made of this one.
+    table goes there before the pages begin to. Where a page comes to lie is known when the host has asked for it: the
+    kernel reads that from the host's pinned memory. A copy would wait behind those of the next pages, and they then for
+    what is made of this one; a kernel that adds it would cost the host as much as a page's copy.
     """
 
     def __init__(
@@ -161,33 +162,46 @@ class Table:
         numbers = {task.numbers: None for task in tasks}
         coefficients = torch.tensor([(*key, 0.0) for key in numbers], dtype=torch.float32, device="cpu")
         self.numbers = sent_to(device, coefficients)
-        self._plan, self._order = plan, plan.order(windows, late)
-        task, shape, on_gpu = self._order.task, self._order.table.shape, device.type == "cuda"
-        self._here = torch.empty(shape, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
-        self._there = torch.empty_like(self._here, device=device) if on_gpu else self._here
-        self._array = self._here.numpy()
-        self._array[:] = self._order.table
-        rows = {key: row for row, key in enumerate(numbers)}
-        given = [(t.values.data_ptr(), t.gradient.data_ptr(), rows[t.numbers]) for t in tasks]
+        self._plan, self._order, self._late = plan, plan.order(windows, late), late
+        task, page, (rows, fields), on_gpu = (
+            self._order.task,
+            self._order.page,
+            self._order.table.shape,
+            device.type == "cuda",
+        )
+        # one piece of memory: the copy of the table is what keeps it from being used again before the kernels have read it
+        memory = torch.empty(rows * (fields + 2), dtype=torch.int64, device="cpu", pin_memory=on_gpu)
+        here = memory[: rows * fields].view(rows, fields)
+        self._places = memory[rows * fields :].view(rows, 2)  # two: each row begins at a multiple of 16 bytes
+        self._there = torch.empty_like(here, device=device) if on_gpu else here
+        array = here.numpy()
+        array[:] = self._order.table
+        row_of = {key: row for row, key in enumerate(numbers)}
+        given = [(t.values.data_ptr(), t.gradient.data_ptr(), row_of[t.numbers]) for t in tasks]
         sources = np.array(given, dtype=np.int64)[task]
-        self._array[:, :2] += sources[:, :2]
-        self._array[:, 4] = sources[:, 2]
+        array[:, :2] += sources[:, :2]
+        array[:, 4] = sources[:, 2]
         if late:
             totals = [0 if t.total is None else t.total.data_ptr() for t in tasks]
-            self._array[:, 5] = np.array(totals, dtype=np.int64)[task]
+            array[:, 5] = np.array(totals, dtype=np.int64)[task]
         buffers = [page.buffer for page in plan.pages]  # of those that are here now
         self._bases = [0 if buffer is None else buffer.data_ptr() for buffer in buffers]
-        self._array[:, 2] += np.array(self._bases, dtype=np.int64)[self._order.page]
+        bases = np.array(self._bases, dtype=np.int64)[page]
+        array[:, 2] = np.where(bases == 0, 0, bases + self._order.table[:, 2])
+        self._addresses = self._places.numpy()[:, 0] if late else array[:, 2]
         if on_gpu:
-            self._there.copy_(self._here, non_blocking=True)
+            self._there.copy_(here, non_blocking=True)
 
     def calls(self, number: int) -> Iterator[Rows]:
         """Those of a window, whose pages are on the device, or on their way, by now."""
         for page, first, last in self._order.runs[number]:
             buffer = self._plan.pages[page].buffer
             assert buffer is not None
-            moved = buffer.data_ptr() - self._bases[page]
-            if moved:
-                self._there[first:last, 2].add_(moved)
+            address = buffer.data_ptr()
+            if address == self._bases[page]:
+                continue
+            if self._late and self._bases[page]:  # it was here, and lies elsewhere now
+                self._there[first:last, 2].zero_()
+            self._addresses[first:last] = self._order.table[first:last, 2] + address
         for first, last, narrow, form in self._order.calls[number]:
-            yield Rows(self._there[first:last], narrow, form)
+            yield Rows(self._there[first:last], narrow, (*form, self._places[first:last]) if self._late else form)

@@ -43,16 +43,12 @@ def _proves(kernel: Callable[..., Any], device: torch.device, layout: StateLayou
         coefficients = torch.tensor([(*numbers, 0.0)], dtype=torch.float32, device=device)
         buffer = spans[0].page.buffer
         assert buffer is not None
-        piece = [
-            there.data_ptr(),
-            moved.data_ptr(),
-            buffer.data_ptr() + spans[0].offset,
-            _NUMEL,
-            0,
-            0,  # no sum of the gradient
-        ]
+        place = buffer.data_ptr() + spans[0].offset
+        known = place if step == 1 else 0  # in the second step it is read from `places`
+        piece = [there.data_ptr(), moved.data_ptr(), known, _NUMEL, 0, 0]  # no sum of the gradient
         table = torch.tensor([piece], dtype=torch.int64, device=device)
-        kernel(table, coefficients, layout.lion, layout.narrow, DTYPES[dtype], _NUMEL)
+        places = torch.tensor([[place, 0]], dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+        kernel(table, coefficients, layout.lion, layout.narrow, DTYPES[dtype], _NUMEL, places)
         state = ParamState(layout, _NUMEL, None, None, dtype)  # type: ignore[arg-type]  # of which layout and size are read
         update_reference(Task(here, gradient, state, numbers), spans[1])
     got, expected = (layout.views(span, _NUMEL) for span in spans)

@@ -64,12 +64,12 @@ class Copier:
         assert page.buffer is not None
         ctypes.memset(page.buffer.data_ptr(), 0, page.size)
 
-    def read(self, page: Page, host: Tensor) -> None:
-        """Host -> device."""
+    def read(self, page: Page, host: Tensor, in_file: bool) -> None:
+        """Host -> device; `in_file`: `host` is mapped from a file, and not pinned."""
         assert page.buffer is not None
         ctypes.memmove(page.buffer.data_ptr(), host.data_ptr(), page.size)  # without a team of threads, or the GIL
 
-    def write(self, page: Page, host: Tensor) -> None:
+    def write(self, page: Page, host: Tensor, in_file: bool) -> None:
         """Device -> host."""
         assert page.buffer is not None
         ctypes.memmove(host.data_ptr(), page.buffer.data_ptr(), page.size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -38,7 +39,8 @@ class Mover:
         self.copier = make_copier(device)
         self.background = False  # nothing moves without a budget: then there is no thread
         self._lock, self._counts, self._trace = lock, counts, trace
-        self._spare: list[tuple[Tensor, Any]] = []  # buffers that no page is in; `Page.used` of the last one that was
+        # buffers that no page is in, that of the first to leave first; `Page.used` of the last one that was
+        self._spare: deque[tuple[Tensor, Any]] = deque()
         self._lost: BaseException | None = None  # why a page could not leave
         self._tiers: list[HostTier] = []
         if host_budget is None and folder is not None:
@@ -87,6 +89,12 @@ class Mover:
             tier, slot = page.slot
             self._tiers[tier].free(slot)
             page.slot = None
+
+    def _slot(self, page: Page) -> tuple[Tensor, bool]:
+        """A page's memory in a host tier, and whether that is a file's."""
+        assert page.slot is not None
+        tier, slot = page.slot
+        return self._tiers[tier].view(slot), self._tiers[tier].kind == "file"
 
     def used_bytes(self, kind: str) -> int:
         """Of the host tiers of a kind, "ram" or "file"."""
@@ -157,7 +165,7 @@ class Mover:
                 f"A page of optimizer state was lost on its way to the host ({self._lost}): go on from a checkpoint."
             ) from self._lost
         with self._lock:
-            buffer, used = self._spare.pop() if self._spare else (None, None)
+            buffer, used = self._spare.popleft() if self._spare else (None, None)
         if buffer is not None:
             self.copier.wait_for(used)
         else:
@@ -169,9 +177,7 @@ class Mover:
         if not page.stored:
             self.copier.zero(page)
             return
-        assert page.slot is not None
-        tier, slot = page.slot
-        self.copier.read(page, self._tiers[tier].view(slot))
+        self.copier.read(page, *self._slot(page))
         with self._lock:
             self._counts.moved_in_bytes += page.size
             self._trace("page_in", page)
@@ -184,9 +190,7 @@ class Mover:
             with self.copier.leaving():
                 for page, written in left:
                     if written:
-                        assert page.slot is not None
-                        tier, slot = page.slot
-                        self.copier.write(page, self._tiers[tier].view(slot))
+                        self.copier.write(page, *self._slot(page))
         except (RuntimeError, MemoryError) as error:
             self._lost = error  # told to whoever waits for a page next: nobody waits for these
             return

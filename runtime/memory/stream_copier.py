@@ -3,10 +3,10 @@
     page comes     stream in: waits until the buffer's last page has left and the slot is written; copies; records `arrived`
                    computation: waits for `arrived` before it uses the page
     page leaves    computation: records `used` when it is done
-                   stream out: waits for `arrived` and `used`; copies; records `left`
+                   stream out: waits for `used`, or `arrived` if nobody used it; copies; records `left`
 
 Pages that come or leave together share the event; each costs the host some microseconds, as does every change of stream.
-Host memory that is not pinned (a mapped file) is reached through two pinned buffers.
+Host memory that is not pinned (a mapped file's) is reached through two pinned buffers.
 """
 
 from __future__ import annotations
@@ -50,10 +50,6 @@ class CudaStreams:
     def pinned(self, size: int) -> Tensor:
         """Pinned host memory."""
         return torch.empty(size, dtype=torch.uint8, pin_memory=True, device="cpu")
-
-    def is_pinned(self, host: Tensor) -> bool:
-        """Whether a copy from or to it returns at once."""
-        return host.is_pinned()
 
     def copy_in(self, buffer: Tensor, pinned: Tensor) -> None:
         """Queue a copy to the device."""
@@ -145,10 +141,10 @@ class StreamCopier(Copier):
         self._streams.zero(page.buffer)
         self._together.append(page)
 
-    def read(self, page: Page, host: Tensor) -> None:
+    def read(self, page: Page, host: Tensor, in_file: bool) -> None:
         assert page.buffer is not None
         self.wait_for(page.left)
-        if self._streams.is_pinned(host):
+        if not in_file:
             self._streams.copy_in(page.buffer, host)
         else:
             staging = self._free_staging(page.size)
@@ -157,13 +153,13 @@ class StreamCopier(Copier):
             self._staging.append((staging, self._streams.came()))
         self._together.append(page)
 
-    def write(self, page: Page, host: Tensor) -> None:
+    def write(self, page: Page, host: Tensor, in_file: bool) -> None:
         assert page.buffer is not None
-        for event in (page.arrived, page.used):  # it may leave without having been used
-            if event is not None and id(event) not in self._awaited:
-                self._streams.out_waits(event)
-                self._awaited[id(event)] = event
-        if self._streams.is_pinned(host):
+        event = page.arrived if page.used is None else page.used  # who used it had waited until it was there
+        if event is not None and id(event) not in self._awaited:
+            self._streams.out_waits(event)
+            self._awaited[id(event)] = event
+        if not in_file:
             self._streams.copy_out(host, page.buffer)
             self._together.append(page)
             return

@@ -108,11 +108,14 @@ CALLS: dict[str, Callable[[], None]] = {
     "over_tokens": lambda: triton_low_rank.lora_over_tokens([H[:, :R]], X, [DA], dropout=Dropout(SEEDS[:1], 0.75)),
     "sum": lambda: triton_low_rank.sum_splits(_PARTS, DA),
     "vector": lambda: triton_vector.lora_linear_vector(ONE_X, [WEIGHT], [ONE_Y], ONE_H, [ONE_ADAPTER], [BIAS]),
-    "paged_step": lambda: triton_paged_step.paged_step(PIECES, NUMBERS, lion=False, narrow=True, dtype=1, most=5000),
+    "paged_step": lambda: triton_paged_step.paged_step(
+        PIECES, NUMBERS, lion=False, narrow=True, dtype=1, most=5000, places=PLACES
+    ),
     "gemm": lambda: triton_linear.lora_linear_gemm(X, WEIGHT, Y, ADAPTERS, BIAS),
     "dx": lambda: triton_linear.lora_linear_dx(X, [Y, Y], [WEIGHT, WEIGHT], [Adapter(H[:, :R], A)]),
 }
-PIECES, NUMBERS = torch.zeros(3, 6, dtype=torch.int64), torch.zeros(2, 8)
+PIECES, PLACES = (torch.zeros(3, n, dtype=torch.int64) for n in (6, 2))
+NUMBERS = torch.zeros(2, 8)
 _DENSE, _PARTS, _SPREAD = _bf16(N, K), torch.zeros(3, R, K), torch.zeros(1024)
 
 

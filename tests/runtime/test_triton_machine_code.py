@@ -105,8 +105,8 @@ def _dx(m: int) -> None:
 
 def _paged_step(dtype: torch.dtype, narrow: bool) -> None:
     """A window of 24 pieces."""
-    pieces, number = torch.zeros(24, 6, dtype=torch.int64), DTYPES[dtype]
-    triton_paged_step.paged_step(pieces, torch.zeros(1, 8), lion=False, narrow=narrow, dtype=number, most=64 * K)
+    pieces, places = (torch.zeros(24, n, dtype=torch.int64) for n in (6, 2))
+    triton_paged_step.paged_step(pieces, torch.zeros(1, 8), False, narrow, DTYPES[dtype], 64 * K, places)
 
 
 def _cross_entropy(dtype: torch.dtype, scale: float = 1.0, soft_cap: float = 0.0) -> None:

@@ -49,7 +49,6 @@ class Streams:
     def __init__(self, memory: Memory) -> None:
         self.empty, self.pinned, self.begin_thread = memory.empty, torch.empty, lambda: None
         self.inward = self.outward = contextlib.nullcontext
-        self.is_pinned = lambda host: True
         self.came = self.left = self.computed = object
         self.in_waits = self.out_waits = lambda event: None
         self.computation_waits = lambda events, buffers: None

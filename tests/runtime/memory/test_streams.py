@@ -37,8 +37,8 @@ class Event:
 class Device:
     """Three streams of queued work, by the interface of `CudaStreams`. `order` is asked which of them may go on."""
 
-    def __init__(self, order: Callable[[], str], pinned: bool) -> None:
-        self.order, self.host_is_pinned = order, pinned
+    def __init__(self, order: Callable[[], str]) -> None:
+        self.order = order
         self.lock, self.threads = threading.RLock(), list[str]()
         self.streams: dict[str, deque[Any]] = {name: deque() for name in ("in", "out", "computation")}
 
@@ -56,9 +56,6 @@ class Device:
         return torch.full((size,), 77, dtype=torch.uint8)
 
     pinned = empty
-
-    def is_pinned(self, host: Tensor) -> bool:
-        return self.host_is_pinned
 
     def copy_in(self, buffer: Tensor, pinned: Tensor) -> None:
         self.queue("in", lambda: buffer.copy_(pinned))
@@ -129,7 +126,7 @@ ORDERS: dict[str, Callable[[], Callable[[], str]]] = {
 
 @pytest.fixture(params=ORDERS)
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, host: dict[str, Any]) -> Device:
-    made = Device(ORDERS[request.param](), pinned=not host)
+    made = Device(ORDERS[request.param]())
 
     class Copier(StreamCopier):
         pinned = False  # torch needs a GPU to pin memory
