@@ -11,11 +11,14 @@ Used by gpu.py, which gives each of the two a process of its own.
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from gpu_models import Shape, Step, llama, stepper, timed_steps, trainable
+from gpu_timing import synchronize
 
 import qlora_compile as qc
 
@@ -43,12 +46,35 @@ def run(
     optimizer = torch.optim.AdamW(adapters, lr=1e-4, fused=True) if paged is None else paged
     ids = torch.randint(0, shape["vocab_size"], (MICRO_BATCHES, *TOKENS), device=device)
     step = stepper(model, optimizer, "qlora", list(ids))
-    found = timed_steps(step, device, steps, turn) | {"state_mb": states / 1e6}
+    found = (
+        timed_steps(step, device, steps, turn) | {"state_mb": states / 1e6} | optimizer_times(step, optimizer, device)
+    )
     if paged is not None:
         before = moved_mb(paged)
         step()
         found |= {key: value - before[key] for key, value in moved_mb(paged).items()}
     return found, step
+
+
+def optimizer_times(step: Step, optimizer: torch.optim.Optimizer, device: str, steps: int = 5) -> dict[str, float]:
+    """Medians of what `optimizer.step()` takes of a step: the host's own time, and all of it, alone on the device."""
+    host, whole, begin = list[float](), list[float](), list[float]()
+
+    def before(*_: Any) -> None:
+        synchronize(device)
+        begin.append(time.perf_counter())
+
+    def after(*_: Any) -> None:
+        host.append(time.perf_counter() - begin[-1])
+        synchronize(device)
+        whole.append(time.perf_counter() - begin[-1])
+
+    hooks = optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)
+    for _ in range(steps):
+        step()
+    for hook in hooks:
+        hook.remove()
+    return {"optimizer_host_s": statistics.median(host), "optimizer_s": statistics.median(whole)}
 
 
 def moved_mb(optimizer: Any) -> dict[str, float]:

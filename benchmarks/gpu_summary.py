@@ -175,6 +175,8 @@ def paging(found: Found) -> Iterator[Found]:
             ways = (("moved_in_mb", "to_device"), ("moved_out_mb", "to_host"))
             times = [paged[moved] * 1e9 / found["link"][way] for moved, way in ways]
             said[-1] += " take {:.3g} and {:.3g} ms alone".format(*times)
+    times = [1e3 * found[key] for found in (base, paged) for key in ("optimizer_s", "optimizer_host_s")]
+    said.append("its optimizer alone {2:.3g} ms ({3:.3g} of the host's), the other's {0:.3g} ({1:.3g})".format(*times))
     ratio = paged["step_s"] / base["step_s"]
     yield entry("paged optimizer's step / resident", ratio, "; ".join(filter(None, said)), at_most=1.05)
     losses = f"{paged['loss_last']:.6f} and {base['loss_last']:.6f}"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 FLUSH_BYTES = 1 << 29  # ten times the L2 of an H200
-LINK_BYTES = 1 << 28
+LINK_BYTES, LINK_PIECE = 1 << 28, 1 << 22
 CHAIN = 100  # kernels in the graph that says what one more of them takes
 
 
@@ -98,14 +98,34 @@ def launch_times(device: str) -> dict[str, float]:
 
 
 def link_speeds(device: str) -> dict[str, float]:
-    """Bytes a second between pinned memory and the device, each way alone; empty where there is no such way."""
+    """Bytes a second between pinned memory and the device: each way alone, each way while the other is busy ("both"), and to
+    the device by pieces of LINK_PIECE, each pinned alone, as a page pool has them; empty where there is no such way."""
     if device != "cuda":
         return {}
-    host = torch.empty(LINK_BYTES, dtype=torch.uint8, pin_memory=True)
-    there = torch.empty(LINK_BYTES, dtype=torch.uint8, device=device)
+    host, back = (torch.empty(LINK_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2))
+    there, other = (torch.empty(LINK_BYTES, dtype=torch.uint8, device=device) for _ in range(2))
+    pieces = [torch.empty(LINK_PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(LINK_BYTES // LINK_PIECE)]
+    aside = torch.cuda.Stream()
+
+    def both() -> None:
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            back.copy_(other, non_blocking=True)
+        there.copy_(host, non_blocking=True)
+        torch.cuda.current_stream().wait_stream(aside)
+
+    def by_pieces() -> None:
+        for target, piece in zip(there.split(LINK_PIECE), pieces):
+            target.copy_(piece, non_blocking=True)
+
+    ways: dict[str, Callable[[], object]] = {
+        "to_device": lambda: there.copy_(host, non_blocking=True),
+        "to_host": lambda: host.copy_(there, non_blocking=True),
+        "both": both,
+        "to_device_by_pieces": by_pieces,
+    }
     found = {}
-    for name, target, source in (("to_device", there, host), ("to_host", host, there)):
-        copy = functools.partial(target.copy_, source, non_blocking=True)
+    for name, copy in ways.items():
         copy()
         found[name] = LINK_BYTES / _median(functools.partial(_timed_on_cuda, copy), 5, 1.0)
     return found
