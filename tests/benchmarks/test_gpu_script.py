@@ -303,6 +303,7 @@ def _found() -> dict[str, Any]:
     gpu_models = importlib.import_module("gpu_models")
     profile = {"device_ms": 60.0, "launches": 2000}
     steps = {"ours": 0.08, "bitsandbytes": 0.1, "dense_lora": 0.07}
+    alone = {"optimizer_s": 0.01, "optimizer_host_s": 0.004}
     training = {name: {"step_s": s} | ({"profile": profile} if name == "ours" else {}) for name, s in steps.items()}
     bound = {"bytes_us": 9.0, "operations_us": 0.1, "share": 1.2, "bound_by": "nothing known"}
     peaks = {"resident": 700.0, "paged": 500.0}
@@ -315,7 +316,8 @@ def _found() -> dict[str, Any]:
         ],
         "model": {"layers": 8, "shape": gpu_models.LLAMA_3_8B, "training": training},
         "paging": {
-            name: {"step_s": 1.0, "loss_last": 1.0, "peak_mb": mb, "state_mb": 280.0} for name, mb in peaks.items()
+            name: {"step_s": 1.0, "loss_last": 1.0, "peak_mb": mb, "state_mb": 280.0} | alone
+            for name, mb in peaks.items()
         },
     }
 
@@ -333,6 +335,7 @@ def test_the_summary_knows_limits_and_bounds(module: Callable[[str], Any]) -> No
         "states / resident peak": True,
     }
     assert "so no bound" in entries[next(iter(met))]["bound"]
+    assert "alone 10 ms (4 of the host's)" in entries["paged optimizer's step / resident"]["bound"]
     ours = entries["training step of qlora-compile, ms"]
     assert ours["measured"] == 80 and "bound by the host: the device works 60 of 80 ms, 2000 launches" in ours["bound"]
     # 4 T (8 x 218,103,808 + 525,336,576) + 7 T L H x 8 layers - 2 T x 25,165,824, T = 4096, at 800 Tflop/s
