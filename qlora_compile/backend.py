@@ -257,10 +257,11 @@ def _backward_edit(
     links = page_links({i: (names.get(id(p), f"input {i}"), p) for i, p in found if p is not None})
     if not links:
         return None
-    config, edits, number, timelines = ctx.config, ctx.edits, ctx.graph_number, report.paging
+    config, number, timelines = ctx.config, ctx.graph_number, report.paging
+    nothing = ModelEdits(nn.Module(), config)  # Dynamo keeps `edit`, which must not keep the model
 
     def edit(gm: fx.GraphModule) -> None:
-        own = PassContext(config, edits, graph_number=number, pages=links, timelines=timelines, phase="backward")
+        own = PassContext(config, nothing, graph_number=number, pages=links, timelines=timelines, phase="backward")
         report.passes += run_passes(gm, own, BACKWARD_PIPELINE).passes
 
     return edit

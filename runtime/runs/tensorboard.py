@@ -54,12 +54,19 @@ class TensorBoardSink:
             for tag, value in found.items():
                 self._writer.add_scalar(tag, value, line["step"])
         except OSError as error:
-            self.notice(f"TensorBoard's files in {self.folder} cannot be written ({error}): going on without them.")
-            self._writer = None
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        self._writer = None
+        self.notice(f"TensorBoard's files in {self.folder} cannot be written ({error}): going on without them.")
 
     def ended(self, run: dict[str, Any]) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        if self._writer is None:
+            return
+        try:
+            self._writer.close()  # what its thread could not write is said here at the latest
+        except OSError as error:
+            self._give_up(error)
 
     def forget(self) -> None:
         self.ended({})

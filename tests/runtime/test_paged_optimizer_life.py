@@ -109,6 +109,21 @@ def test_a_deleted_optimizer_is_gone_with_its_pages(step_in_backward: bool) -> N
     assert all(p.grad is not None for p in params)  # another optimizer finds its gradients
 
 
+@pytest.mark.parametrize("paged", [False, True])
+def test_a_compiled_model_is_freed_beside_its_graphs(paged: bool) -> None:
+    """Dynamo keeps the graphs until the process ends: one after another, in a sweep, they would keep every model."""
+    model = qc.prepare(nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 64)), {"r": 4})
+    optimizer_class = qc.PagedAdamW if paged else torch.optim.AdamW
+    optimizer = optimizer_class([p for p in model.parameters() if p.requires_grad])
+    compiled = torch.compile(model, backend="qlora", options={"lowering": "aot_eager"})
+    compiled(torch.randn(5, 64)).square().mean().backward()
+    optimizer.step()
+    dead = weakref.ref(model), weakref.ref(optimizer)
+    del model, compiled, optimizer
+    gc.collect()
+    assert [one() for one in dead] == [None, None]
+
+
 def test_groups_ask_for_nothing_that_is_ignored() -> None:
     params = make_params()
     for option in ("maximize", "amsgrad"):

@@ -6,6 +6,8 @@ import dataclasses
 import gzip
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -153,6 +155,26 @@ def test_a_board_that_cannot_be_written_is_said_once(make_config: Any, tmp_path:
     reporter = Notices()
     assert finetune(make_config(steps=2, tensorboard=tmp_path / "file"), reporter).steps == 2
     assert len([notice for notice in reporter.found if "TensorBoard" in notice]) == 1
+
+
+def test_a_disk_that_is_full_when_the_board_is_closed_is_said(tmp_path: Path) -> None:
+    """In a process of its own, which may write no file of more than 300 bytes."""
+    pytest.importorskip("tensorboard")
+    script = f"""if True:
+        import resource
+        from pathlib import Path
+        from qlora_compile.runtime.runs.tensorboard import TensorBoardSink
+        sink = TensorBoardSink(Path({str(tmp_path)!r}), lambda text: print("notice:", text, flush=True))
+        sink.started({{"step": 0}}, [])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
+        for step in range(3):
+            sink.line({{"event": "step", "step": step, "loss": 1.0, "lr": 1.0}})
+        sink.ended({{}})
+        print("ended")
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    notice, ended = done.stdout.splitlines()
+    assert notice.startswith("notice: TensorBoard's files in") and ended == "ended" and done.returncode == 0
 
 
 @pytest.mark.parametrize(("field", "module"), [("tensorboard", "torch.utils.tensorboard"), ("posthog", "posthog")])
