@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo.utils import detect_fake_mode
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -51,9 +52,11 @@ def capture_step(
     def partition(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **options: Any) -> Any:
         if inductor:
             from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+            from torch._inductor.virtualized import V
 
             options |= {"compiler": "inductor"}
-            joint = joint_graph_passes(joint)
+            with V.set_fake_mode(detect_fake_mode([node.meta.get("val") for node in joint.graph.nodes])):  # for dropout
+                joint = joint_graph_passes(joint)
         pair = min_cut_rematerialization_partition(joint, joint_inputs, num_fwd_outputs=num_fwd_outputs, **options)
         found["step"] = StepGraphs(pair[0], pair[1], num_fwd_outputs)
         return pair

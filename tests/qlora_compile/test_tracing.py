@@ -261,6 +261,13 @@ def test_ties_stay_on_the_copy(tiny_llama: Callable[..., Any]) -> None:
     assert {parameter.device.type for parameter in copied.parameters()} == {"meta"}
 
 
+def test_a_model_with_dropout_is_traced_as_inductor_gets_it(tiny_llama: Callable[..., nn.Module]) -> None:
+    """Its passes replace random numbers by seeds."""
+    model = tiny_llama(torch.bfloat16, attention_dropout=0.1).train()
+    report = qc.trace(model, _tokens(), dataclasses.replace(CONFIG, lowering="inductor", lora_dropout=0.05))
+    assert report.plan is not None and "inductor_seeds" in report.code["forward"]
+
+
 def test_what_cannot_be_traced_is_said_in_one_sentence() -> None:
     class Depends(nn.Module):
         def __init__(self) -> None:
