@@ -35,9 +35,9 @@ def match_experts(gm: fx.GraphModule, ctx: PassContext) -> int:
     for weight in placeholders(gm.graph):
         entry = ctx.param(weight)
         if entry is not None and entry.site is None and entry.param.dim() == 3 and _multiplies(weight):
-            ctx.decline(
-                entry.name, ctx.edits.decline_reason(entry) or "its module runs its experts in a way of its own"
-            )
+            reason = ctx.edits.decline_reason(entry)
+            if reason is not None:
+                ctx.decline(entry.name, reason)
     return count
 
 

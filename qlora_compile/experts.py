@@ -24,13 +24,28 @@ _INTERFACE = ("has_gate", "has_bias", "is_transposed", "_apply_gate", "num_exper
 
 def expert_parameters(module: nn.Module) -> tuple[str, ...]:
     """The names of the module's expert matrices [E, ., .], or () where it is no fused experts as transformers has them."""
-    if not all(hasattr(module, name) for name in _INTERFACE):
-        return ()
-    if getattr(module, "_is_expert_parallel", False):
+    if not _has_interface(module) or runs_own_experts(module) or getattr(module, "_is_expert_parallel", False):
         return ()
     names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
     weights = [module._parameters.get(name) for name in names]
     return names if all(weight is not None and weight.dim() == 3 for weight in weights) else ()
+
+
+def _has_interface(module: nn.Module) -> bool:
+    return all(hasattr(module, name) for name in _INTERFACE)
+
+
+def runs_own_experts(module: nn.Module) -> bool:
+    """Whether it has transformers' interface, but a forward that is not the registry's, or an implementation there that is
+    not transformers' own: ours would compute something else."""
+    forward = type(module).forward
+    if not _has_interface(module) or forward is QLoRAExperts.forward:
+        return False
+    known = getattr(forward, "__globals__", {})  # `__module__` is that of the forward which it wraps
+    if known.get("__name__") != "transformers.integrations.moe":
+        return True
+    function = known["ALL_EXPERTS_FUNCTIONS"].get(getattr(module.config, "_experts_implementation", None))
+    return function is not None and not function.__module__.startswith("transformers.")
 
 
 class QLoRAExperts(nn.Module):

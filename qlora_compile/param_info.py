@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -52,6 +53,9 @@ class ParamInfo:
         return all(key in expert_parameters(module) for _, module, key in self.owners)
 
 
+_ROUTER = re.compile(r"Router|TopKGating|MoE\w*Gate$")
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """transformers' Conv1D (GPT-2): a linear whose weight is [in, out]."""
     return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
@@ -78,9 +82,11 @@ def site_name(module_name: str, module: nn.Module, key: str) -> str:
     return f"{module_name}.{key}" if module_name else key
 
 
-def routes_tokens(module: nn.Module) -> bool:
-    """A mixture of experts' router that is no linear module: transformers' `MixtralTopKRouter` and its like."""
-    return any(word in type(module).__name__ for word in ("Router", "Gating")) and not is_linear_module(module)
+def router_names(root: nn.Module) -> tuple[str, ...]:
+    """The names of all routers of mixtures of experts, as transformers calls their classes (`MixtralTopKRouter`,
+    `JetMoeTopKGating`, `HunYuanMoEV1Gate`), and of the modules in them: noise in what they say sends tokens elsewhere."""
+    routers = [name for name, module in root.named_modules() if _ROUTER.search(type(module).__name__)]
+    return tuple(name for name, _ in root.named_modules() if any(f"{name}.".startswith(f"{r}.") for r in routers))
 
 
 def is_adapter(entry: ParamInfo) -> bool:

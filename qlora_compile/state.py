@@ -15,11 +15,11 @@ from .adapter_edits import add_adapter_to_site, attach
 from .attention import forgo_fast_path
 from .config import QLoRAConfig, names_module
 from .errors import ConfigError, InvalidWeightError, ModelStateError
-from .experts import experts_class
+from .experts import experts_class, runs_own_experts
 from .foreign import is_bnb_weight, peft_layers
 from .initialization import SpectralStart, is_spectral, start_from_weight
 from .modules import AdapterInfo, AdapterSite, PreparedState, linear_class, parameter_class, prepared_state
-from .param_info import ParamInfo, is_adapter, is_conv1d, is_linear_weight, routes_tokens, site_name
+from .param_info import ParamInfo, is_adapter, is_conv1d, is_linear_weight, router_names, site_name
 from .tensor import QuantizedTensor, quantize_4bit
 
 # What may differ between the configuration that a model was prepared with and the one that it is compiled with.
@@ -40,7 +40,7 @@ class ModelEdits:
         # a model that PEFT adapted or bitsandbytes quantized keeps the state that they gave it
         self.is_foreign = self.is_peft or any(is_bnb_weight(entry.param) for entry in self._params.values())
         self._peft_layers = peft_layers(root) if self.is_peft else {}
-        self._heads = self._output_heads()
+        self._heads, self._routers = self._output_heads(), frozenset(router_names(root))
 
     def _index(self) -> dict[int, ParamInfo]:
         owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
@@ -75,13 +75,13 @@ class ModelEdits:
     def decline_reason(self, entry: ParamInfo) -> str | None:
         """Why this weight is no target (for a linear whose weight it is), or None if it is one."""
         name, param, config = entry.name, entry.param, self.config
-        if self._complete:
-            return "prepare() left it as it is: its example_inputs find linears that are no modules"
         if self.is_foreign and not self.quantizes():
             kind = "PEFT" if self.is_peft else "bitsandbytes"
             return f"a {kind} model's dense weights stay as they are (quantize={config.quantize!r})"
         if self.is_foreign and name not in self._peft_layers:
             return "PEFT gave it no adapter"
+        if param.dim() == 3 and any(runs_own_experts(module) for _, module, _ in entry.owners):
+            return "its module runs its experts in a way of its own"
         if param.dim() != (3 if entry.is_experts else 2):
             return f"its weight has {param.dim()} dimensions"
         if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -95,8 +95,10 @@ class ModelEdits:
             return "it is the output head" if config.exclude_modules is None else "exclude_modules names it"
         if not config.is_target(name):
             return "target_modules does not name it"
-        if config.target_modules == "all-linear" and any(routes_tokens(module) for _, module, _ in entry.owners):
+        if config.target_modules == "all-linear" and any(owner in self._routers for owner, _, _ in entry.owners):
             return "it routes tokens to experts (name it in target_modules to adapt it)"
+        if self._complete:
+            return "prepare() left it as it is: its example_inputs find linears that are no modules"
         return None
 
     def saved_in_full(self, entry: ParamInfo) -> bool:

@@ -17,6 +17,7 @@ from ..config import QLoRAConfig, parse_dtype
 from ..errors import ConfigError, InvalidWeightError, MissingDependencyError, ModelStateError
 from ..experts import expert_parameters
 from ..modules import adapter_parameters
+from ..param_info import router_names
 from ..tensor import QuantizedTensor, quantize_4bit
 from .formats.bnb_files import PARTS, pack_weight, quantization_config, unpack_weight
 
@@ -135,7 +136,8 @@ class QLoRAHfQuantizer(HfQuantizer):
         _check_device_map(kwargs.get("device_map"))
         skipped = self.get_modules_to_not_convert(model, config.skip_modules, model._keep_in_fp32_modules)
         linears = {n: m for n, m in model.named_modules() if type(m) is nn.Linear or isinstance(m, Conv1D)}
-        kept = sorted(name for name in linears if not should_convert_module(name, skipped))
+        routers = router_names(model)
+        kept = sorted(name for name in linears if name in routers or not should_convert_module(name, skipped))
         self._targets = {f"{name}.weight" for name in linears if name not in kept}
         for name, module in model.named_modules():
             if should_convert_module(name, skipped):

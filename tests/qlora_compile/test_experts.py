@@ -182,7 +182,7 @@ def test_quantize_only_adapters_only_and_exclusion() -> None:
     compiled = torch.compile(model, backend="qlora")
     torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits, **TOLERANCE)
     declined = dict(next(p for p in qc.explain(model).passes if p.name == "match_experts").declined)
-    assert "prepare() left it as it is" in declined["model.layers.0.mlp.experts.down_proj"]
+    assert declined["model.layers.0.mlp.experts.down_proj"] == "exclude_modules names it"
 
     model = build("mixtral", **MIXTRAL)
     torch.compile(model, backend="qlora", options=FP32 | {"target_modules": ["q_proj"]})(**batch)
@@ -267,6 +267,54 @@ def test_what_is_taken_for_experts() -> None:
         "gate_up_proj",
         "down_proj",
     )
+
+
+def _own_forward(model: nn.Module) -> None:
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    class Scaled(MixtralExperts):
+        def forward(self, *args: Any) -> Tensor:
+            return 3.0 * super().forward(*args)
+
+    model.get_submodule("model.layers.0.mlp.experts").__class__ = Scaled
+
+
+def _own_implementation(model: nn.Module) -> None:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, batched_mm_experts_forward
+
+    ALL_EXPERTS_FUNCTIONS.register("thrice", lambda *args: 3.0 * batched_mm_experts_forward(*args))
+    model.set_experts_implementation("thrice")  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("change", [_own_forward, _own_implementation])
+def test_experts_that_compute_something_of_their_own_go_on_computing_it(change: Callable[[nn.Module], None]) -> None:
+    model, plain = (build("mixtral", "batched_mm", **MIXTRAL) for _ in range(2))
+    change(model)
+    batch = inputs()
+    before = model(**batch).logits
+    assert not torch.allclose(before, plain(**batch).logits, atol=1e-3)
+    qc.prepare(model, FP32 | {"r": 3, "quantize": False})
+    assert torch.equal(model(**batch).logits, before)
+    torch.compile(model, backend="qlora")(**batch)
+    declined = dict(next(p for p in qc.explain(model).passes if p.name == "match_experts").declined)
+    assert set(declined.values()) == {"its module runs its experts in a way of its own"} and len(declined) == 2
+
+
+def test_linears_of_a_router_stay_dense() -> None:
+    sizes: dict[str, Any] = {
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 40,
+        "enable_moe_block": True,
+    }
+    heads = {"head_dim": 12, "global_head_dim": 12, "num_global_key_value_heads": 2, "hidden_size_per_layer_input": 0}
+    model = build("gemma4_text", **sizes, **heads, sliding_window=8)
+    router = model.get_submodule("model.layers.0.router")
+    assert isinstance(router.proj, nn.Linear)
+    qc.prepare(model, FP32)
+    assert type(router.proj) is nn.Linear
+    qc.prepare(model := build("gemma4_text", **sizes, **heads, sliding_window=8), FP32 | {"target_modules": ["proj"]})
+    assert is_quantized(model.get_submodule("model.layers.0.router.proj").weight)
 
 
 def test_a_trace_knows_experts_by_their_config_alone() -> None:
