@@ -76,7 +76,23 @@ def prepare(
             "by. Give prepare() example_inputs to have it traced and adapted.",
             stacklevel=2,
         )
+    for text in _dense_experts(edits):
+        warnings.warn(text, stacklevel=2)
     return model
+
+
+def _dense_experts(edits: ModelEdits) -> list[str]:
+    """What to say of experts' matrices that are none as transformers' interface has them: most of such a model's bytes."""
+    found: dict[str, list[ParamInfo]] = {}
+    for entry in edits.all() if edits.config.target_modules == "all-linear" else ():
+        expert = any("experts" in f"{name} {type(module).__name__}".lower() for name, module, _ in entry.owners)
+        if expert and entry.param.dim() == 3 and not entry.is_experts and not edits.config.is_excluded(entry.name):
+            found.setdefault(edits.decline_reason(entry) or "", []).append(entry)
+    return [
+        f"{len(entries)} matrices of experts stay dense and get no adapter, {entries[0].name} for one "
+        f"({sum(entry.param.nbytes for entry in entries) / 1e6:,.1f} MB in all): {reason}."
+        for reason, entries in found.items()
+    ]
 
 
 def edit_modules(edits: ModelEdits, targets: list[tuple[ParamInfo, bool]]) -> None:
