@@ -78,7 +78,7 @@ def compare(name: str, outlined: bool, keep_logits: bool) -> dict[str, Any]:
     settings = getattr(transformers, class_name)(**options)
     model = transformers.AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16).train()
     config = qc.QLoRAConfig(r=8, keep_logits=keep_logits, outline_layers=outlined)
-    planned = Estimator(model, config).plan.at(BATCH, SEQ).peak()
+    planned = Estimator(model, config).plans.one.at(BATCH, SEQ).peak()
     qc.prepare(model, config)
     compiled = torch.compile(model, backend="qlora")
     tokens = torch.randint(3, 40000, (BATCH, SEQ))

@@ -55,7 +55,7 @@ class Model:
         options: dict[str, Any] = COMMON | MODELS[name]
         with torch.device("meta"):
             model = LlamaForCausalLM(LlamaConfig(**options)).to(torch.bfloat16)
-        plan = Estimator(model, CONFIG).plan.at(1, TOKENS)
+        plan = Estimator(model, CONFIG).plans.one.at(1, TOKENS)
         parts = Parts.of(model, model.model.layers, CONFIG)
         return cls(name, parts, plan, options["hidden_size"], options["num_hidden_layers"])
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -168,3 +170,14 @@ def surfaced(error: _Error) -> _Error:
     new._torch_dynamo_tracer_output = None
     new.frame_exec_strategy = None
     return new
+
+
+@contextlib.contextmanager
+def quiet_fakes() -> Iterator[None]:
+    """Torch logs each op that fake tensors fail in, with its stack, before it raises: what it raises is told here."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before

@@ -1,6 +1,6 @@
 """What a training step of a model needs before anything runs: bytes by kind and phase, what fits, FLOPs, a lower time.
 
-One trace on fake tensors gives every buffer's size as a formula in batch and sequence length; the rest is arithmetic.
+Traces on fake tensors give every buffer's size by batch and sequence length (step_plans.py); the rest is arithmetic.
 """
 
 from __future__ import annotations
@@ -14,16 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from .config import QLoRAConfig
-from .errors import ConfigError, ModelStateError, UnknownOptionError
+from .errors import ConfigError, UnknownOptionError
 from .memory_plan import MemoryPlan, Peak
-from .step_plan import Symbols
-from .tracing import meta_copy, trace
+from .step_plans import StepPlans
 
-SYMBOLS = Symbols(7919, 100003)  # primes that divide no model's dimensions
 # bytes of optimizer state by trainable parameter; 8 bits: two codes, and an fp32 scale of each for a block of 256
 OPTIMIZERS = {
     "adamw": 8.0,
@@ -68,6 +65,7 @@ class Estimate:
     ways: list[Way] = field(default_factory=list)
     roofline_s: float | None = None
     device: str | None = None
+    fitted: bool = False  # its ops change with the length: from traces of three
 
     @property
     def peak(self) -> int:
@@ -101,26 +99,14 @@ class Estimator:
             raise UnknownOptionError(optimizer, OPTIMIZERS, what="optimizer")
         if optimizer_budget is not None and not optimizer.startswith("paged_"):
             raise ConfigError("An optimizer budget is for the paged optimizers: choose paged_adamw.")
-        self.model, self.config = meta_copy(model).train(), config
+        self.config = config
+        self.plans = StepPlans(model, dataclasses.replace(config, activation_budget=1.0), device)
+        self.model = self.plans.model
         self.optimizer, self.optimizer_budget = optimizer, optimizer_budget
         self.device = device
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         self.classes = 0 if head is None else len(head.weight)
         self.limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-
-    @functools.cached_property
-    def plan(self) -> MemoryPlan:
-        """The plan of keeping everything. What a budget leaves of the saved activations is its fraction by definition."""
-        tokens = torch.zeros(SYMBOLS.batch, SYMBOLS.seq, dtype=torch.long, device="meta")
-        config = dataclasses.replace(self.config, activation_budget=1.0)
-        plan = trace(
-            self.model, {"input_ids": tokens, "labels": tokens}, config, symbols=SYMBOLS, device=self.device
-        ).plan
-        if plan is None:
-            raise ModelStateError(
-                "The layers of this model do not run one after the other, so nothing can be estimated."
-            )
-        return plan
 
     def trainable_bytes(self, plan: MemoryPlan) -> int:
         return plan.resident.get("adapters", 0) + plan.resident.get("trained", 0)
@@ -132,7 +118,7 @@ class Estimator:
         device = state if self.optimizer_budget is None else min(state, self.optimizer_budget)
         return device, state - device
 
-    def peaks(self, plan: MemoryPlan, budget: float | None = None) -> dict[str, Peak]:
+    def _peaks(self, plan: MemoryPlan, budget: float | None = None) -> dict[str, Peak]:
         """By phase, after the first step: the optimizer's state is there all the time, gradients from the backward on."""
         state, _ = self.state_bytes(plan)
         found = {}
@@ -159,16 +145,31 @@ class Estimator:
                 moved[buffer.kind] = moved.get(buffer.kind, 0) + plan.size(size)
         return Peak(peak.bytes, peak.event, _moved(peak.by_kind, "logits", moved))
 
+    def peaks_at(self, batch: int, seq_len: int, budget: float | None = None) -> dict[str, Peak]:
+        """`_peaks` for this batch and length."""
+
+        def flat(plan: MemoryPlan) -> dict[str, float]:
+            peaks = self._peaks(plan, budget)
+            return {f"{phase} {kind}": n for phase, peak in peaks.items() for kind, n in peak.by_kind.items()}
+
+        found: dict[str, dict[str, int]] = {phase: {} for phase in PHASES}
+        for name, amount in self.plans.read(batch, seq_len, flat).items():
+            phase, _, kind = name.partition(" ")
+            found[phase] |= {kind: round(amount)} if round(amount) else {}
+        return {phase: Peak(sum(by_kind.values()), 0, by_kind) for phase, by_kind in found.items()}
+
     def peak_at(self, batch: int, seq_len: int, budget: float | None = None) -> int:
-        return max(peak.bytes for peak in self.peaks(self.plan.at(batch, seq_len), budget).values())
+        return max(peak.bytes for peak in self.peaks_at(batch, seq_len, budget).values())
 
     def __call__(self, batch: int, seq_len: int, memory: int | None = None, device: str | None = None) -> Estimate:
         """The estimate; with `memory` what is the most that fits, with `device` a time from its data sheet."""
         _check_counts(batch, seq_len)
-        plan = self.plan.at(batch, seq_len)
+        peaks = self.peaks_at(batch, seq_len)
+        numbers = self.plans.read(batch, seq_len, _numbers)
         found = Estimate(
-            type(self.model).__name__, batch, seq_len, memory, self.peaks(plan), self.state_bytes(plan)[1],
-            plan.saved_bytes(), plan.flops(), plan.traffic(),
+            type(self.model).__name__, batch, seq_len, memory, peaks, self.state_bytes(self.plans.one)[1],
+            round(numbers["saved"]), round(numbers["flops"]), round(numbers["traffic"]),
+            fitted=len(self.plans.by_length) > 1,
         )  # fmt: skip
         found.table = {b: {s: self.peak_at(b, s) for s in TABLE_SEQS} for b in TABLE_BATCHES}
         if memory is not None:
@@ -177,7 +178,8 @@ class Estimator:
             if not found.fits:
                 found.ways = self.ways(batch, seq_len, memory)
         if device is not None:
-            found.device, found.roofline_s = device, roofline_seconds(plan, device)
+            read = self.plans.read(batch, seq_len, lambda plan: {"seconds": roofline_seconds(plan, device)})
+            found.device, found.roofline_s = device, read["seconds"]
         return found
 
     def ways(self, batch: int, seq_len: int, memory: int) -> list[Way]:
@@ -206,16 +208,20 @@ class Estimator:
         if self.config.keep_logits:
             found.append(("--no-keep-logits", self.in_chunks))
         options, last = found[-1]
-        state, _ = self.state_bytes(self.plan.at(batch, seq_len))
+        state, _ = self.state_bytes(self.plans.one)
         paged = self.optimizer if self.optimizer.startswith("paged_") else f"paged_{self.optimizer}"
         if paged in OPTIMIZERS and self.optimizer_budget is None:
             budget, unit, shift = state // 8, "MiB", 20
             if budget >> shift == 0:
                 budget, unit, shift = max(budget, 4096), "KiB", 10  # a page has 4 KiB at least
             changed = Estimator(self.model, last.config, paged, budget >> shift << shift, self.device)
-            changed.__dict__["plan"] = last.plan  # the optimizer is no part of what was traced
+            changed.plans = last.plans  # the optimizer is no part of what was traced
             found.append((f"{options} --optimizer {paged} --optimizer-budget {budget >> shift}{unit}".strip(), changed))
         return found
+
+
+def _numbers(plan: MemoryPlan) -> dict[str, float]:
+    return {"saved": plan.saved_bytes(), "flops": plan.flops(), "traffic": plan.traffic()}
 
 
 def _chunk_of_logits(plan: MemoryPlan) -> int:

@@ -29,16 +29,17 @@ class Symbols:
 
     batch: int
     seq: int
+    powers: int = 8  # of `seq`, at most
 
     def size(self, number: int) -> Size:
         """`number` as coefficient * batch^b * seq^s."""
         b = s = 0
         while number and number % self.batch == 0:
             number, b = number // self.batch, b + 1
-        while number and number % self.seq == 0:
+        while number and s < self.powers and number % self.seq == 0:
             number, s = number // self.seq, s + 1
         for times in (1, 2, 4, 8):  # bytes of an element
-            if number and abs(number - times * self.seq) <= _SLACK * times:
+            if number and s < self.powers and abs(number - times * self.seq) <= _SLACK * times:
                 number, s = times, s + 1
         return Size(number, b, s)
 
@@ -110,6 +111,13 @@ class _PlanBuilder:
             return Size(row_bytes * (chunk_rows(rows, chunk) if chunk else rows))
         return Size(row_bytes, found.b, found.s, chunk)
 
+    def size_of(self, node: fx.Node, nbytes: int) -> Size:
+        """Of a storage of the node's value; one that ends within the batch's last element's is counted as whole."""
+        size = self.size(nbytes)
+        if size.b or self.symbols is None or not _has_batch(node.meta.get("val"), self.symbols.batch):
+            return size
+        return self.size(nbytes + -nbytes % self.symbols.batch)
+
     def add(self, phase: str, part: int, gm: fx.GraphModule) -> None:
         """A node that the backward computes again stands on the forward's fake tensor: a storage's key names its graph."""
         known: dict[Any, Any] = {}  # storage in this graph -> what the forward's buffer of it is kept under
@@ -142,7 +150,7 @@ class _PlanBuilder:
             for key in () if node in unwritten else read((*node.all_input_nodes, node)):
                 self._touch(key, index)
             for key in fresh:
-                size = self.size(keys[key])
+                size = self.size_of(node, keys[key])
                 self.live[own[key]] = Buffer(node.name, module_path(node), "temporary", size, index, index)
                 if self.fused and is_by_element(node):
                     self.by_element.append((own[key], read(node.all_input_nodes)))
@@ -228,6 +236,10 @@ class _PlanBuilder:
 
 def _with(buffer: Buffer, **changes: Any) -> Buffer:
     return Buffer(**(buffer.__dict__ | changes))
+
+
+def _has_batch(value: Any, batch: int) -> bool:
+    return isinstance(value, torch.Tensor) and any(size and size % batch == 0 for size in value.shape)
 
 
 def _traffic(node: fx.Node) -> list[int]:

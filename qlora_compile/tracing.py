@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_map
 
 from .backend import _compile, local_device
 from .config import QLoRAConfig
-from .dynamo import surfaced
+from .dynamo import quiet_fakes, surfaced
 from .errors import ModelStateError, NoTargetError, QLoRACompileError
 from .fx_utils import copy_graph
 from .kernel_report import KernelReport
@@ -77,7 +78,7 @@ def trace(
     if not isinstance(model, nn.Module):
         raise ModelStateError(f"trace needs an nn.Module, got {type(model).__name__}.")
     work = meta_copy(model)
-    _keep_no_cache(work)
+    keep_no_cache(work)
     arguments = tree_map(_on_meta, call_arguments(model, example_inputs))
     found = _repeats(work, config) if prepared_state(work) is None else []
     alike = config.activation_budget == 1 and optimizer is None  # a budget may recompute some layers only
@@ -109,7 +110,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _keep_no_cache(model: nn.Module) -> None:
+def keep_no_cache(model: nn.Module) -> None:
     """A training step keeps no keys and values, whatever transformers' configuration says of generating."""
     for module in model.modules():
         settings = getattr(module, "config", None)
@@ -171,11 +172,13 @@ def _run(model: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]], co
         backend = _backend(dataclasses.replace(config, dump_dir=folder), keep)
         torch._dynamo.reset_code(type(model).forward.__code__)
         try:
-            torch.compile(model, backend=backend, dynamic=False)(*args, **kwargs)
+            with quiet_fakes():
+                torch.compile(model, backend=backend, dynamic=False)(*args, **kwargs)
         except (RuntimeError, torch._dynamo.exc.Unsupported) as error:
             if isinstance(error, QLoRACompileError) or "meta" not in f"{type(error).__name__} {error}".lower():
                 raise  # torch's errors about a missing value all name the meta device
-            reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+            said = re.search(r"""got \w+\(["'](.+?)(?:\. |["']\))""", str(error), re.DOTALL)  # of Dynamo's own wording
+            reason = said[1] if said else next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
             raise ModelStateError(
                 f"{type(model).__name__} cannot be traced without its weights: {reason}. Compile the real model "
                 "and use explain(model)."

@@ -65,6 +65,6 @@ class StepMemory:
 
     def _bytes(self, rows: int, seq_len: int, *, pages: bool) -> int:
         """At the peak of a step. Without pages the state comes back when the activations are gone."""
-        peaks = self._estimator.peaks(self._estimator.plan.at(rows, seq_len))
+        peaks = self._estimator.peaks_at(rows, seq_len)
         state = 0 if pages else peaks["forward"].by_kind.get("optimizer", 0)
         return max(max(peaks[phase].bytes for phase in ("forward", "backward")) - state, peaks["optimizer"].bytes)

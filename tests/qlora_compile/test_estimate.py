@@ -42,7 +42,7 @@ def test_optimizers_and_phases(tiny_llama: Callable[..., nn.Module]) -> None:
     assert most.longest_seq == 256 or estimator.peak_at(2, most.longest_seq + 1) > memory  # 256: the model's own limit
     assert most.table[4][512] == estimator.peak_at(4, 512)
     sheet = devices()["L4"]
-    plan = estimator.plan.at(2, 40)
+    plan = estimator.plans.one.at(2, 40)
     least = max(most.flops / sheet["bf16_flops"], plan.traffic() / sheet["bytes_per_s"])
     most_seconds = most.flops / sheet["bf16_flops"] + plan.traffic() / sheet["bytes_per_s"]
     assert least * 0.999 <= roofline_seconds(plan, "L4") <= most_seconds * 1.001  # sums of thousands of terms
@@ -56,12 +56,12 @@ def test_what_to_change_so_that_it_fits(tiny_llama: Callable[..., nn.Module]) ->
     changed = estimator.in_chunks
     assert changed.peak_at(4, 200) == chunks.peak
     # once, beside a chunk of them that becomes its gradient; or the chunk alone
-    logits = [each.peaks(each.plan.at(4, 200))["forward"].by_kind["logits"] for each in (estimator, changed)]
+    logits = [each.peaks_at(4, 200)["forward"].by_kind["logits"] for each in (estimator, changed)]
     assert logits[0] == 4 * 800 * 40001 + logits[1] and 0.9 * (64 << 20) < logits[1] <= 64 << 20
     *_, both = estimator(4, 200, chunks.peak - 1).ways
     assert both.options.startswith("--no-keep-logits --optimizer paged_adamw --optimizer-budget ")
-    state, _ = estimator.state_bytes(estimator.plan)
-    least = estimator(4, 200, chunks.peak - state - changed.plan.at(4, 200).saved_bytes() // 3)
+    state, _ = estimator.state_bytes(estimator.plans.one)
+    least = estimator(4, 200, chunks.peak - state - changed.plans.one.at(4, 200).saved_bytes() // 3)
     assert least.fits is False and least.ways and all(way.peak <= least.device_memory for way in least.ways)
     way = least.ways[-1]
     budget = float(way.options.split()[-1])
@@ -71,7 +71,7 @@ def test_what_to_change_so_that_it_fits(tiny_llama: Callable[..., nn.Module]) ->
     again.__dict__["plan"] = changed.plan  # the optimizer is no part of what is traced
     assert again.peak_at(4, 200, budget) == way.peak
     assert again.peak_at(4, 200, round(budget + 0.05, 2)) > least.device_memory
-    assert again.peaks(again.plan.at(4, 200), budget)["backward"].by_kind["recomputed"] > 0
+    assert again.peaks_at(4, 200, budget)["backward"].by_kind["recomputed"] > 0
     assert estimator(4, 200, 1000).ways == []
 
 

@@ -1,0 +1,137 @@
+"""The plan of a training step at any batch and sequence length, from traces of a few.
+
+One trace with odd symbols gives every size as a formula, as long as the same ops run for every length. Where they do not
+(state-space models and linear attention work on chunks of a length, and pad to them), the batch alone is a symbol, and
+every figure is the polynomial of second degree through those of three lengths: attention's are of no higher one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .config import QLoRAConfig
+from .dynamo import quiet_fakes
+from .errors import ModelStateError
+from .memory_plan import MemoryPlan
+from .step_plan import Symbols
+from .tracing import keep_no_cache, meta_copy, trace
+
+SYMBOLS = Symbols(7919, 100003)  # primes that divide no model's dimensions
+LENGTHS = (256, 512, 768)  # multiples of what models work on at a time
+_POSITIONS = ("max_position_embeddings", "max_seq_len")  # in configurations: the most that it was made for
+_NEAR = 0.02  # of all bytes: a length padded by a few, as it is for shifted labels, is no other formula
+
+
+class StepPlans:
+    """Of a language model with labels; every activation is kept. `device`: the kind it is for, as in `trace`."""
+
+    def __init__(self, model: nn.Module, config: QLoRAConfig, device: str | None) -> None:
+        self.model, self.config, self.device = meta_copy(model).train(), config, device
+        keep_no_cache(self.model)
+
+    @functools.cached_property
+    def by_length(self) -> dict[int, MemoryPlan]:
+        """Plans of LENGTHS; the key 0 alone where one has formulas for every length.
+
+        Raises ModelStateError where the model cannot be traced, or has graph breaks.
+        """
+        symbols = symbols_for(self.model)
+        if symbols is not None:
+            return {0: self._plan(symbols)}
+        return {length: self._plan(Symbols(SYMBOLS.batch, length, powers=1)) for length in LENGTHS}
+
+    @property
+    def one(self) -> MemoryPlan:
+        """Any of them, for what no length changes."""
+        return next(iter(self.by_length.values()))
+
+    def _plan(self, symbols: Symbols) -> MemoryPlan:
+        tokens = _tokens(symbols.batch, symbols.seq)
+        plan = trace(self.model, tokens, self.config, symbols=symbols, device=self.device).plan
+        if plan is None:
+            raise ModelStateError(
+                "The layers of this model do not run one after the other, so nothing can be estimated."
+            )
+        return plan
+
+    def read(self, batch: int, seq: int, of: Callable[[MemoryPlan], Mapping[str, float]]) -> dict[str, float]:
+        """Figures of a plan, by name, at this batch and length."""
+        found = {length: of(plan.at(batch, length or seq)) for length, plan in self.by_length.items()}
+        if 0 in found:
+            return dict(found[0])
+        names = dict.fromkeys(name for figures in found.values() for name in figures)
+        return {name: max(0.0, _fitted({s: f.get(name, 0) for s, f in found.items()}, seq)) for name in names}
+
+
+def symbols_for(model: nn.Module) -> Symbols | None:
+    """Symbols in which every size of `model` (on the meta device) is a formula; None where its ops change with the length.
+
+    The sequence is as long as the model takes one: some have a mask or a bias for each position.
+    """
+    config = getattr(model, "config", None)
+    most = next((n for name in _POSITIONS if (n := getattr(config, name, None)) is not None), SYMBOLS.seq)
+    try:
+        known = [_sizes(model, length) for length in LENGTHS[:2]] if most > LENGTHS[1] else []
+    except RuntimeError:  # needs values: the trace is to say so
+        return SYMBOLS
+    if len({len(sizes) for sizes in known}) > 1:
+        return None
+    for symbols in (SYMBOLS, *([Symbols(SYMBOLS.batch, _prime_up_to(most))] if most < SYMBOLS.seq else [])):
+        with contextlib.suppress(RuntimeError):  # it is longer than the model takes
+            sizes = _sizes(model, symbols.seq)
+            return symbols if not known or _agree(symbols, sizes, known[-1]) else None
+    return SYMBOLS
+
+
+def _agree(symbols: Symbols, sizes: Sequence[int], known: Sequence[int]) -> bool:
+    """Whether formulas made of `sizes` give the `known` ones of LENGTHS[1], all together."""
+    formulas = (symbols.size(nbytes).at(symbols.batch, LENGTHS[1]) for nbytes in sizes)
+    return len(sizes) == len(known) and math.isclose(sum(formulas), sum(known), rel_tol=_NEAR)
+
+
+class _Sizes(TorchDispatchMode):
+    """The bytes of every op's results, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.found += [leaf.nbytes for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        return out
+
+
+def _sizes(model: nn.Module, length: int) -> list[int]:
+    with torch.no_grad(), quiet_fakes(), FakeTensorMode(allow_non_fake_inputs=True) as mode, _Sizes() as sizes:
+        # fake, so that transformers asks no values of them
+        model(**{name: mode.from_tensor(tokens) for name, tokens in _tokens(SYMBOLS.batch, length).items()})
+    return sizes.found
+
+
+def _tokens(batch: int, length: int) -> dict[str, torch.Tensor]:
+    tokens = torch.zeros(batch, length, dtype=torch.long, device="meta")
+    return {"input_ids": tokens, "labels": tokens}
+
+
+def _prime_up_to(number: int) -> int:
+    return next((n for n in range(number, 1, -1) if all(n % d for d in range(2, math.isqrt(n) + 1))), 1)
+
+
+def _fitted(points: Mapping[int, float], at: int) -> float:
+    """The polynomial through the points (Lagrange's form)."""
+    places: Sequence[int] = [*points]
+    return sum(
+        value * math.prod((at - other) / (place - other) for other in places if other != place)
+        for place, value in points.items()
+    )
