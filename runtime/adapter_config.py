@@ -10,10 +10,11 @@ from typing import Any
 from torch import nn
 
 from ..modules import AdapterSite, prepared_config
+from .full_parameters import FullPart
 
 
 def peft_config(
-    model: nn.Module, name: str, sites: Mapping[str, AdapterSite], saved: list[str], doubled: set[str]
+    model: nn.Module, name: str, sites: Mapping[str, AdapterSite], full: FullPart, doubled: set[str]
 ) -> dict[str, Any]:
     """LoraConfig's keys that describe what we train; PEFT takes its defaults for the others.
 
@@ -34,13 +35,13 @@ def peft_config(
     return {
         "alpha_pattern": alpha_pattern,
         "base_model_name_or_path": base or None,
-        "bias": "none",
+        "bias": full.bias,
         "fan_in_fan_out": any(site.fan_in_fan_out for site in linears.values()),
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": alpha,
         "lora_dropout": dropout,
-        "modules_to_save": saved or None,
+        "modules_to_save": full.modules or None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": rank_pattern,
@@ -82,18 +83,3 @@ def _target_parameters(model: nn.Module, experts: set[str]) -> list[str]:
     elsewhere = [n for n, _ in model.named_parameters() if n not in experts]
     short = {name: ".".join(name.split(".")[-2:]) for name in experts}
     return sorted({name if any(n.endswith(f".{s}") for n in elsewhere) else s for name, s in short.items()})
-
-
-def modules_saved_in_full(model: nn.Module) -> list[str]:
-    """Full names of the modules that are trained in full, with those that share their parameters, sorted.
-
-    PEFT copies such a module, which unties it from the other one; so both are written.
-    """
-    config = prepared_config(model)
-    wanted = config.modules_to_save if config else ()
-    modules = dict(model.named_modules(remove_duplicate=False))
-    named = [n for n in modules if any(n == w or n.endswith(f".{w}") for w in wanted)]
-    shared = {id(parameter) for n in named for parameter in modules[n].parameters()}
-    tied = [n for n, m in modules.items() if any(id(p) in shared for p in m.parameters(recurse=False))]
-    inside = [n for n in tied if not any(n == other or n.startswith(f"{other}.") for other in named)]
-    return sorted({*named, *inside})

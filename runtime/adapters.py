@@ -14,12 +14,13 @@ from torch import nn
 from ..adapter_edits import add_adapter, check_adapter_name
 from ..errors import AdapterMismatchError, ConfigError, ModelStateError, NoAdapterError
 from ..experts import QLoRAExperts
-from ..modules import AdapterSite, QLoRALinear, adapter_sites, is_quantized, prepared_state
-from .adapter_config import modules_saved_in_full, peft_config
+from ..modules import AdapterSite, QLoRALinear, adapter_sites, prepared_state
+from .adapter_config import peft_config
 from .export_sources import unwrap
 from .fold_plan import first_few
 from .formats.expert_files import flatten, module_paths
 from .formats.peft_files import PREFIX, AdapterFiles, LoraLayer, only_foldable, read_adapter, write_adapter
+from .full_parameters import check_can_hold, full_part, misfits, replace_in_full
 from .quantized_base import SIDE_FILE, QuantizedBase
 from .sharded import gathered, has_shards
 
@@ -43,18 +44,16 @@ def load_adapter(
 ) -> None:
     """Load a PEFT folder onto a prepared model as adapter `name`: copied into it if there, else added.
 
-    Parameters that the adapter trained in full (`modules_to_save`) replace the model's. Everything is checked before
-    anything changes. Raises ConfigError (a name that no adapter can have), CheckpointError (see `read_adapter`),
-    NoAdapterError (the model was not prepared), and AdapterMismatchError naming the first few tensors whose module is
-    unknown or whose shape differs.
+    Parameters that the adapter trained in full (`modules_to_save`, `bias`) replace the model's, and count for all its
+    adapters. Everything is checked before anything changes. Raises ConfigError (a name that no adapter can have),
+    CheckpointError (see `read_adapter`), NoAdapterError (the model was not prepared), and AdapterMismatchError naming
+    the first few tensors whose module is unknown or whose shape differs, or that the model cannot hold (`check_can_hold`).
     """
     check_adapter_name(name)
     model = unwrap(model)
     sites = _sites(model)
     files = read_adapter(path, allow_pickle=allow_pickle)
     layers, parameters = files.layers(), files.full_parameters()
-    own: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    own |= model.named_buffers(remove_duplicate=False)
     embedding = next((module for module, layer in layers.items() if layer.embedding), None)
     special = only_foldable(layers)
     if special is None and embedding is not None:
@@ -62,13 +61,14 @@ def load_adapter(
     if special:
         raise AdapterMismatchError(f"The adapter {path} cannot be used here: {special}.")
     problems = [p for module, layer in layers.items() if (p := _layer_problem(sites, module, layer))]
-    problems += [p for key, tensor in parameters.items() if (p := _parameter_problem(own, key, tensor))]
+    problems += misfits(model, parameters)
     there = [site for site in sites.values() if name in site.adapters]
     if there:
         problems += [p for site in there if (p := _slot_problem(site, name, layers.get(site.name)))]
         problems += [f"{m} has no adapter {name!r} yet" for m in layers if m in sites and sites[m] not in there]
     if problems:
         raise AdapterMismatchError(f"The adapter {path} does not fit the model: {first_few(problems)}.")
+    check_can_hold(model, path, name, parameters)
     if not there:
         _add(model, name, layers)
     if not there or any(layers[site.name].scaling != site.scaling(name) for site in there):
@@ -79,8 +79,7 @@ def load_adapter(
             site.a(name).copy_(layer.a)
             site.b(name).copy_(layer.b)
             site.info.alpha[name], site.info.scaling[name] = layer.alpha, layer.scaling
-        for key, tensor in parameters.items():
-            own[key].copy_(tensor)
+        replace_in_full(model, name, parameters)
 
 
 def set_adapters(
@@ -177,12 +176,9 @@ def adapter_files(model: nn.Module, name: str, *, plain: bool = False) -> Adapte
             a, b = flatten(a, b)
         module = modules.get(site_name, site_name)
         tensors[f"{PREFIX}{module}.lora_A.weight"], tensors[f"{PREFIX}{module}.lora_B.weight"] = a, b
-    saved = modules_saved_in_full(model)
-    for module_name in saved:
-        for key, tensor in model.get_submodule(module_name).state_dict().items():
-            tensors[f"{PREFIX}{module_name}.{key}"] = gathered(tensor.detach())
+    full = full_part(model, sites)
     doubled = {n for n, site in sites.items() if plain and name in site.info.start}
-    return AdapterFiles(peft_config(model, name, sites, saved, doubled), tensors)
+    return AdapterFiles(peft_config(model, name, sites, full, doubled), tensors | full.tensors)
 
 
 def install_layers(model: nn.Module, name: str, layers: Mapping[str, LoraLayer], weight: float) -> None:
@@ -218,16 +214,6 @@ def _layer_problem(sites: Mapping[str, AdapterSite], module: str, layer: LoraLay
     shape = *layer.b.shape[:-1], layer.a.shape[-1]
     if model_shape != shape:
         return f"{module} is {list(model_shape)} in the model, {list(shape)} in the adapter"
-    return None
-
-
-def _parameter_problem(own: Mapping[str, torch.Tensor], key: str, tensor: torch.Tensor) -> str | None:
-    if key not in own:
-        return f"the model has no parameter {key}"
-    if is_quantized(own[key]):
-        return f"{key} was trained in full but is 4-bit in the model: prepare it with modules_to_save"
-    if own[key].shape != tensor.shape:
-        return f"{key} is {list(own[key].shape)} in the model, {list(tensor.shape)} in the adapter"
     return None
 
 

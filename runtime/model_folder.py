@@ -10,9 +10,9 @@ from safetensors.torch import save
 from torch import nn
 
 from ..modules import adapter_parameters, adapter_sites
-from .adapter_config import modules_saved_in_full
 from .adapters import save_adapter
 from .formats.atomic import write_file
+from .full_parameters import loaded_in_full, modules_saved_in_full
 from .sharded import gathered, has_shards
 
 TRAINED_FILE = "model.safetensors"  # the name under which Trainer looks for the weights of a model that is not PEFT's
@@ -48,8 +48,9 @@ def trained_names(model: nn.Module) -> set[str]:
 
 
 def _trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The entries of the state dictionary that are adapters, or of a module that is trained in full."""
+    """The entries of the state dictionary that are adapters, or were trained in full."""
     adapters = {id(parameter) for parameter in adapter_parameters(model)}
     saved = tuple(f"{name}." for name in modules_saved_in_full(model))
+    loaded = loaded_in_full(model)
     entries = model.state_dict(keep_vars=True).items()
-    return {key: tensor for key, tensor in entries if id(tensor) in adapters or key.startswith(saved)}
+    return {k: tensor for k, tensor in entries if id(tensor) in adapters or k in loaded or k.startswith(saved)}
