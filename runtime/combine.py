@@ -155,7 +155,8 @@ def combine_layers(
             raise ConfigError(f"method='linear' needs equal ranks, at {module} they are {ranks}; use 'cat' or 'svd'.")
         a, b, residual = _combine_terms(method, terms, options, dtype)
         new_rank = a.shape[-2]
-        layers[module] = LoraLayer(a, b, float(new_rank), 1.0, next(iter(found.values())).embedding)
+        like = next(iter(found.values()))
+        layers[module] = LoraLayer(a, b, float(new_rank), 1.0, like.embedding, parameter=like.parameter)
         report.layers.append(CombinedLayer(module, new_rank, residual))
     if not layers:
         raise ConfigError("Nothing is left to combine: all weights are 0, or no adapter has a low-rank layer.")

@@ -49,7 +49,13 @@ def combine_folders(
             raise AdapterMismatchError(f"The adapter {label} cannot be combined: {special}.")
     layers, report = combine_layers(str(out), parts, dict(adapters), method, options, seed, torch.float32)
     tensors = _full_tensors(files, adapters)
-    paths = module_paths(registration_order(module for module, layer in layers.items() if layer.experts))
+    paths = module_paths(registration_order(module for module, layer in layers.items() if layer.parameter))
+    both = next((module for module in paths.values() if module in layers), None)
+    if both is not None:
+        raise AdapterMismatchError(
+            f"The adapters cannot be combined: {both} is adapted as a module and by target_parameters; fold them with "
+            "export instead."
+        )
     for module, layer in layers.items():
         names = ("lora_embedding_A", "lora_embedding_B") if layer.embedding else ("lora_A.weight", "lora_B.weight")
         factors = flatten(layer.a, layer.b) if layer.experts else (layer.a, layer.b)
@@ -91,7 +97,11 @@ def _sum_weighted(parts: Iterable[tuple[float, torch.Tensor]]) -> torch.Tensor:
 
 
 def _config(files: Mapping[str, AdapterFiles], layers: Mapping[str, LoraLayer]) -> dict[str, Any]:
-    """adapter_config.json of the result: a scaling of 1 at each layer, and what the parts agree on."""
+    """adapter_config.json of the result: a scaling of 1 at each layer, and what the parts agree on.
+
+    Layers stand there by their full names: the parts' own targets may be narrowed by further options
+    (`layers_to_transform`, `exclude_modules`) or widened (`ensure_weight_tying`).
+    """
     configs = [adapter.config for adapter in files.values()]
 
     def common(key: str) -> Any:
@@ -100,9 +110,7 @@ def _config(files: Mapping[str, AdapterFiles], layers: Mapping[str, LoraLayer]) 
 
     rank, patterns = default_and_pattern({module: layer.rank for module, layer in layers.items()})
     saved = {name for config in configs for name in config.get("modules_to_save") or ()}
-    experts = sorted(module for module, layer in layers.items() if layer.experts)
-    linears = sorted(set(layers) - set(experts))
-    same_layers = all(set(adapter.layers()) == set(layers) for adapter in files.values())
+    parameters = sorted(module for module, layer in layers.items() if layer.parameter)
     biases = {config.get("bias", "none") for config in configs} - {"none"}
     return {
         "alpha_pattern": patterns,
@@ -117,8 +125,8 @@ def _config(files: Mapping[str, AdapterFiles], layers: Mapping[str, LoraLayer]) 
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": patterns,
-        "target_modules": (common("target_modules") if same_layers else None) or linears,
-        **({"target_parameters": experts} if experts else {}),
+        "target_modules": sorted(set(layers) - set(parameters)),
+        **({"target_parameters": parameters} if parameters else {}),
         "task_type": common("task_type"),
         "use_dora": False,
         "use_rslora": False,

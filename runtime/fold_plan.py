@@ -194,7 +194,7 @@ def _add_layer(
         flipped = layout.is_transposed(module)
     if spec.shape != (other if flipped else shape):
         return f"{key} is {list(spec.shape)} in the base, {list(shape)} in the adapter"
-    target = _target(plan, specs, key, module if layer.experts else f"{module}.weight")
+    target = _target(plan, specs, key, module if layer.parameter else f"{module}.weight")
     target.terms.append(LoraTerm(layer.a, layer.b, adapter.weight * layer.scaling))
     target.transposed = flipped
     target.embedding = layer.embedding

@@ -269,8 +269,8 @@ def _apply(model: nn.Module, adapters: Sequence[WeightedAdapter], *, merge: bool
     _replace_full(model, adapters)
     for adapter in adapters:
         for path, layer in adapter.files.layers().items():
-            if layer.experts:
-                _add_to_experts(model, path, layer, adapter.weight)
+            if layer.parameter:
+                _add_to_parameter(model, path, layer, adapter.weight)
             elif merge:
                 _add_to_weight(model.get_submodule(path), layer, adapter.weight)
             else:
@@ -287,7 +287,7 @@ def _add_to_weight(module: nn.Module, layer: LoraLayer, weight: float) -> None:
             module.get_parameter("bias").add_(layer.scaling * weight * layer.bias.float())
 
 
-def _add_to_experts(model: nn.Module, parameter: str, layer: LoraLayer, weight: float) -> None:
+def _add_to_parameter(model: nn.Module, parameter: str, layer: LoraLayer, weight: float) -> None:
     module = model.get_submodule(parameter.rpartition(".")[0])
     delta = layer.scaling * weight * (layer.b.float() @ layer.a.float())
     with torch.no_grad():

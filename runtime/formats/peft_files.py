@@ -3,8 +3,8 @@
 A key is `base_model.model.<module>.lora_A.weight` [r, in] or `.lora_B.weight` [out, r]; for embeddings
 `.lora_embedding_A` [r, vocab] and `.lora_embedding_B` [dim, r]; with `lora_bias` there is `.lora_B.bias` [out], with DoRA
 `.lora_magnitude_vector` [out]; any other key is a parameter that was trained in full
-(`modules_to_save`, `bias`). Of fused experts (`target_parameters`) a layer is named by its parameter, and `expert_files`
-says how the files hold it. The adapter's name is no part of the files.
+(`modules_to_save`, `bias`). With `target_parameters`, fused experts mostly, a layer is named by its parameter, and
+`expert_files` says how the files hold it. The adapter's name is no part of the files.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class LoraLayer:
 
     `bias` [out], times `scaling`, is added to the module's bias (`lora_bias`). `magnitude` [out] is DoRA's: the rows of
     weight + `scaling * b @ a` are brought to these lengths (arXiv 2402.09353).
-    Of fused experts, by the name of their parameter: `a` [E, r, in], `b` [E, out, r].
+    `parameter`: the layer is named by a parameter (`target_parameters`), to which `b @ a` is added as it is stored. Of
+    fused experts: `a` [E, r, in], `b` [E, out, r].
     """
 
     a: torch.Tensor
@@ -74,6 +75,7 @@ class LoraLayer:
     embedding: bool = False
     bias: torch.Tensor | None = None
     magnitude: torch.Tensor | None = None
+    parameter: bool = False
 
     @property
     def rank(self) -> int:
@@ -223,6 +225,9 @@ def _check_config(config: Mapping[str, Any]) -> None:
             f"init_lora_weights={init!r} changed the base weights too; convert it to plain LoRA in PEFT first "
             "(save_pretrained with path_initial_model_for_weight_conversion)."
         )
+    named = config.get("target_parameters") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise CheckpointError(f"target_parameters is {named!r}, not a list of names.")
     if not _is_number(config.get("lora_alpha", 8)):
         raise CheckpointError(f"lora_alpha is {config['lora_alpha']!r}, not a finite number.")
     _check_ranks(config)
@@ -258,7 +263,7 @@ def _parse_key(key: str) -> tuple[str, str, bool] | None:
 def _make_layer(
     module: str, parameter: str | None, factors: dict[str, torch.Tensor], config: dict[str, Any], embedding: bool
 ) -> LoraLayer:
-    """`parameter`: that of the fused experts which the factors of this wrapped module belong to."""
+    """`parameter`: the one which the factors of this wrapped module belong to."""
     missing = {"a", "b"} - set(factors)
     if missing:
         raise CheckpointError(f"{module} has no lora_{missing.pop().upper()}.")
@@ -285,7 +290,8 @@ def _make_layer(
             raise CheckpointError(f"{module}: its {name} {list(vector.shape)} does not fit {shapes}.")
     alpha = float(pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return LoraLayer(a, b, alpha, scaling, embedding, factors.get("bias"), factors.get("magnitude"))
+    vectors = factors.get("bias"), factors.get("magnitude")
+    return LoraLayer(a, b, alpha, scaling, embedding, *vectors, parameter=parameter is not None)
 
 
 def only_foldable(layers: Mapping[str, LoraLayer]) -> str | None:

@@ -1,0 +1,92 @@
+"""Adapters that stock peft made with each of its ways to say where they sit: it loads the combination without a loss."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import qlora_compile as qc
+from qlora_compile.errors import AdapterMismatchError, CheckpointError
+from qlora_compile.runtime.combine_folders import combine_folders
+from qlora_compile.runtime.formats.peft_files import PREFIX, read_adapter, write_adapter
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+MakeModel = Callable[..., torch.nn.Module]
+IDS = torch.arange(26).reshape(2, 13) * 7 % 101
+KINDS: dict[str, tuple[bool, dict[str, Any]]] = {
+    "some layers": (False, {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]}),
+    "all but": (False, {"target_modules": "all-linear", "exclude_modules": ["q_proj"]}),
+    "regex": (False, {"target_modules": r".*layers\.[02]\..*(q|down)_proj"}),
+    "head, tied": (True, {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True}),
+    "parameters": (False, {"target_modules": [], "target_parameters": ["q_proj.weight", "mlp.down_proj.weight"]}),
+    "parameters and modules": (
+        False,
+        {"target_modules": ["v_proj"], "target_parameters": ["q_proj.weight"], "rank_pattern": {"q_proj.weight": 2}},
+    ),
+}
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def stock(model: Any, out: Path, seed: int, **options: Any) -> Path:
+    """Save an adapter that peft made, with nothing left at zero."""
+    theirs = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=5, task_type="CAUSAL_LM", **options))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    theirs.save_pretrained(out)
+    return out
+
+
+def in_peft(model: torch.nn.Module, folder: Path) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys.*")
+        return logits(peft.PeftModel.from_pretrained(model, folder).eval())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stock_peft_computes_the_combination(tmp_path: Path, tiny_llama: MakeModel, kind: str) -> None:
+    tied, options = KINDS[kind]
+    sizes = {"tie_word_embeddings": tied}
+    one, other = (stock(tiny_llama(**sizes), tmp_path / f"ad{seed}", seed, **options) for seed in (0, 1))
+    want = in_peft(tiny_llama(**sizes), one)
+    combine_folders({str(one): 1.0}, tmp_path / "same")
+    close = {"rtol": 1e-4, "atol": 1e-5}  # fp32, sums in another order
+    torch.testing.assert_close(in_peft(tiny_llama(**sizes), tmp_path / "same"), want, **close)
+    assert (want - logits(tiny_llama(**sizes).eval())).abs().max() > 1e-2
+
+    tiny_llama(**sizes).save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    weights = {str(one): 0.7, str(other): -0.2}
+    combine_folders(weights, tmp_path / "both")
+    qc.export(tmp_path / "base", tmp_path / "folded", weights, verify=True)
+    folded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "folded")
+    torch.testing.assert_close(in_peft(tiny_llama(**sizes), tmp_path / "both"), logits(folded), **close)
+
+
+def test_a_weight_as_parameter_and_as_module_is_refused(tmp_path: Path, tiny_llama: MakeModel) -> None:
+    one = stock(tiny_llama(), tmp_path / "one", 0, target_modules=["q_proj"])
+    other = stock(tiny_llama(), tmp_path / "other", 1, target_modules=[], target_parameters=["q_proj.weight"])
+    with pytest.raises(AdapterMismatchError, match="q_proj is adapted as a module and by target_parameters"):
+        combine_folders({str(one): 0.7, str(other): 0.3}, tmp_path / "out")
+
+
+def test_names_of_parameters_are_checked(tmp_path: Path) -> None:
+    tensors = {f"{PREFIX}q_proj.lora_A.weight": torch.ones(3, 7), f"{PREFIX}q_proj.lora_B.weight": torch.ones(5, 3)}
+    for number, bad in enumerate(([3], "q_proj.weight", {"q_proj.weight": 1})):
+        config = {"peft_type": "LORA", "r": 3, "target_parameters": bad}
+        folder = write_adapter(tmp_path / str(number), json.loads(json.dumps(config)), tensors)
+        with pytest.raises(CheckpointError, match=r"target_parameters is .*, not a list of names"):
+            read_adapter(folder)
