@@ -19,6 +19,8 @@ from .formats.expert_files import flatten, module_paths, registration_order
 from .formats.peft_files import PREFIX, AdapterFiles, LoraLayer, only_foldable, read_adapter, write_adapter
 from .quantized_base import SIDE_FILE, read_side_file
 
+_FROZEN = ".base_layer.weight"
+
 
 def combine_folders(
     adapters: Mapping[str, Weight],
@@ -68,13 +70,19 @@ def combine_folders(
 
 
 def _full_tensors(files: Mapping[str, AdapterFiles], weights: Mapping[str, Weight]) -> dict[str, torch.Tensor]:
-    """What was trained in full, by its key: sum w S, which is W0 + sum w (S - W0) only where the weights add up to 1."""
+    """What was trained in full, by its key: sum w S, which is W0 + sum w (S - W0) only where the weights add up to 1.
+
+    Beside an adapter of an embedding or a head PEFT saves the frozen base, which stays what it is.
+    """
     found: dict[str, list[tuple[float, torch.Tensor]]] = {}
     for label, adapter in files.items():
         for key, tensor in adapter.full_tensors().items():
             found.setdefault(key, []).append((weight_at(weights[label], key.removeprefix(PREFIX)), tensor))
     out: dict[str, torch.Tensor] = {}
     for key, parts in found.items():
+        if key.endswith(_FROZEN):
+            out[key] = _the_same(key, [tensor for _, tensor in parts])
+            continue
         if not math.isclose(sum(w for w, _ in parts), 1.0, rel_tol=1e-9):
             raise CheckpointError(
                 f"{key} was trained in full and its weights do not add up to 1, so the result depends on the base: "
@@ -82,6 +90,13 @@ def _full_tensors(files: Mapping[str, AdapterFiles], weights: Mapping[str, Weigh
             )
         out[key] = parts[0][1] if len(parts) == 1 else _sum_weighted(parts)
     return out
+
+
+def _the_same(key: str, tensors: list[torch.Tensor]) -> torch.Tensor:
+    first = tensors[0]
+    if any(tensor.shape != first.shape or not bool((tensor == first).all()) for tensor in tensors[1:]):
+        raise AdapterMismatchError(f"The adapters were trained on different bases: {key} differs.")
+    return first
 
 
 def _sum_weighted(parts: Iterable[tuple[float, torch.Tensor]]) -> torch.Tensor:

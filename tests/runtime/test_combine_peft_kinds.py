@@ -25,6 +25,9 @@ KINDS: dict[str, tuple[bool, dict[str, Any]]] = {
     "some layers": (False, {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]}),
     "all but": (False, {"target_modules": "all-linear", "exclude_modules": ["q_proj"]}),
     "regex": (False, {"target_modules": r".*layers\.[02]\..*(q|down)_proj"}),
+    "embedding": (False, {"target_modules": ["q_proj", "embed_tokens"]}),
+    "tied head": (True, {"target_modules": ["q_proj", "lm_head"]}),
+    "embedding, tied": (True, {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}),
     "head, tied": (True, {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True}),
     "parameters": (False, {"target_modules": [], "target_parameters": ["q_proj.weight", "mlp.down_proj.weight"]}),
     "parameters and modules": (
@@ -74,6 +77,17 @@ def test_stock_peft_computes_the_combination(tmp_path: Path, tiny_llama: MakeMod
     qc.export(tmp_path / "base", tmp_path / "folded", weights, verify=True)
     folded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "folded")
     torch.testing.assert_close(in_peft(tiny_llama(**sizes), tmp_path / "both"), logits(folded), **close)
+
+
+def test_another_base_beside_an_adapter_is_refused(tmp_path: Path, tiny_llama: MakeModel) -> None:
+    """peft saves an embedding that has an adapter with it; it is not trained, and must be the same for all."""
+    options = {"target_modules": ["q_proj", "embed_tokens"]}
+    untied = {"tie_word_embeddings": False}
+    one = stock(tiny_llama(**untied), tmp_path / "one", 0, **options)
+    other = stock(tiny_llama(**untied, seed=5), tmp_path / "other", 1, **options)
+    with pytest.raises(AdapterMismatchError, match=r"on different bases: .*embed_tokens\.base_layer\.weight differs"):
+        combine_folders({str(one): 0.7, str(other): 0.3}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_weight_as_parameter_and_as_module_is_refused(tmp_path: Path, tiny_llama: MakeModel) -> None:
