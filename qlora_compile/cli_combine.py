@@ -17,7 +17,9 @@ def combine(
     adapter: Annotated[list[str], typer.Option(help="PEFT folder, or DIR=WEIGHT; repeatable.")],
     out: Annotated[Path, typer.Option(help="Folder for the combined adapter; new or empty.")],
     method: Annotated[str, typer.Option(help="cat, svd, linear, sequential, ties or dare.")] = "cat",
-    rank: Annotated[int | None, typer.Option(help="svd, ties, dare: rank of the result (largest given).")] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="svd, ties, dare: rank of the result (each layer's largest).")
+    ] = None,
     module_weight: Annotated[
         list[str] | None, typer.Option(help="DIR:PATTERN=WEIGHT, before DIR's own weight; repeatable.")
     ] = None,

@@ -99,6 +99,8 @@ def set_adapters(
     """
     if (weights is None) == (adapter_ids is None):
         raise ConfigError("set_adapters takes either weights, for every row, or adapter_ids, one for each row.")
+    if adapter_ids is not None and (isinstance(adapter_ids, str) or not isinstance(adapter_ids, Sequence)):
+        raise ConfigError(f"adapter_ids must be a list with one entry for each row of the batch, got {adapter_ids!r}.")
     model = unwrap(model)
     sites = _sites(model)
     known = sorted({adapter for site in sites.values() for adapter in site.adapters})
@@ -121,8 +123,10 @@ def _wanted(given: Mapping[str, float] | Iterable[str] | str | None, known: list
     """What one row asks for -> {name: weight}, checked."""
     if given is None:
         return {}
-    names = [given] if isinstance(given, str) else given
-    wanted = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
+    names = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [None]
+    if not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"Adapters are chosen by name, or by a table of names and weights, got {given!r}.")
+    wanted = dict(given) if isinstance(given, Mapping) else dict.fromkeys(names, 1.0)
     for name, weight in wanted.items():
         _check_name(name, known)
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):

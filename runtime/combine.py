@@ -16,6 +16,7 @@ from torch import nn
 from ..adapter_edits import check_adapter_name
 from ..errors import AdapterMismatchError, ConfigError, ModelStateError
 from ..modules import prepared_config
+from ..tensor import is_finite
 from .adapters import adapter_files, install_layers
 from .combine_methods import METHODS, SIGN_METHODS, CombineOptions, Term, combine_terms
 from .export_sources import unwrap
@@ -153,7 +154,11 @@ def combine_layers(
         if method == _NEEDS_EQUAL_RANKS and len({term.a.shape[-2] for term in terms}) > 1:
             ranks = ", ".join(f"{label}: {layer.rank}" for label, layer in found.items())
             raise ConfigError(f"method='linear' needs equal ranks, at {module} they are {ranks}; use 'cat' or 'svd'.")
-        a, b, residual = _combine_terms(method, terms, options, dtype)
+        try:
+            a, b, residual = _combine_terms(method, terms, options, dtype)
+        except torch.linalg.LinAlgError:  # of products that are infinite
+            raise _not_finite(module) from None
+        check_finite(module, a, b)
         new_rank = a.shape[-2]
         like = next(iter(found.values()))
         layers[module] = LoraLayer(a, b, float(new_rank), 1.0, like.embedding, parameter=like.parameter)
@@ -181,6 +186,16 @@ def _combine_terms(
     done = [combine_terms(method, [replace(t, a=t.a[e], b=t.b[e]) for t in terms], options, dtype) for e in experts]
     factors = [torch.stack(parts) for parts in zip(*(pair for pair, _ in done), strict=True)]
     return factors[0], factors[1], max(residual for _, residual in done)
+
+
+def check_finite(name: str, *tensors: torch.Tensor) -> None:
+    """Raises ConfigError: the parts are finite, so it was their weights."""
+    if not all(map(is_finite, tensors)):
+        raise _not_finite(name)
+
+
+def _not_finite(name: str) -> ConfigError:
+    return ConfigError(f"The weights are too large: the result at {name} is not finite.")
 
 
 def weight_at(weight: Weight, module: str) -> float:

@@ -12,8 +12,9 @@ import torch
 
 from ..errors import AdapterMismatchError, CheckpointError
 from .adapter_config import default_and_pattern
-from .combine import CombineReport, Weight, checked_options, combine_layers, weight_at
+from .combine import CombineReport, Weight, check_finite, checked_options, combine_layers, weight_at
 from .export_inputs import check_not_an_input
+from .fold_plan import first_few
 from .formats.atomic import check_output_folder, new_folder
 from .formats.expert_files import flatten, module_paths, registration_order
 from .formats.peft_files import PREFIX, AdapterFiles, LoraLayer, only_foldable, read_adapter, write_adapter
@@ -63,6 +64,11 @@ def combine_folders(
         factors = flatten(layer.a, layer.b) if layer.experts else (layer.a, layer.b)
         for factor, tensor in zip(names, factors, strict=True):
             tensors[f"{PREFIX}{paths.get(module, module)}.{factor}"] = tensor
+    bases = sorted({str(base) for adapter in files.values() if (base := adapter.config.get("base_model_name_or_path"))})
+    if len(bases) > 1:
+        report.warnings.append(
+            f"The adapters name different bases, {first_few(bases)}; the result needs one that is all."
+        )
     extra = _side_file(list(adapters), report)
     with new_folder(out, overwrite=overwrite) as folder:
         write_adapter(folder, _config(files, layers), tensors, extra)
@@ -89,6 +95,7 @@ def _full_tensors(files: Mapping[str, AdapterFiles], weights: Mapping[str, Weigh
                 "fold the adapters with export instead."
             )
         out[key] = parts[0][1] if len(parts) == 1 else _sum_weighted(parts)
+        check_finite(key, out[key])
     return out
 
 

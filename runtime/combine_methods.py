@@ -26,8 +26,8 @@ Pair = tuple[torch.Tensor, torch.Tensor]  # A [r, in], B [out, r]
 
 @dataclass(frozen=True)
 class CombineOptions:
-    """`rank` (svd, ties, dare; None: the largest of the parts'), `density` (fraction of each task vector that ties and
-    dare keep), `majority_sign` (ties: by "total" magnitude or by "frequency")."""
+    """`rank` (svd, ties, dare; None: the largest that a part has at the layer), `density` (fraction of each task vector
+    that ties and dare keep), `majority_sign` (ties: by "total" magnitude or by "frequency")."""
 
     rank: int | None = None
     density: float = 0.5

@@ -107,6 +107,10 @@ def test_wrong_choices_change_nothing(tiny_llama: MakeModel) -> None:
     for error, words, arguments in [
         (NoAdapterError, "no adapter 'b'", {"adapter_ids": ["a", "b", None]}),
         (ConfigError, "adapter_ids is empty", {"adapter_ids": []}),
+        (ConfigError, "a list with one entry for each row .* got 'a'", {"adapter_ids": "a"}),
+        (ConfigError, "a list with one entry for each row", {"adapter_ids": {"a": 1}}),
+        (ConfigError, "chosen by name, .* got 3", {"adapter_ids": ["a", 3, None]}),
+        (ConfigError, r"chosen by name, .* got \[3\]", {"weights": [3]}),
         (ConfigError, "finite number", {"adapter_ids": [{"a": float("inf")}, None, None]}),
         (ConfigError, "either weights", {"weights": "a", "adapter_ids": ["a"]}),
         (ConfigError, "either weights", {}),

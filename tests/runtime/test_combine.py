@@ -22,6 +22,7 @@ from qlora_compile.errors import (
     OutputError,
 )
 from qlora_compile.runtime.combine_folders import combine_folders
+from qlora_compile.runtime.combine_methods import METHODS
 from qlora_compile.runtime.formats.peft_files import PREFIX, LoraLayer, read_adapter
 from qlora_compile.runtime.quantized_base import SIDE_FILE, QuantizedBase
 
@@ -258,6 +259,37 @@ def test_folders_of_other_models_outputs_and_full_tensors(
     files = read_adapter(tmp_path / "out")
     assert torch.equal(files.full_parameters()["model.norm.weight"], norm[f"{PREFIX}model.norm.weight"])
     assert files.config["modules_to_save"] == ["norm"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_that_are_too_large_are_refused(
+    tmp_path: Path, tiny_llama: MakeModel, alike: list[Path], method: str
+) -> None:
+    for weight in (1e200, 1e308):
+        with pytest.raises(ConfigError, match=r"weights are too large: the result at .* is not finite"):
+            combine_folders({str(alike[0]): weight, str(alike[1]): 1}, tmp_path / "out", method)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bases_of_other_names_are_told(tmp_path: Path, tiny_llama: MakeModel, make_adapter: MakeAdapter) -> None:
+    names = ("org/one", "org/one", "org/two", None)
+    folders = [
+        str(make_adapter(tmp_path / str(i), tiny_llama(), seed=i, base_model_name_or_path=name))
+        for i, name in enumerate(names)
+    ]
+    report = combine_folders(dict.fromkeys(folders[:2], 0.5), tmp_path / "same")
+    assert report.warnings == []
+    report = combine_folders(dict.fromkeys(folders, 0.5), tmp_path / "other")
+    assert [text for text in report.warnings if "different bases, org/one; org/two" in text] == report.warnings
+
+
+def test_the_default_rank_is_each_layers_largest(tmp_path: Path, two: tuple[Path, Path]) -> None:
+    combine_folders({str(two[0]): 1, str(two[1]): 1}, tmp_path / "out", "svd")
+    assert {module.rpartition(".")[2]: layer.rank for module, layer in layers(tmp_path / "out").items()} == {
+        "q_proj": 4,
+        "down_proj": 4,
+        "v_proj": 3,
+    }
 
 
 def test_command_line(tmp_path: Path, two: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
