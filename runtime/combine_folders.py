@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import AdapterMismatchError, CheckpointError
+from ..errors import AdapterMismatchError
 from .adapter_config import default_and_pattern
-from .combine import CombineReport, Weight, check_finite, checked_options, combine_layers, weight_at
+from .combine import CombineReport, Weight, checked_options, combine_layers
+from .combine_full import combine_full
 from .export_inputs import check_not_an_input
 from .fold_plan import first_few
 from .formats.atomic import check_output_folder, new_folder
 from .formats.expert_files import flatten, module_paths, registration_order
 from .formats.peft_files import PREFIX, AdapterFiles, LoraLayer, only_foldable, read_adapter, write_adapter
 from .quantized_base import SIDE_FILE, read_side_file
-
-_FROZEN = ".base_layer.weight"
 
 
 def combine_folders(
@@ -37,7 +35,7 @@ def combine_folders(
 ) -> CombineReport:
     """PEFT folders with weights -> one PEFT folder in fp32, which stock peft loads; no model is needed.
 
-    What was trained in full (`modules_to_save`) is carried over where its weights add up to 1. Raises as
+    What was trained in full is carried over where that needs no base (`combine_full`). Raises as
     `combine_adapters`, CheckpointError, AdapterMismatchError (shapes differ), OutputError.
     """
     options = checked_options(method, rank, density, majority_sign)
@@ -51,7 +49,7 @@ def combine_folders(
         if special:
             raise AdapterMismatchError(f"The adapter {label} cannot be combined: {special}.")
     layers, report = combine_layers(str(out), parts, dict(adapters), method, options, seed, torch.float32)
-    tensors = _full_tensors(files, adapters)
+    tensors = combine_full(files, adapters, layers)
     paths = module_paths(registration_order(module for module, layer in layers.items() if layer.parameter))
     both = next((module for module in paths.values() if module in layers), None)
     if both is not None:
@@ -75,49 +73,6 @@ def combine_folders(
     return report
 
 
-def _full_tensors(files: Mapping[str, AdapterFiles], weights: Mapping[str, Weight]) -> dict[str, torch.Tensor]:
-    """What was trained in full, by its key: sum w S, which is W0 + sum w (S - W0) only where the weights add up to 1.
-
-    Beside an adapter of an embedding or a head PEFT saves the frozen base, which stays what it is.
-    """
-    found: dict[str, list[tuple[float, torch.Tensor]]] = {}
-    for label, adapter in files.items():
-        for key, tensor in adapter.full_tensors().items():
-            found.setdefault(key, []).append((weight_at(weights[label], key.removeprefix(PREFIX)), tensor))
-    out: dict[str, torch.Tensor] = {}
-    for key, parts in found.items():
-        if key.endswith(_FROZEN):
-            out[key] = _the_same(key, [tensor for _, tensor in parts])
-            continue
-        if not math.isclose(sum(w for w, _ in parts), 1.0, rel_tol=1e-9):
-            raise CheckpointError(
-                f"{key} was trained in full and its weights do not add up to 1, so the result depends on the base: "
-                "fold the adapters with export instead."
-            )
-        out[key] = parts[0][1] if len(parts) == 1 else _sum_weighted(parts)
-        check_finite(key, out[key])
-    return out
-
-
-def _the_same(key: str, tensors: list[torch.Tensor]) -> torch.Tensor:
-    first = tensors[0]
-    if any(tensor.shape != first.shape or not bool((tensor == first).all()) for tensor in tensors[1:]):
-        raise AdapterMismatchError(f"The adapters were trained on different bases: {key} differs.")
-    return first
-
-
-def _sum_weighted(parts: Iterable[tuple[float, torch.Tensor]]) -> torch.Tensor:
-    """sum w S in fp64, in the dtype of the first S."""
-    parts = list(parts)
-    shapes = {tuple(tensor.shape) for _, tensor in parts}
-    if len(shapes) > 1:
-        raise AdapterMismatchError(f"The adapters trained tensors of different shapes {sorted(shapes)} in full.")
-    total = torch.zeros(parts[0][1].shape, dtype=torch.float64)
-    for weight, tensor in parts:
-        total += weight * tensor.double()
-    return total.to(parts[0][1].dtype)
-
-
 def _config(files: Mapping[str, AdapterFiles], layers: Mapping[str, LoraLayer]) -> dict[str, Any]:
     """adapter_config.json of the result: a scaling of 1 at each layer, and what the parts agree on.
 
@@ -132,6 +87,8 @@ def _config(files: Mapping[str, AdapterFiles], layers: Mapping[str, LoraLayer]) 
 
     rank, patterns = default_and_pattern({module: layer.rank for module, layer in layers.items()})
     saved = {name for config in configs for name in config.get("modules_to_save") or ()}
+    # of a module that also has a layer PEFT would take one and drop the other; `combine_full` names it inside of the layer
+    saved = {name for name in saved if not any(f".{module}".endswith(f".{name}") for module in layers)}
     parameters = sorted(module for module, layer in layers.items() if layer.parameter)
     biases = {config.get("bias", "none") for config in configs} - {"none"}
     return {

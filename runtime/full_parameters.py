@@ -8,6 +8,7 @@ configuration here (`norm` names every `*_layernorm`), and biases are no modules
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from torch import nn
 from ..errors import AdapterMismatchError
 from ..modules import AdapterSite, adapter_parameters, adapter_sites, is_quantized, prepared_config
 from .fold_plan import first_few
-from .formats.peft_files import PREFIX
+from .formats.peft_files import PREFIX, wrapped_key
 from .sharded import gathered
 
 _NOTES = "_qlora_full"
@@ -38,21 +39,21 @@ def full_part(model: nn.Module, sites: Mapping[str, AdapterSite]) -> FullPart:
     What lies in a layer that the adapter adapts has the name that PEFT's wrapper gives it, `.base_layer.bias`; another
     bias by itself its own; anything else is written by the whole module, which is what PEFT reads.
     """
-    modules = [name for name in modules_saved_in_full(model) if name not in sites]
+    wrappers = Counter(
+        n if site.experts is None else n.removesuffix(f".{site.param_name}") for n, site in sites.items()
+    )
+    modules = [name for name in modules_saved_in_full(model) if name not in wrappers]
     adapters = {id(parameter) for parameter in adapter_parameters(model)}
     tensors = {}
     for name in modules:
         for key, tensor in model.get_submodule(name).state_dict(keep_vars=True).items():
             if id(tensor) not in adapters:
                 tensors[f"{PREFIX}{name}.{key}"] = gathered(tensor.detach())
-    own, biases = _own_tensors(model), set()
-    for key in loaded_in_full(model):
-        module, _, leaf = key.rpartition(".")
-        if not key.startswith(tuple(f"{name}." for name in modules)):
-            wrapped = ".base_layer" if module in sites else ""
-            tensors[f"{PREFIX}{module}{wrapped}.{leaf}"] = gathered(own[key].detach())
-            biases |= {module} if leaf == "bias" else set()
-    return FullPart(tensors, modules, "none" if not biases else "lora_only" if biases <= set(sites) else "all")
+    own = _own_tensors(model)
+    alone = [key for key in loaded_in_full(model) if not key.startswith(tuple(f"{name}." for name in modules))]
+    tensors |= {wrapped_key(key, wrappers): gathered(own[key].detach()) for key in alone}
+    biased = {key.rpartition(".")[0] for key in alone if _is_bias(key)}
+    return FullPart(tensors, modules, "none" if not biased else "lora_only" if biased <= set(sites) else "all")
 
 
 def modules_saved_in_full(model: nn.Module) -> list[str]:
@@ -64,7 +65,7 @@ def modules_saved_in_full(model: nn.Module) -> list[str]:
     wanted = config.modules_to_save if config else ()
     modules = dict(model.named_modules(remove_duplicate=False))
     named = [n for n in modules if any(n == w or n.endswith(f".{w}") for w in wanted)]
-    loaded = {key.rpartition(".")[0] for key in loaded_in_full(model) if not key.endswith(".bias")}
+    loaded = {key.rpartition(".")[0] for key in loaded_in_full(model) if not _is_bias(key)}
     named += sorted(n for n in loaded if not _inside(n, named))
     shared = {id(parameter) for n in named for parameter in modules[n].parameters()}
     tied = [n for n, m in modules.items() if any(id(p) in shared for p in m.parameters(recurse=False))]
@@ -155,6 +156,11 @@ def _misfit(own: Mapping[str, torch.Tensor], key: str, tensor: torch.Tensor) -> 
 def _same(own: torch.Tensor, tensor: torch.Tensor) -> bool:
     """Whether copying would change nothing, as of the frozen embedding that PEFT saves beside an adapter of it."""
     return torch.equal(gathered(own.detach()), tensor.to(own.device, own.dtype))
+
+
+def _is_bias(key: str) -> bool:
+    """PEFT's rule for a parameter's own name (`gate_up_proj_bias` of experts is one)."""
+    return "bias" in key.rpartition(".")[2]
 
 
 def _inside(name: str, modules: list[str]) -> bool:

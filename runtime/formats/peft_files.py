@@ -111,9 +111,7 @@ class AdapterFiles:
 
     def full_parameters(self) -> dict[str, torch.Tensor]:
         """Parameter name (no prefix) -> tensor, for what was trained in full, sorted."""
-        # PEFT stores a bias that it trains under the name that it has inside of the wrapped layer.
-        full = self.full_tensors()
-        return {key.removeprefix(PREFIX).replace(".base_layer.", "."): tensor for key, tensor in full.items()}
+        return {parameter_name(key): tensor for key, tensor in self.full_tensors().items()}
 
     def full_tensors(self) -> dict[str, torch.Tensor]:
         """The same by their keys in the file, sorted."""
@@ -292,6 +290,17 @@ def _make_layer(
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     vectors = factors.get("bias"), factors.get("magnitude")
     return LoraLayer(a, b, alpha, scaling, embedding, *vectors, parameter=parameter is not None)
+
+
+def parameter_name(key: str) -> str:
+    """The model's name of a parameter that was trained in full: PEFT's has the layers in it that wrap its module."""
+    return re.sub(r"(\.base_layer)+\.", ".", key.removeprefix(PREFIX))
+
+
+def wrapped_key(name: str, wrappers: Mapping[str, int]) -> str:
+    """The inverse: `wrappers` says how many of an adapter's layers wrap a module."""
+    module, _, leaf = name.rpartition(".")
+    return f"{PREFIX}{module}{'.base_layer' * wrappers.get(module, 0)}.{leaf}"
 
 
 def only_foldable(layers: Mapping[str, LoraLayer]) -> str | None:

@@ -79,6 +79,42 @@ def test_stock_peft_computes_the_combination(tmp_path: Path, tiny_llama: MakeMod
     torch.testing.assert_close(in_peft(tiny_llama(**sizes), tmp_path / "both"), logits(folded), **close)
 
 
+PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[float, float]]] = {
+    "a bias, and a layer around it": (
+        {"target_modules": ["q_proj"], "bias": "all"}, {"target_modules": ["k_proj", "v_proj"]}, (1, 0.5),
+    ),
+    "biases of each": (
+        {"target_modules": ["q_proj"], "bias": "all"}, {"target_modules": ["k_proj"], "bias": "lora_only"}, (0.7, 0.3),
+    ),
+    "a module, and a layer around it": (
+        {"target_modules": ["q_proj"], "modules_to_save": ["o_proj", "norm"]}, {"target_modules": ["o_proj"]}, (1, -0.5),
+    ),
+    "a head, and a layer with its base": (
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, {"target_modules": ["lm_head"]}, (0.7, -0.2),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_full_parameters_inside_of_layers(tmp_path: Path, tiny_llama: MakeModel, kind: str) -> None:
+    *options, factors = PAIRS[kind]
+    sizes: dict[str, Any] = {"tie_word_embeddings": False, "attention_bias": True, "num_hidden_layers": 2}
+    folders = [stock(tiny_llama(**sizes), tmp_path / f"ad{i}", i, **given) for i, given in enumerate(options)]
+    tiny_llama(**sizes).save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    weights = dict(zip(map(str, folders), factors, strict=True))
+    if kind == "biases of each":  # k_proj's are in both, the others in one: their weights do not add up
+        with pytest.raises(CheckpointError, match=r"bias was trained in full and its weights do not add up to 1"):
+            combine_folders(weights, tmp_path / "out")
+        files = read_adapter(folders[0])
+        kept = {key: tensor for key, tensor in files.tensors.items() if "lora_" in key or ".k_proj." in key}
+        write_adapter(folders[0], files.config, kept)
+    combine_folders(weights, tmp_path / "out")
+    qc.export(tmp_path / "base", tmp_path / "folded", weights, verify=True)
+    folded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "folded")
+    got = in_peft(tiny_llama(**sizes), tmp_path / "out")
+    torch.testing.assert_close(got, logits(folded), rtol=1e-4, atol=1e-5)  # fp32, sums in another order
+
+
 def test_another_base_beside_an_adapter_is_refused(tmp_path: Path, tiny_llama: MakeModel) -> None:
     """peft saves an embedding that has an adapter with it; it is not trained, and must be the same for all."""
     options = {"target_modules": ["q_proj", "embed_tokens"]}

@@ -108,6 +108,31 @@ def test_a_layer_that_another_adapter_adapts(tmp_path: Path, tiny_llama: MakeMod
     torch.testing.assert_close(got, logits(model), rtol=1e-4, atol=1e-5)
 
 
+def test_biases_of_experts_are_no_modules(tmp_path: Path) -> None:
+    """GPT-OSS's are parameters beside the experts' matrices, which an adapter wraps in two layers."""
+    config = transformers.GptOssConfig(
+        hidden_size=48, intermediate_size=76, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=14, vocab_size=101, num_local_experts=4, num_experts_per_tok=2, sliding_window=8, pad_token_id=0,
+    )  # fmt: skip
+
+    def build() -> Any:
+        torch.manual_seed(3)
+        return transformers.GptOssForCausalLM(config).float().eval()
+
+    experts = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    for name, options in (("linears", {}), ("experts", experts)):
+        want = stock(build(), tmp_path / name, bias="all", target_modules=["q_proj"], **options)
+        model = prepared(build(), target_modules=("q_proj",))
+        if options:
+            model = prepared(build(), target_modules=("q_proj", "gate_up_proj", "experts.down_proj"))
+        qc.load_adapter(model, tmp_path / name, "x")
+        qc.set_adapters(model, "x")
+        # PEFT adds B A to the experts' weights, we to the result.
+        torch.testing.assert_close(logits(model), want, rtol=1e-3, atol=2e-5)
+        qc.save_adapter(model, tmp_path / "ours", "x")
+        torch.testing.assert_close(in_peft(build(), tmp_path / "ours"), want, rtol=1e-3, atol=2e-5)
+
+
 class TestTied:
     @pytest.mark.parametrize("named", [(), ("lm_head",)])
     @pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]])
