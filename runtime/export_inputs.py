@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,7 +27,8 @@ def read_adapters(
 ) -> list[WeightedAdapter]:
     """Read every adapter, sorted by name: the order in which they are named changes no byte of the result.
 
-    `plain`: the model's own are made relative to the original weights (`adapter_files`).
+    `plain`: the model's own are made relative to the original weights (`adapter_files`). What they trained in full is the
+    model's and counts once and whole, whatever their weights are.
     """
     if adapters is None:
         weights: dict[str, float] = {}
@@ -37,12 +39,16 @@ def read_adapters(
     else:
         weights = dict.fromkeys([str(adapters)] if isinstance(adapters, str | os.PathLike) else map(str, adapters), 1.0)
     own = adapter_weights(model) if model is not None and adapter_sites(model) else {}
-    found = []
+    found: list[WeightedAdapter] = []
     for name, weight in sorted(weights.items()):
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) < float("inf"):
             raise ConfigError(f"The weight of adapter {name} must be a finite number, got {weight!r}.")
         if model is not None and name in own:
-            found.append(WeightedAdapter(name, weight, adapter_files(model, name, plain=plain)))
+            adapter = WeightedAdapter(name, weight, adapter_files(model, name, plain=plain), full=1.0)
+            again = any(other.folder is None for other in found)
+            found.append(
+                replace(adapter, files=replace(adapter.files, tensors=lora_only(adapter))) if again else adapter
+            )
         elif model is not None and not Path(name).is_dir():
             raise NoAdapterError(f"{name!r} is neither an adapter of the model ({', '.join(own)}) nor a folder.")
         else:

@@ -41,7 +41,8 @@ def fingerprint(base: Path, adapters: Sequence[WeightedAdapter], options: Sequen
         status = file.stat()
         digest.update(f"{os.path.realpath(file)} {status.st_size} {status.st_mtime_ns}".encode())
     for adapter in adapters:
-        digest.update(json.dumps([adapter.label, adapter.weight, adapter.files.config], sort_keys=True).encode())
+        said = [adapter.label, adapter.weight, adapter.full, adapter.files.config]
+        digest.update(json.dumps(said, sort_keys=True).encode())
         if adapter.folder is not None and (adapter.folder / SIDE_FILE).is_file():
             digest.update((adapter.folder / SIDE_FILE).read_bytes())
         for key in sorted(adapter.files.tensors):

@@ -23,12 +23,17 @@ _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 @dataclass(frozen=True)
 class WeightedAdapter:
-    """An adapter, how strongly it counts, and what to call it in messages."""
+    """An adapter, how strongly it counts (`full`: what it trained in full, None as the rest), and its name in messages."""
 
     label: str
     weight: float
     files: AdapterFiles
     folder: Path | None = None
+    full: float | None = None
+
+    @property
+    def full_weight(self) -> float:
+        return self.weight if self.full is None else self.full
 
 
 @dataclass
@@ -256,9 +261,9 @@ def _add_full(
         return f"the base has no {name}"
     if specs[key].shape != tuple(tensor.shape):
         return f"{key} is {list(specs[key].shape)} in the base, {list(tensor.shape)} in the adapter"
-    if specs[key].dtype not in FOLDABLE and adapter.weight != 1:
+    if specs[key].dtype not in FOLDABLE and adapter.full_weight != 1:
         return f"{key} is stored as {specs[key].dtype}, which cannot be weighted"
-    _target(plan, specs, key, name).full.append((adapter.weight, tensor))
+    _target(plan, specs, key, name).full.append((adapter.full_weight, tensor))
     return None
 
 

@@ -299,7 +299,7 @@ def _replace_full(model: nn.Module, adapters: Sequence[WeightedAdapter]) -> None
     trained: dict[str, list[tuple[float, torch.Tensor]]] = {}
     for adapter in adapters:
         for name, tensor in adapter.files.full_parameters().items():
-            trained.setdefault(name, []).append((adapter.weight, tensor.float()))
+            trained.setdefault(name, []).append((adapter.full_weight, tensor.float()))
     for name, parts in trained.items():
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)

@@ -75,6 +75,27 @@ class TestExportOfAModel:
         with pytest.raises(NoAdapterError, match="neither an adapter of the model"):
             qc.export(model, tmp_path / "four", {"nobody": 1.0})
 
+    @pytest.mark.parametrize(
+        "weights", [{"default": 0.5}, {"default": 1.0, "other": 1.0}, {"default": -0.3, "other": 0.7}]
+    )
+    def test_what_was_trained_in_full_counts_once(
+        self, tiny_checkpoint: Path, tmp_path: Path, weights: dict[str, float]
+    ) -> None:
+        from transformers import AutoModelForCausalLM
+
+        def load(path: Path) -> torch.nn.Module:
+            return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+        model = prepared(load(tiny_checkpoint), **DENSE, modules_to_save=("norm",))
+        qc.save_adapter(model, tmp_path / "a")
+        qc.load_adapter(model, tmp_path / "a", "other")
+        qc.set_adapters(model, weights)
+        qc.export(model, tmp_path / "out", base=tiny_checkpoint, dtype="float32", verify=True)
+        ids = torch.arange(26).reshape(2, 13) * 7 % 101
+        # fp32, sums in another order.
+        got, want = load(tmp_path / "out")(input_ids=ids).logits, model(input_ids=ids).logits
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
     def test_original_weights_of_a_quantized_model_need_a_folder(self, tmp_path: Path, tiny_llama: MakeModel) -> None:
         with pytest.raises(ConfigError, match="does not hold its original weights"):
             qc.export(prepared(tiny_llama()), tmp_path / "out")
