@@ -190,7 +190,7 @@ def _combine_terms(
 
 def check_finite(name: str, *tensors: torch.Tensor) -> None:
     """Raises ConfigError: the parts are finite, so it was their weights."""
-    if not all(map(is_finite, tensors)):
+    if not all(is_finite(tensor) for tensor in tensors if tensor.is_floating_point()):
         raise _not_finite(name)
 
 

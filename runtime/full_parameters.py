@@ -99,7 +99,7 @@ def check_can_hold(
     changed = [key for key, tensor in parameters.items() if not _same(own[key], tensor)]
     for key in changed:
         for other, tensor in own.items():
-            if tensor is own[key] and not (other in parameters and torch.equal(parameters[other], parameters[key])):
+            if tensor is own[key] and not (other in parameters and _same(parameters[other], parameters[key])):
                 raise AdapterMismatchError(
                     f"The adapter {path} needs {key} to differ from {other}, and they are one parameter in the model: "
                     "give each its own before prepare(), or fold the adapter with export."
@@ -154,7 +154,7 @@ def _misfit(own: Mapping[str, torch.Tensor], key: str, tensor: torch.Tensor) -> 
 
 
 def _same(own: torch.Tensor, tensor: torch.Tensor) -> bool:
-    """Whether copying would change nothing, as of the frozen embedding that PEFT saves beside an adapter of it."""
+    """Whether copying would change nothing, as it is of the frozen head that PEFT saves beside an adapter of it."""
     return torch.equal(gathered(own.detach()), tensor.to(own.device, own.dtype))
 
 
