@@ -6,6 +6,7 @@ the kernel under Triton's interpreter (interpreted_triton.py).
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,15 @@ DEVICE = "cuda"
 SHAPES = ((97, 97), (3, 1001), (7,), (640, 97), (300, 411))
 
 
-def train(steps: int, dtype: torch.dtype, **options: Any) -> tuple[list[nn.Parameter], Any]:
+def train(steps: int, *dtypes: torch.dtype, **options: Any) -> tuple[list[nn.Parameter], Any]:
     """On gradients that are drawn and read on the device, step after step, with nothing that waits for it."""
     generator = torch.Generator(DEVICE).manual_seed(1)
-    draw = lambda shape: torch.randn(shape, generator=generator, device=DEVICE, dtype=dtype)
-    parameters = [nn.Parameter(draw(shape)) for shape in SHAPES]
+    draw = lambda shape: torch.randn(shape, generator=generator, device=DEVICE)
+    parameters = [nn.Parameter(draw(shape).to(dtype)) for shape, dtype in zip(SHAPES, itertools.cycle(dtypes))]
     paged = options.pop("paged")
     optimizer = (qc.PagedAdamW if paged else torch.optim.AdamW)(parameters, lr=1e-2, weight_decay=0.1, **options)
     for _ in range(steps):
-        sum((parameter * draw(parameter.shape)).sum() for parameter in parameters).backward()  # type: ignore[union-attr]
+        torch.stack([(p * draw(p.shape).to(p.dtype)).sum().float() for p in parameters]).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
     return parameters, optimizer
@@ -51,10 +52,11 @@ def test_a_small_budget_gives_the_numbers_of_torch(host: str, in_backward: bool,
         torch.testing.assert_close(got, expected, rtol=2e-6, atol=2e-6)
 
 
-def test_8_bit_states_and_half_precision_do_not_depend_on_the_budget() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        whole, _ = train(20, dtype, paged=True, state_bits=8)
-        paged, _ = train(20, dtype, paged=True, state_bits=8, device_budget="128KiB")
+def test_no_type_of_state_or_parameter_depends_on_the_budget() -> None:
+    both = torch.float32, torch.bfloat16  # and a window with pieces of both takes two calls
+    for dtypes, bits in itertools.product(([both[0]], [both[1]], both), (8, 32)):
+        whole, _ = train(20, *dtypes, paged=True, state_bits=bits)
+        paged, _ = train(20, *dtypes, paged=True, state_bits=bits, device_budget="128KiB")
         assert all(torch.equal(a, b) for a, b in zip(whole, paged))
 
 
