@@ -15,6 +15,7 @@ from ..errors import CheckpointError, InputPathError, MissingDependencyError
 from .formats.atomic import check_output_folder, new_folder
 from .formats.bnb_files import quantized_keys, read_state
 from .formats.checkpoint_dir import open_checkpoint, read_json
+from .gguf_reading import check_all_taken, gguf_config
 
 # What transformers, tokenizers, safetensors and gguf were seen to raise on damaged files.
 READ_ERRORS: tuple[type[Exception], ...] = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError)
@@ -51,7 +52,8 @@ def load_model(path: Path | str, dtype: torch.dtype = torch.bfloat16) -> tuple[A
     """A model folder or .gguf file -> (model in `dtype` on the CPU, tokenizer).
 
     GGUF weights are unpacked in fp32 and rounded to `dtype` once. Nothing is downloaded. Raises CheckpointError where
-    it is missing, corrupt, truncated or incomplete, MissingDependencyError without transformers (or gguf).
+    it is missing, corrupt, truncated or incomplete, and for a GGUF file that holds what the model has no place for;
+    MissingDependencyError without transformers (or gguf).
     """
     return load_weights(path, dtype), load_tokenizer(path)
 
@@ -77,7 +79,8 @@ def load_weights(path: Path | str, dtype: torch.dtype = torch.bfloat16, *, map_e
         # Without it the weights stay packed in transformers' own GGUF layers, which no pass of ours knows.
         unpacked = transformers.GgufConfig(dequantize=True)
         options = {"dtype": torch.float32, "gguf_file": source.gguf_file, "quantization_config": unpacked}
-        options["config"] = _gguf_config(path, source)
+        with _reading(path, "configuration"):
+            options["config"] = gguf_config(source.folder / source.gguf_file)
     elif is_bitsandbytes_folder(source.folder):
         from .transformers_quantizer import QLoRAQuantizationConfig
 
@@ -94,6 +97,8 @@ def load_weights(path: Path | str, dtype: torch.dtype = torch.bfloat16, *, map_e
     if missing:
         raise CheckpointError(f"{path} lacks {len(missing)} of the model's tensors, for example {missing[0]}.")
     if source.gguf_file:
+        with _reading(path, "weights"):
+            check_all_taken(source.folder / source.gguf_file, model)
         model = model.to(dtype)
         # The weights are plain ones now: a saved copy must not claim to be quantized.
         if hasattr(model.config, "quantization_config"):
@@ -112,27 +117,13 @@ def empty_model(path: Path | str, dtype: torch.dtype = torch.bfloat16) -> Any:
     named = path if path.suffix == ".json" else source.folder
     with _quiet(transformers), _reading(path, "configuration"):
         if source.gguf_file:
-            config = _gguf_config(path, source)
+            config = gguf_config(source.folder / source.gguf_file)
         else:
             config = transformers.AutoConfig.from_pretrained(str(named), local_files_only=True)
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # a packed checkpoint's: what it stands for is dense
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-
-
-def _gguf_config(path: Path | str, source: ModelSource) -> Any:
-    """The configuration in a GGUF file. transformers 5.23 passes the size of Qwen3's heads by, and takes 128."""
-    import gguf
-    from transformers import AutoConfig
-
-    assert source.gguf_file is not None
-    with _reading(path, "configuration"):
-        config = AutoConfig.from_pretrained(str(source.folder), local_files_only=True, gguf_file=source.gguf_file)
-        if config.model_type == "qwen3":
-            field = gguf.GGUFReader(source.folder / source.gguf_file).fields.get("qwen3.attention.key_length")
-            config.head_dim = config.head_dim if field is None else int(field.contents())
-    return config
 
 
 def is_bitsandbytes_folder(folder: Path) -> bool:

@@ -1,0 +1,69 @@
+"""What transformers' GGUF reader passes by: settings that only the tensors tell, and tensors that it has no place for."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError
+
+# Biases that a configuration of transformers switches on, by what llama.cpp calls them.
+_BIASES = {
+    "attention_bias": re.compile(r"\.attn_(q|k|v|output)\.bias$"),
+    "mlp_bias": re.compile(r"\.ffn_(gate|up|down)\.bias$"),
+}
+
+
+def gguf_config(file: Path) -> Any:
+    """The configuration in a GGUF file, as its tensors have it.
+
+    transformers 5.23 takes Llama and Qwen3 to have no biases, and every head of Qwen3 to be of size 128.
+    """
+    import gguf
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(file.parent), local_files_only=True, gguf_file=file.name)
+    reader = gguf.GGUFReader(file)
+    for option, pattern in _BIASES.items():
+        if hasattr(config, option) and any(pattern.search(tensor.name) for tensor in reader.tensors):
+            setattr(config, option, True)
+    if config.model_type == "qwen3":
+        field = reader.fields.get("qwen3.attention.key_length")
+        config.head_dim = config.head_dim if field is None else int(field.contents())
+    return config
+
+
+def check_all_taken(file: Path, model: torch.nn.Module) -> None:
+    """Raise CheckpointError where `file` holds values that `model`, read from it, does not: its reader drops them unsaid.
+
+    Names tell which (`gguf.TensorNameMap`), but not whether: experts and others are stored under names of their own.
+    Blocks after the last layer are llama.cpp's for predicting several tokens, which no model of transformers has.
+    """
+    import gguf
+
+    config: Any = model.config
+    layers = int(config.num_hidden_layers)
+    reader = gguf.GGUFReader(file)
+    stored = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors if _block(tensor.name) < layers}
+    state = model.state_dict(keep_vars=True)
+    if sum(stored.values()) <= sum({id(tensor): tensor.numel() for tensor in state.values()}.values()):
+        return
+    architecture = str(reader.fields["general.architecture"].contents())
+    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(numbers[architecture], layers)
+    taken = {names.get_name(key, try_suffixes=(".weight", ".bias")) for key in state}
+    left = sorted(set(stored) - taken)
+    if left:
+        raise CheckpointError(
+            f"{file} holds {len(left)} tensors that transformers' {type(model).__name__} has no place for, for example "
+            f"{left[0]}: use the folder that the file was made from."
+        )
+
+
+def _block(name: str) -> int:
+    """The layer that a tensor belongs to; -1 outside of them."""
+    found = re.match(r"blk\.(\d+)\.", name)
+    return int(found[1]) if found else -1
