@@ -64,7 +64,7 @@ def lora_only(adapter: WeightedAdapter) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def dense_folder(folder: Path | None) -> Iterator[Path | None]:
-    """A GGUF file is unpacked into a temporary folder first; a safetensors folder is used as it is.
+    """A GGUF file is unpacked, unrounded, into a temporary folder first; a safetensors folder is used as it is.
 
     Raises InputPathError where there is neither.
     """
@@ -76,7 +76,7 @@ def dense_folder(folder: Path | None) -> Iterator[Path | None]:
     from .models import materialize
 
     with tempfile.TemporaryDirectory(prefix="qlora-compile-") as temporary:
-        yield materialize(folder, Path(temporary) / "base")
+        yield materialize(folder, Path(temporary) / "base", None)
 
 
 def check_not_an_input(out: Path, inputs: list[Path]) -> None:

@@ -63,6 +63,21 @@ def check_all_taken(file: Path, model: torch.nn.Module) -> None:
         )
 
 
+def narrow_as_stored(file: Path, model: torch.nn.Module) -> None:
+    """Give each fp32 parameter of `model`, read from `file`, the 16-bit type of the file's matrices where that holds it.
+
+    Nothing is rounded: what was quantized stays in fp32, and so do vectors that the file has more digits of.
+    """
+    import gguf
+
+    found = {tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors if len(tensor.shape) > 1}
+    dtype = {("F16",): torch.float16, ("BF16",): torch.bfloat16}.get(tuple(found - {"F32"}))
+    for parameter in model.parameters() if dtype is not None else ():
+        narrow = parameter.data.to(dtype)
+        if torch.equal(narrow.to(parameter.dtype), parameter.data):
+            parameter.data = narrow
+
+
 def _block(name: str) -> int:
     """The layer that a tensor belongs to; -1 outside of them."""
     found = re.match(r"blk\.(\d+)\.", name)

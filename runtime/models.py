@@ -15,7 +15,7 @@ from ..errors import CheckpointError, InputPathError, MissingDependencyError
 from .formats.atomic import check_output_folder, new_folder
 from .formats.bnb_files import quantized_keys, read_state
 from .formats.checkpoint_dir import open_checkpoint, read_json
-from .gguf_reading import check_all_taken, gguf_config
+from .gguf_reading import check_all_taken, gguf_config, narrow_as_stored
 
 # What transformers, tokenizers, safetensors and gguf were seen to raise on damaged files.
 READ_ERRORS: tuple[type[Exception], ...] = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError)
@@ -163,16 +163,19 @@ def _first_values(tensor: torch.Tensor, count: int) -> torch.Tensor:
     return tensor.flatten()[:count]
 
 
-def materialize(path: Path | str, out: Path | str, dtype: torch.dtype = torch.bfloat16) -> Path:
+def materialize(path: Path | str, out: Path | str, dtype: torch.dtype | None = torch.bfloat16) -> Path:
     """A model of any kind -> a Hugging Face folder `out` with safetensors, config and tokenizer; returns `out`.
 
+    `dtype=None` rounds nothing: a GGUF file's tensors are in its own 16-bit type where that holds them, else in fp32.
     The folder appears at once, whole. Raises OutputError where `out` is not empty or cannot be written, else what
     `load_model` does.
     """
-    out = Path(out)
+    out, source = Path(out), locate_model(path)
     check_output_folder(out)
-    model, tokenizer = load_model(path, dtype)
-    with new_folder(out) as temporary, _quiet(_transformers(locate_model(path))):
+    model, tokenizer = load_model(path, dtype or torch.float32)
+    if dtype is None and source.gguf_file:
+        narrow_as_stored(source.folder / source.gguf_file, model)
+    with new_folder(out) as temporary, _quiet(_transformers(source)):
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     return out

@@ -130,8 +130,9 @@ def test_a_gguf_base_is_unpacked_first(
     """Only the door: that GGUF files are read right is the loader's test."""
     asked: list[Path] = []
 
-    def materialize(path: Path, out: Path) -> Path:
+    def materialize(path: Path, out: Path, dtype: torch.dtype | None) -> Path:
         asked.append(path)
+        assert dtype is None  # nothing is rounded
         export(tiny_checkpoint, out)
         return out
 
