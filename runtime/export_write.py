@@ -99,7 +99,7 @@ def _outputs(
     def dense(key: str) -> torch.Tensor:
         target = job.plan.targets.get(key)
         if target is None:
-            return job.source.tensor(key).to(specs[key].dtype)
+            return _rounded(key, job.source.tensor(key), specs[key].dtype)
         return _fold_one(job, key, target, specs[key].dtype, result)
 
     def quantize(key: str, linear: LinearWeight) -> tuple[QuantizedTensor, Findings]:
@@ -202,13 +202,28 @@ def _fold_one(job: ExportJob, key: str, target: Target, dtype: torch.dtype, resu
     """One dense tensor of the output: folded, checked and measured."""
     weight = start_of(job, key, target)
     if not target.terms:
-        return weight.to(dtype)
+        return _rounded(key, weight, dtype)
     folded = fold(weight, target.terms, dtype=dtype, **target.fold_options)
-    if not is_finite(folded):
-        raise CheckpointError(f"{key} would hold NaN or infinity as {dtype}: the base has it, or it is out of range.")
+    _check_finite(key, folded)
     if job.report:
         result.layers.append(measure(key, folded, weight, target.terms, **target.fold_options))
     return folded
+
+
+def _rounded(key: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`tensor` in `dtype`; what is not finite already may be copied as it is, but not come out of rounding."""
+    rounded = tensor.to(dtype)
+    floating = dtype.is_floating_point and tensor.is_floating_point()
+    if floating and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max:
+        _check_finite(key, rounded)
+    return rounded
+
+
+def _check_finite(key: str, tensor: torch.Tensor) -> None:
+    if not is_finite(tensor):
+        raise CheckpointError(
+            f"{key} would hold NaN or infinity as {tensor.dtype}: the base has it, or it is out of range of this dtype."
+        )
 
 
 def _quantize_one(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qlora_compile.errors import (
     AdapterMismatchError,
@@ -147,6 +149,35 @@ class TestBadInput:
         with pytest.raises(CheckpointError, match="out of range"):
             export(tiny_checkpoint, tmp_path / "out", {adapter: 1e7}, dtype="float16")
         assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("format", ["safetensors", "nf4"])
+    @pytest.mark.parametrize("key", ["model.norm.weight", "model.embed_tokens.weight"])
+    def test_what_no_adapter_touches_out_of_range_of_fp16(
+        self, tiny_checkpoint: Path, tmp_path: Path, key: str, format: str
+    ) -> None:
+        base = Path(shutil.copytree(tiny_checkpoint, tmp_path / "base"))
+        tensors = load_file(base / SINGLE_FILE)
+        tensors[key].view(-1)[5] = 7e4
+        save_file(tensors, base / SINGLE_FILE, metadata={"format": "pt"})
+        with pytest.raises(
+            CheckpointError, match=rf"{key} would hold NaN or infinity as torch\.float16: .* out of range"
+        ):
+            export(base, tmp_path / "out", dtype="float16", format=format)
+        assert [path.name for path in tmp_path.iterdir()] == ["base"]
+        tensors[key].view(-1)[5] = float("inf")  # the base's own is copied, if nothing is rounded
+        save_file(tensors, base / SINGLE_FILE, metadata={"format": "pt"})
+        export(base, tmp_path / "out", format=format)
+
+    def test_what_was_trained_in_full_out_of_range(
+        self, tiny_checkpoint: Path, tmp_path: Path, make_adapter: MakeAdapter
+    ) -> None:
+        extra = {f"{PREFIX}model.norm.weight": torch.full((48,), 2.0)}
+        adapter = make_adapter(tmp_path / "adapter", load(tiny_checkpoint), targets=(), extra=extra)
+        for weight, dtype in ((1e300, None), (1e5, "float16")):
+            with pytest.raises(CheckpointError, match=r"model\.norm\.weight would hold NaN or infinity"):
+                export(tiny_checkpoint, tmp_path / "out", {adapter: weight}, dtype=dtype)
+        assert not (tmp_path / "out").exists()
+        export(tiny_checkpoint, tmp_path / "out", {adapter: 1e4}, dtype="float16")
 
     def test_full_disk_leaves_nothing(
         self, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_adapter: MakeAdapter
