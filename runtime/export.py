@@ -20,12 +20,13 @@ from .export_report import ExportReport
 from .export_resume import fingerprint
 from .export_sources import FolderSource, ModelSource, WeightSource, unwrap
 from .export_write import ExportJob, Progress, write_export
-from .fold_plan import FoldPlan, WeightedAdapter, mark_requantized, plan_fold
+from .fold_plan import FoldPlan, WeightedAdapter, plan_fold
 from .formats.atomic import check_output_folder
 from .formats.checkpoint_dir import parse_size
 from .quantized_base import QuantizedBase, common_base, read_side_file
 from .quantized_source import QuantizedFolderSource, is_quantized_folder
 from .renamed_keys import renamed_keys
+from .requantize import mark_requantized
 from .verify import verify_folder, verify_model
 
 FORMATS = ("safetensors", "nf4", "gguf")
@@ -121,7 +122,7 @@ def _plan(
             )
         # The model's own values are the 4-bit ones, and what it trained in full is already in it.
         loras = [replace(a, files=replace(a.files, tensors=lora_only(a))) if a.folder is None else a for a in adapters]
-        return source, plan_fold(source.specs, source.config, loras), loras, base_precision, None
+        return source, plan_fold(source.specs, source.config, loras, model=model), loras, base_precision, None
     quantized_base = base_precision == "dequantized" and is_quantized_folder(folder)
     source = QuantizedFolderSource(folder) if quantized_base else FolderSource(folder)
     plan, renamed = _match(source, adapters)

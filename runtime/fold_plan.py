@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import AdapterMismatchError
+from .described_model import LinearLayout
 from .expert_layout import ExpertLayout, ExpertRows
 from .fold import LoraTerm
 from .formats.checkpoint_dir import TensorSpec
@@ -78,8 +80,9 @@ def plan_fold(
     config: Mapping[str, Any],
     adapters: Sequence[WeightedAdapter],
     renamed: Mapping[str, str] | None = None,
+    model: nn.Module | None = None,
 ) -> FoldPlan:
-    """Match each adapter's tensors with the base's; `config` is the base's config.json.
+    """Match each adapter's tensors with the base's; `config` is the base's config.json, `model` the base if in memory.
 
     `renamed`: parameter's name -> key, where the base has another name for it (`renamed_keys`).
 
@@ -89,7 +92,7 @@ def plan_fold(
     known = dict(specs)
     if tied and tied[0] not in known:
         known[tied[0]] = specs[tied[1]]
-    plan, layout = FoldPlan(), ExpertLayout(config)
+    plan, layout, linears = FoldPlan(), ExpertLayout(config), LinearLayout(config, model)
     for adapter in adapters:
         problems: list[str] = []
         for module, layer in adapter.files.layers().items():
@@ -98,7 +101,7 @@ def plan_fold(
                 continue
             # A parameter that is used by other code than a linear module's carries its adapter under its own name.
             key = resolve_key(f"{module}.weight", known, renamed) or resolve_key(module, known, renamed)
-            problem = _add_layer(plan, known, key, module, layer, adapter, layout)
+            problem = _add_layer(plan, known, key, module, layer, adapter, layout, linears)
             problems += [problem] if problem else []
         for name, tensor in adapter.files.full_parameters().items():
             key = resolve_key(name, known, renamed)
@@ -110,40 +113,6 @@ def plan_fold(
     if tied:
         _settle_tied(plan, dict(specs), tied, adapters)
     return plan
-
-
-def mark_requantized(
-    plan: FoldPlan,
-    specs: Mapping[str, TensorSpec],
-    weights: Sequence[str] | None,
-    transposed: Sequence[str],
-    config: Mapping[str, Any],
-    renamed: Mapping[str, str] | None = None,
-) -> None:
-    """Note which tensors start from their 4-bit values: those that `weights` names, or (None) each linear's target.
-
-    Raises AdapterMismatchError for a weight that the base does not have.
-    """
-    if weights is None:
-        for target in plan.targets.values():
-            target.requantize = bool(target.terms) and not target.embedding
-        return
-    layout, missing = ExpertLayout(config), list[str]()
-    for name in weights:
-        key = resolve_key(name, specs, renamed)
-        held = {} if key or name.endswith(".weight") else layout.tensors(name)
-        found = {resolve_key(part, specs): rows for part, rows in held.items()}
-        if (key is None and not found) or None in found:
-            missing.append(f"the base has no {name}")
-        elif key is not None:
-            target = _target(plan, specs, key, name)
-            target.requantize, target.transposed = True, target.transposed or name in transposed
-        for part, rows in found.items():
-            if part is not None:
-                target = _target(plan, specs, part, name)
-                target.requantize, target.expert, target.transposed = True, rows, rows.transposed
-    if missing:
-        raise AdapterMismatchError(f"The adapter was trained on another base: {first_few(missing)}.")
 
 
 def resolve_key(name: str, keys: Iterable[str], renamed: Mapping[str, str] | None = None) -> str | None:
@@ -170,7 +139,7 @@ def first_few(problems: Sequence[str], count: int = 3) -> str:
     return "; ".join(problems[:count]) + rest
 
 
-def _target(plan: FoldPlan, specs: Mapping[str, TensorSpec], key: str, parameter: str) -> Target:
+def target_of(plan: FoldPlan, specs: Mapping[str, TensorSpec], key: str, parameter: str) -> Target:
     return plan.targets.setdefault(key, Target(source=key, parameter=parameter, dtype=specs[key].dtype))
 
 
@@ -182,6 +151,7 @@ def _add_layer(
     layer: LoraLayer,
     adapter: WeightedAdapter,
     layout: ExpertLayout,
+    linears: LinearLayout,
 ) -> str | None:
     """Add one LoRA layer to the plan; returns what is wrong with it, or None."""
     if key is None:
@@ -191,15 +161,18 @@ def _add_layer(
         return f"{key} is stored as {spec.dtype}, into which nothing can be folded"
     shape = (*layer.b.shape[:-1], layer.a.shape[-1])
     other = (*shape[:-2], shape[-1], shape[-2])
-    flipped = layer.embedding or bool(adapter.files.config.get("fan_in_fan_out"))
     if shape != other:
-        # PEFT decides it by the module's class, so one file can hold both; only for squares the flag must decide.
-        flipped = (flipped or bool(layer.experts)) if spec.shape == other else False
+        flipped = spec.shape == other
     elif layer.experts:
         flipped = layout.is_transposed(module)
+    else:
+        # PEFT asks each module's class and saves one flag for all of them, so the flag is for a class that is not known.
+        known = resolve_key(module, linears.modules())
+        flag = bool(adapter.files.config.get("fan_in_fan_out"))
+        flipped = layer.embedding or (flag if known is None else linears.modules()[known])
     if spec.shape != (other if flipped else shape):
         return f"{key} is {list(spec.shape)} in the base, {list(shape)} in the adapter"
-    target = _target(plan, specs, key, module if layer.parameter else f"{module}.weight")
+    target = target_of(plan, specs, key, module if layer.parameter else f"{module}.weight")
     target.terms.append(LoraTerm(layer.a, layer.b, adapter.weight * layer.scaling))
     target.transposed = flipped
     target.embedding = layer.embedding
@@ -211,7 +184,7 @@ def _add_layer(
         bias = resolve_key(f"{module}.bias", specs)
         if bias is None:
             return f"{module} has a bias on lora_B (lora_bias), but the base has no {module}.bias to fold it into"
-        _target(plan, specs, bias, f"{module}.bias").bias.append((adapter.weight * layer.scaling, layer.bias))
+        target_of(plan, specs, bias, f"{module}.bias").bias.append((adapter.weight * layer.scaling, layer.bias))
     return None
 
 
@@ -242,7 +215,7 @@ def _add_experts(
         if specs[key].shape != shape or specs[key].dtype not in FOLDABLE:
             problems.append(f"{key} is {list(specs[key].shape)} of {specs[key].dtype}, {list(shape)} in the adapter")
             continue
-        target = _target(plan, specs, key, rows.parameter)
+        target = target_of(plan, specs, key, rows.parameter)
         target.terms.append(LoraTerm(a, b, adapter.weight * layer.scaling))
         target.transposed, target.expert = rows.transposed, rows
     return problems
@@ -263,7 +236,7 @@ def _add_full(
         return f"{key} is {list(specs[key].shape)} in the base, {list(tensor.shape)} in the adapter"
     if specs[key].dtype not in FOLDABLE and adapter.full_weight != 1:
         return f"{key} is stored as {specs[key].dtype}, which cannot be weighted"
-    _target(plan, specs, key, name).full.append((adapter.full_weight, tensor))
+    target_of(plan, specs, key, name).full.append((adapter.full_weight, tensor))
     return None
 
 
@@ -298,7 +271,7 @@ def _settle_tied(
         return
     plan.untie = True
     if tied[0] not in specs:
-        _target(plan, specs | {tied[0]: specs[tied[1]]}, tied[0], tied[0]).source = tied[1]
+        target_of(plan, specs | {tied[0]: specs[tied[1]]}, tied[0], tied[0]).source = tied[1]
 
 
 def _same_full(one: Target, other: Target) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
+from .described_model import described_model
 
 
 def renamed_keys(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, str]:
@@ -18,16 +18,13 @@ def renamed_keys(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, st
     `config` is config.json. Empty where transformers is missing, too old to rename, or does not know the architecture.
     """
     try:
-        import transformers
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, rename_source_key
     except ImportError:
         return {}
-    cls = getattr(transformers, (config.get("architectures") or ["?"])[0], None)
-    if cls is None:
+    model: Any = described_model(config)
+    if model is None:
         return {}
-    with torch.device("meta"):
-        model = cls(cls.config_class.from_dict(dict(config)))
     changes = get_model_conversion_mapping(model)
     converters = [change for change in changes if isinstance(change, WeightConverter)]
     renamings = [change for change in changes if not isinstance(change, WeightConverter)]

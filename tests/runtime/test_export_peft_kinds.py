@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,9 @@ KINDS = {
     "dora, rslora": (qwen2, {"use_dora": True, "use_rslora": True, "target_modules": ["up_proj"]}),
     "lora_bias": (qwen2, {"lora_bias": True, "target_modules": ["q_proj", "v_proj"]}),
     "lora_bias, Conv1D": (gpt2, {"lora_bias": True, "target_modules": ["c_attn"], "fan_in_fan_out": True}),
+    "square Conv1D and a linear": (gpt2, {"target_modules": ["attn.c_proj", "lm_head"]}),
+    "Conv1D and a linear": (gpt2, {"target_modules": ["c_attn", "mlp.c_proj", "lm_head"]}),
+    "dora, square Conv1D and a linear": (gpt2, {"use_dora": True, "target_modules": ["attn.c_proj", "lm_head"]}),
     "bias": (qwen2, {"bias": "lora_only", "target_modules": ["q_proj", "v_proj"]}),
     "embedding": (qwen2, {"target_modules": ["embed_tokens", "q_proj"]}),
     "modules_to_save": (qwen2, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
@@ -87,6 +91,38 @@ def test_the_fold_is_peft_s_merge(tmp_path: Path, kind: str) -> None:
         torch.testing.assert_close(ours.tensor(key), theirs[key], rtol=2e-5, atol=2e-6)  # peft computes in fp32
         changed += not torch.equal(ours.tensor(key), before.tensor(key))
     assert changed >= result.folded - 1  # a norm may keep its ones
+
+
+@pytest.mark.parametrize("flag", [False, True])
+@pytest.mark.parametrize(
+    ("make", "targets"), [(gpt2, ["attn.c_proj"]), (gpt2, ["c_fc", "lm_head"]), (qwen2, ["q_proj", "down_proj"])]
+)
+def test_the_class_decides_what_is_transposed(
+    tmp_path: Path, make: Callable[[Path], Path], targets: list[str], flag: bool
+) -> None:
+    """One saved flag cannot be right for all modules; peft corrects it by each one's class, and so does the fold."""
+    base, adapter = make(tmp_path / "base"), tmp_path / "adapter"
+    merged = stock_adapter(base, adapter, target_modules=targets).state_dict()
+    saved = json.loads((adapter / "adapter_config.json").read_text()) | {"fan_in_fan_out": flag}
+    (adapter / "adapter_config.json").write_text(json.dumps(saved))
+    export(base, tmp_path / "out", adapter, verify=True)
+    ours = open_checkpoint(tmp_path / "out")
+    for key in ours.specs:
+        torch.testing.assert_close(ours.tensor(key), merged[key], rtol=2e-5, atol=2e-6)
+
+
+def test_the_class_of_a_model_in_memory_decides(tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(gpt2(tmp_path / "base"), dtype=torch.float32)
+    qc.prepare(model, {"r": 3, "target_modules": ["attn.c_proj", "lm_head"], "exclude_modules": (), "quantize": False})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora" in name:
+                parameter.add_(torch.randn(parameter.shape) * 0.2)
+    export(model, tmp_path / "out")
+    ids = torch.arange(33).reshape(3, 11) * 5 % 97
+    got = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(got(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
