@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -16,6 +17,7 @@ from torch import nn
 
 from ..errors import CheckpointError, ConfigError, MissingDependencyError
 from ..tensor import QuantizedTensor
+from .described_model import described_model
 from .fold import LayerError
 from .fold_plan import resolve_key
 from .formats.atomic import write_file
@@ -35,24 +37,26 @@ class LinearWeight:
     is_conv1d: bool
 
 
-def linear_weights(config_folder: Path, specs: Mapping[str, TensorSpec]) -> tuple[dict[str, LinearWeight], list[str]]:
+def linear_weights(
+    config: Mapping[str, Any], specs: Mapping[str, TensorSpec], renamed: Mapping[str, str] | None = None
+) -> tuple[dict[str, LinearWeight], list[str]]:
     """What transformers would turn into 4-bit linears, by key -> (them, names of the linears that stay dense).
 
-    The output head stays dense, as bitsandbytes' users have it, and so does the last layer of any other model.
+    `config` is the folder's config.json, `renamed` as for `resolve_key`. The output head stays dense, as bitsandbytes'
+    users have it, and so does the last layer of any other model.
     Raises MissingDependencyError, CheckpointError (no such architecture), ConfigError (nothing to quantize).
     """
     try:
-        import transformers
         from transformers.pytorch_utils import Conv1D
         from transformers.quantizers.quantizers_utils import should_convert_module
     except ImportError:
-        raise MissingDependencyError("transformers", "transformers", "Writing format='nf4'") from None
-    config = transformers.AutoConfig.from_pretrained(str(config_folder), local_files_only=True)
-    cls = getattr(transformers, (config.architectures or ["?"])[0], None)
-    if cls is None:
-        raise CheckpointError(f"config.json names the architecture {config.architectures}, unknown to transformers.")
-    with torch.device("meta"):
-        model = cls(config)
+        purpose = "Telling which weights become 4-bit"
+        raise MissingDependencyError("transformers", "transformers", purpose) from None
+    model: Any = described_model(config)
+    if model is None:
+        raise CheckpointError(
+            f"config.json names the architecture {config.get('architectures')}, which transformers cannot build."
+        )
     linears = {n: m for n, m in model.named_modules() if isinstance(m, Conv1D) or type(m) is nn.Linear}
     head = model.get_output_embeddings()
     last = list(model.state_dict())[-1].rpartition(".")[0]
@@ -61,10 +65,10 @@ def linear_weights(config_folder: Path, specs: Mapping[str, TensorSpec]) -> tupl
     keys = {
         key: LinearWeight(f"{name}.weight", isinstance(module, Conv1D))
         for name, module in linears.items()
-        if should_convert_module(name, skipped) and (key := resolve_key(f"{name}.weight", specs)) is not None
+        if should_convert_module(name, skipped) and (key := resolve_key(f"{name}.weight", specs, renamed))
     }
     if not keys:
-        raise ConfigError("format='nf4' has nothing to do: the model has no linear layer besides its output head.")
+        raise ConfigError("There is nothing to quantize: the model has no linear layer besides its output head.")
     return keys, dense
 
 

@@ -113,7 +113,7 @@ def _outputs(
 
     if job.output is None:
         return specs, dense, changes, None
-    keys, kept = linear_weights(folder, specs)
+    keys, kept = linear_weights(read_json(folder / "config.json"), specs)
     result.quantized, result.copied = len(keys), len(set(specs) - set(keys) - set(job.plan.targets))
     changes["quantization_config"] = quantization_config(job.output.quant_type, job.output.double_quant, kept)
     parts = quantized_tensors(keys, specs, quantize, found, dense, folder, resumable=job.mark is not None)

@@ -27,7 +27,7 @@ SIDE_FILE = "qlora_compile.json"
 class QuantizedBase:
     """How a base was quantized. `save_adapter` notes it beside the adapter, stock peft ignores it.
 
-    `weights` are the parameters that were quantized, None where nobody noted it (then: those with an adapter);
+    `weights` are the parameters that were quantized, None where nobody noted it (then: what bitsandbytes makes 4-bit);
     `transposed` those whose codes are of `W.t()` (Conv1D); `dtype` the dense dtype that they stand for (None: the
     checkpoint's own). `init_lora_weights` is set where it took the adapter's start out of the base (PiSSA and others).
     """

@@ -58,7 +58,7 @@ class QuantizedFolderSource:
 
     def _conv1d_keys(self) -> set[str]:
         """The weights that the model holds as [in, out] and bitsandbytes' file as [out, in]."""
-        keys, _ = linear_weights(self.checkpoint.path, self.specs)
+        keys, _ = linear_weights(self.checkpoint.config(), self.specs)
         return {key for key, linear in keys.items() if linear.is_conv1d and key in self._states}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import AdapterMismatchError
 from .expert_layout import ExpertLayout
+from .export_nf4 import linear_weights
 from .fold_plan import FoldPlan, first_few, resolve_key, target_of
 from .formats.checkpoint_dir import TensorSpec
 
@@ -19,14 +20,16 @@ def mark_requantized(
     config: Mapping[str, Any],
     renamed: Mapping[str, str] | None = None,
 ) -> None:
-    """Note which tensors start from their 4-bit values: those that `weights` names, or (None) each linear's target.
+    """Note which tensors start from their 4-bit values: those that `weights` names.
 
-    Raises AdapterMismatchError for a weight that the base does not have.
+    None, where nobody noted them, are those that bitsandbytes makes 4-bit: in training it quantized every linear but the
+    head, not only those that got an adapter.
+    Raises AdapterMismatchError for a weight that the base does not have, and what `linear_weights` does.
     """
     if weights is None:
-        for target in plan.targets.values():
-            target.requantize = bool(target.terms) and not target.embedding
-        return
+        linears = linear_weights(config, specs, renamed)[0].values()
+        weights = [linear.name for linear in linears]
+        transposed = [linear.name for linear in linears if linear.is_conv1d]
     layout, missing = ExpertLayout(config), list[str]()
     for name in weights:
         key = resolve_key(name, specs, renamed)

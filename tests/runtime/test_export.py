@@ -153,14 +153,44 @@ class TestDequantized:
                     wanted = wanted + 5 / 3 * b @ a
             assert torch.equal(after[key], wanted.to(before[key].dtype)), key
 
-    def test_targets_of_the_adapter_by_default(
+    def test_every_linear_but_the_head_by_default(
         self, tiny_checkpoint: Path, tmp_path: Path, make_adapter: MakeAdapter
     ) -> None:
         adapter = make_adapter(tmp_path / "adapter", load(tiny_checkpoint))
         result = export(tiny_checkpoint, tmp_path / "out", adapter, "dequantized", verify=True, report=True)
-        keys = {layer.name for layer in result.layers}
-        assert len(keys) == 6 and result.base_precision == "dequantized"
-        self.check(tiny_checkpoint, tmp_path / "out", [adapter], keys)
+        assert len(result.layers) == 6 and result.base_precision == "dequantized"
+        self.check(tiny_checkpoint, tmp_path / "out", [adapter], self.linears(tiny_checkpoint))
+
+    @staticmethod
+    def linears(base: Path) -> set[str]:
+        return {key for key in weights_of(base) if key.endswith("_proj.weight")}
+
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_what_bitsandbytes_quantizes_without_a_note(
+        self, tmp_path: Path, tiny_llama: MakeModel, tied: bool
+    ) -> None:
+        bitsandbytes, peft = pytest.importorskip("bitsandbytes"), pytest.importorskip("peft")
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+        base = save_base(tmp_path / "base", tiny_llama(torch.bfloat16, tie_word_embeddings=tied))
+        four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        trained = AutoModelForCausalLM.from_pretrained(base, quantization_config=four_bit, dtype=torch.bfloat16)
+        trained = peft.get_peft_model(trained, peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj"]))
+        with torch.no_grad():
+            for name, parameter in trained.named_parameters():
+                if "lora_B" in name:
+                    parameter.add_(torch.randn(parameter.shape) * 0.2)
+        trained.save_pretrained(tmp_path / "adapter")
+        seen = load(base)  # what the adapter saw in training
+        for name, module in trained.get_base_model().named_modules():
+            module = getattr(module, "base_layer", module)
+            if isinstance(module, bitsandbytes.nn.Linear4bit) and ".lora_" not in name:
+                values = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+                seen.get_submodule(name.removesuffix(".base_layer")).weight.data = values.float()
+        merged = peft.PeftModel.from_pretrained(seen, tmp_path / "adapter").merge_and_unload()
+        export(base, tmp_path / "out", tmp_path / "adapter", "dequantized", dtype="float32")
+        for key, tensor in weights_of(tmp_path / "out").items():
+            torch.testing.assert_close(tensor, merged.get_parameter(key), rtol=2e-5, atol=2e-6)
 
     def test_side_file_says_what_was_quantized_and_how(
         self, tiny_checkpoint: Path, tmp_path: Path, make_adapter: MakeAdapter
@@ -185,8 +215,7 @@ class TestDequantized:
         with pytest.raises(ConfigError, match="differently quantized bases"):
             export(tiny_checkpoint, tmp_path / "out", [one, two], "dequantized")
         export(tiny_checkpoint, tmp_path / "out", [one, two], "dequantized", quant={"block_size": 256})
-        targets = {k for k in weights_of(tiny_checkpoint) if k.endswith(tuple(f"{t}.weight" for t in TARGETS))}
-        self.check(tiny_checkpoint, tmp_path / "out", [one, two], targets, block_size=256)
+        self.check(tiny_checkpoint, tmp_path / "out", [one, two], self.linears(tiny_checkpoint), block_size=256)
         with pytest.raises(ConfigError, match="did you mean 'block_size'"):
             export(tiny_checkpoint, tmp_path / "no", one, "dequantized", quant={"blocksize": 64})
 
