@@ -57,7 +57,7 @@ def resumable_folder(path: Path, mark: str, *, overwrite: bool, file: str | None
 
     With `file`, that file of the folder becomes `path`, not the folder.
     """
-    path = Path(os.path.abspath(path))
+    path = Path(os.path.realpath(path))
     (check_output_folder if file is None else check_output_file)(path, overwrite=overwrite)
     partial = path.parent / f".{path.name}.partial"
     with output_errors(path):
@@ -68,10 +68,13 @@ def resumable_folder(path: Path, mark: str, *, overwrite: bool, file: str | None
         yield partial
         (partial / NOTE).unlink()
         if file is None:
-            install_folder(partial, path)
-        else:
-            install_file(partial / file, path)
-            shutil.rmtree(partial)
+            install_folder(partial, path, overwrite=overwrite)
+            return
+        try:
+            install_file(partial / file, path, overwrite=overwrite)
+        finally:
+            if not (partial / file).exists():
+                shutil.rmtree(partial)
 
 
 def note(partial: Path, **values: Any) -> None:

@@ -84,16 +84,18 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False, durable
     a hidden folder `.NAME.*.tmp` beside `path`, never a half-written `path`. Without `durable`, what is new may still be
     in the system's cache when the block has ended (a power failure in the next seconds leaves files cut short, which
     their readers refuse); what it replaces is removed only after it is on the disk.
+    A link stays one: the folder that it leads to is written. Without `overwrite`, what came to lie at `path` during the
+    block stays there, and the new folder beside it.
     Raises OutputError where `path` exists and is not an empty folder (with `overwrite`: is not a folder), where it
     cannot be written, or where the disk is full.
     """
-    path = Path(os.path.abspath(path))
+    path = Path(os.path.realpath(path))
     check_output_folder(path, overwrite=overwrite)
     with output_errors(path), made_folder(path.parent):
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
         try:
             yield temporary
-            install_folder(temporary, path, durable=durable)
+            install_folder(temporary, path, overwrite=overwrite, durable=durable)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -105,13 +107,13 @@ def new_file(path: str | os.PathLike[str], *, overwrite: bool = False, durable: 
 
     As `new_folder`, for one large file that is written as a stream. Raises OutputError.
     """
-    path = Path(os.path.abspath(path))
+    path = Path(os.path.realpath(path))
     check_output_file(path, overwrite=overwrite)
     with output_errors(path), made_folder(path.parent):
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
         try:
             yield temporary / path.name
-            install_file(temporary / path.name, path, durable=durable)
+            install_file(temporary / path.name, path, overwrite=overwrite, durable=durable)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -130,26 +132,42 @@ def made_folder(folder: Path) -> Iterator[None]:
         raise
 
 
-def install_file(temporary: Path, path: Path, *, durable: bool = True) -> None:
+def install_file(temporary: Path, path: Path, *, overwrite: bool, durable: bool = True) -> None:
     """A finished file -> `path`, `durable` or in the place of another: on the disk before it has that name.
 
-    Raises OSError.
+    Raises OSError, and OutputError where there is one meanwhile and no `overwrite`: then the new one lies beside it.
     """
     durable = durable or path.exists()
     if durable:
         _sync_path(temporary)
-    os.replace(temporary, path)
+    if overwrite:
+        os.replace(temporary, path)
+    else:
+        try:
+            _name_new_file(temporary, path)
+        except FileExistsError:
+            handle, beside = tempfile.mkstemp(prefix=f"{path.stem}.", suffix=path.suffix, dir=path.parent)
+            os.close(handle)
+            raise _kept_beside(temporary, path, beside) from None
     if durable:
         _sync_folder(path.parent)
 
 
-def install_folder(temporary: Path, path: Path, *, durable: bool = True) -> None:
-    """A finished folder -> `path`, as `install_file`. Raises OSError."""
+def install_folder(temporary: Path, path: Path, *, overwrite: bool, durable: bool = True) -> None:
+    """A finished folder -> `path`, as `install_file`. Raises OSError, OutputError."""
     durable = durable or path.exists()
     os.chmod(temporary, 0o777 & ~_umask())
     if durable:
         _sync_tree(temporary)
-    _replace_folder(temporary, path)
+    if overwrite:
+        _replace_folder(temporary, path)
+    else:
+        try:
+            os.replace(temporary, path)  # onto nothing, or an empty folder
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise _kept_beside(temporary, path, tempfile.mkdtemp(prefix=f"{path.name}.", dir=path.parent)) from None
     if durable:
         _sync_folder(path.parent)
 
@@ -215,13 +233,39 @@ def sync(descriptor: int) -> None:
             raise
 
 
+def _name_new_file(temporary: Path, path: Path) -> None:
+    """Rename without replacing anything. Raises FileExistsError."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if os.path.lexists(path):
+            raise FileExistsError(path) from None
+        os.replace(temporary, path)
+    else:
+        os.unlink(temporary)
+
+
+def _kept_beside(temporary: Path, path: Path, beside: str) -> OutputError:
+    """A finished result whose place was taken -> `beside`, and what to say about it."""
+    os.replace(temporary, beside)
+    return OutputError(
+        f"{path} was written by something else meanwhile and is left as it is; the result lies in {beside}."
+    )
+
+
 def _replace_folder(temporary: Path, path: Path) -> None:
     """`temporary` -> `path`. A folder that is already there is moved away first: rename() wants an empty target."""
     if not path.is_dir() or not any(path.iterdir()):
         os.replace(temporary, path)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-    os.replace(path, old)
+    try:
+        os.replace(path, old)
+    except OSError:
+        old.rmdir()
+        raise
     try:
         os.replace(temporary, path)
     except OSError:

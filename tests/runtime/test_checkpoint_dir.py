@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save, save_file
 
 from qlora_compile.errors import CheckpointError, ConfigError, OutputError, QLoRACompileError
 from qlora_compile.runtime.formats import atomic
-from qlora_compile.runtime.formats.atomic import new_folder, write_file
+from qlora_compile.runtime.formats.atomic import new_file, new_folder, write_file
 from qlora_compile.runtime.formats.checkpoint_dir import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -275,6 +275,64 @@ class TestAtomic:
         with pytest.raises(OutputError, match="Permission denied"), new_folder(out, overwrite=True) as folder:
             (folder / "new").write_text("new")
         assert [f.name for f in out.iterdir()] == ["old"]
+
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_a_link_stays_one(self, tmp_path: Path, overwrite: bool) -> None:
+        real, link = tmp_path / "real", tmp_path / "link"
+        real.mkdir()
+        link.symlink_to(real)
+        if overwrite:
+            (real / "old").write_text("old")
+        with new_folder(link, overwrite=overwrite) as folder:
+            (folder / "new").write_text("new")
+        assert link.is_symlink() and [f.name for f in real.iterdir()] == ["new"]
+        assert sorted(f.name for f in tmp_path.iterdir()) == ["link", "real"]
+        (tmp_path / "b.gguf").symlink_to(tmp_path / "a.gguf")
+        with new_file(tmp_path / "b.gguf") as file:
+            file.write_text("new")
+        assert (tmp_path / "b.gguf").is_symlink() and (tmp_path / "a.gguf").read_text() == "new"
+
+    def test_a_folder_that_cannot_be_moved_away(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        out = tmp_path / "out"
+        out.mkdir()
+        (out / "old").write_text("old")
+
+        def busy(source: Path, target: Path) -> None:
+            raise OSError(16, "Device or resource busy")
+
+        monkeypatch.setattr(atomic.os, "replace", busy)
+        with pytest.raises(OutputError, match="busy"), new_folder(out, overwrite=True) as folder:
+            (folder / "new").write_text("new")
+        assert [f.name for f in tmp_path.iterdir()] == ["out"] and [f.name for f in out.iterdir()] == ["old"]
+
+    @pytest.mark.parametrize("kind", ["folder", "file"])
+    def test_what_came_to_lie_at_a_folder_s_place_stays(self, tmp_path: Path, kind: str) -> None:
+        out = tmp_path / "out"
+        precious = out / "precious" if kind == "folder" else out
+        with pytest.raises(OutputError, match="meanwhile and is left as it is") as caught, new_folder(out) as folder:
+            (folder / "new").write_text("new")
+            precious.parent.mkdir(exist_ok=True)
+            precious.write_text("x")
+        beside = Path(str(caught.value).rpartition(" lies in ")[2].removesuffix("."))
+        assert precious.read_text() == "x" and (beside / "new").read_text() == "new"
+        assert sorted(tmp_path.iterdir()) == sorted([beside, out])
+
+    @pytest.mark.parametrize("links", [True, False])
+    def test_what_came_to_lie_at_a_file_s_place_stays(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+    ) -> None:
+        if not links:
+            monkeypatch.setattr(atomic.os, "link", lambda *names: (_ for _ in ()).throw(OSError(1, "not permitted")))
+        out = tmp_path / "out.gguf"
+        with pytest.raises(OutputError, match="meanwhile and is left as it is") as caught, new_file(out) as file:
+            file.write_text("new")
+            out.write_text("precious")
+        beside = Path(str(caught.value).rpartition(" lies in ")[2].removesuffix("."))
+        assert out.read_text() == "precious" and beside.suffix == ".gguf" and beside.read_text() == "new"
+        assert sorted(tmp_path.iterdir()) == sorted([beside, out])
+        with new_file(tmp_path / "other.gguf") as file:
+            file.write_text("new")
+        assert (tmp_path / "other.gguf").read_text() == "new" and len(list(tmp_path.iterdir())) == 3
 
     def test_file_is_replaced_whole_or_stays(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         file = write_file(tmp_path / "sub" / "a.json", "one")

@@ -156,6 +156,26 @@ def killing_at(part: float) -> Callable[[int, int], None]:
     return progress
 
 
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("name", ["out", "out.gguf"])
+def test_what_another_program_wrote_meanwhile_stays(tmp_path: Path, name: str, resume: bool) -> None:
+    base, out = save_family(tmp_path / "base", "Qwen2"), tmp_path / name
+    options: dict[str, Any] = {"resume": resume, "format": "gguf" if name.endswith("gguf") else "safetensors"}
+    precious = out if name.endswith("gguf") else out / "precious.txt"
+
+    def write(done: int, total: int) -> None:
+        precious.parent.mkdir(exist_ok=True)
+        precious.write_text("x")
+
+    with pytest.raises(OutputError, match="meanwhile and is left as it is; the result lies in") as caught:
+        export(base, out, progress=write, **options)
+    beside = Path(str(caught.value).rpartition(" lies in ")[2].removesuffix("."))
+    assert precious.read_text() == "x" and sorted(tmp_path.iterdir()) == sorted([base, out, beside])
+    whole = tmp_path / f"whole{out.suffix}"
+    export(base, whole, **options)
+    assert contents(beside) == contents(whole) if beside.is_dir() else beside.read_bytes() == whole.read_bytes()
+
+
 def test_where_there_is_nothing_to_go_on_from(tmp_path: Path, tiny_llama: Any) -> None:
     with pytest.raises(ConfigError, match="resume needs a base in a folder"):
         export(tiny_llama(), tmp_path / "out", resume=True)
