@@ -1,4 +1,4 @@
-"""config.json -> the model of transformers that it describes, on the meta device, and what its linears' classes say."""
+"""config.json -> all that it means to transformers: the options that it leaves out, and the model that it describes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import CheckpointError, MissingDependencyError
 from ..param_info import is_conv1d
 
 
@@ -26,6 +27,28 @@ def described_model(config: Mapping[str, Any]) -> nn.Module | None:
             return cls(cls.config_class.from_dict(dict(config)))
     except (ValueError, TypeError, LookupError, AttributeError, ImportError, StrictDataclassError):
         return None
+
+
+def full_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with what it leaves out, as transformers fills it in for the architecture named there.
+
+    Raises MissingDependencyError, CheckpointError (no such architecture, or options that its configuration refuses).
+    """
+    try:
+        import transformers
+        from huggingface_hub.errors import StrictDataclassError
+    except ImportError:
+        raise MissingDependencyError("transformers", "transformers", "Reading a config.json whole") from None
+    cls = getattr(transformers, str((config.get("architectures") or ["?"])[0]), None)
+    if cls is None:
+        raise CheckpointError(f"config.json names {config.get('architectures')}, unknown to transformers.")
+    try:
+        filled = cls.config_class.from_dict(dict(config)).to_dict()
+    except (ValueError, TypeError, LookupError, StrictDataclassError) as error:
+        raise CheckpointError(
+            f"config.json is no configuration of {cls.__name__}: {str(error).splitlines()[0]}"
+        ) from error
+    return {**filled, **{name: value for name, value in config.items() if value is not None}}
 
 
 class LinearLayout:

@@ -13,13 +13,14 @@ import torch
 
 from ..errors import CheckpointError, ConfigError
 from ..tensor import is_finite
+from .described_model import full_config
 from .export_report import ExportReport
 from .export_resume import note_layers, noted_layers, read_note, resumable_folder
 from .export_write import ExportJob, start_of, written_specs
 from .fold import fold, measure
 from .formats.atomic import check_output_file, check_output_folder, new_file, new_folder, sync
 from .formats.checkpoint_dir import TensorSpec
-from .formats.gguf_files import DTYPES, TYPES, GgufTensor, plan_tensors, write_gguf
+from .formats.gguf_files import DTYPES, TYPES, GgufTensor, architecture_of, plan_tensors, write_gguf
 
 FILE_NAME = "model.gguf"
 NOTE_EVERY_BYTES = 256 * 2**20  # of a resumable export: what a kill can cost
@@ -55,7 +56,9 @@ def write_gguf_export(job: ExportJob, out: Path, overwrite: bool) -> ExportRepor
     kind = job.gguf_type or _type_of_base(specs)
     if job.verify is not None:
         _check_verifiable(job.source.config)
-    tensors = plan_tensors(job.source.config, specs, kind)
+    architecture_of(job.source.config)  # another one is refused by name, not for its options
+    config = full_config(job.source.config)
+    tensors = plan_tensors(config, specs, kind)
     result = ExportReport(out, job.format, job.base_precision, {a.label: a.weight for a in job.adapters})
     result.folded = len(job.plan.targets)
     result.copied = len(tensors) - result.folded
@@ -64,7 +67,7 @@ def write_gguf_export(job: ExportJob, out: Path, overwrite: bool) -> ExportRepor
         job.source.write_side_files(Path(side_files))
         start = _noted_start(file, result)
         steps = _Steps(job, result, file.parent, start[1], sum(tensor.nbytes for tensor in tensors[: start[0]]))
-        write_gguf(file, Path(side_files), tensors, kind, steps.produce, start, steps.written)
+        write_gguf(file, Path(side_files), config, tensors, kind, steps.produce, start, steps.written)
         if job.verify is not None:
             eps = Q8_0_EPS if kind == "Q8_0" else torch.finfo(DTYPES[kind]).eps
             result.verification = job.verify(file, eps, job.plan, job.quantized, None)

@@ -17,7 +17,7 @@ from typing import IO, Any
 import torch
 
 from ...errors import CheckpointError, ConfigError, MissingDependencyError
-from .checkpoint_dir import TensorSpec, read_json
+from .checkpoint_dir import TensorSpec
 from .gguf_tokenizer import read_tokenizer
 
 ARCHITECTURES = {
@@ -116,19 +116,19 @@ def plan_tensors(config: Mapping[str, Any], specs: Mapping[str, TensorSpec], kin
 def write_gguf(
     file: Path,
     folder: Path,
+    config: Mapping[str, Any],
     tensors: list[GgufTensor],
     kind: str,
     produce: Callable[[GgufTensor], Any],
     start: tuple[int, int] = (0, 0),
     written: Callable[[int, IO[bytes]], None] | None = None,
 ) -> None:
-    """Write `file`; `folder` holds config.json and the tokenizer's files. `produce(tensor)` gives each stored array.
+    """Write `file` of the whole `config`; `folder` holds the tokenizer's files. `produce(tensor)` gives each stored array.
 
     One tensor is in memory at a time. Same input, same bytes. `start` = (count, end): so many tensors stand in `file`
     already, up to the byte `end`. `written(count, stream)` is called after each tensor. Raises CheckpointError (a
     tokenizer or a rotary scaling that GGUF has no name for), OSError.
     """
-    config = read_json(folder / "config.json")
     count, end = start
     if not count:
         _write_header(file, folder, config, tensors, kind)

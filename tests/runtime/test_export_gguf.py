@@ -146,6 +146,35 @@ def test_a_bias_of_q_is_reordered_like_its_rows() -> None:
         plan_tensors(config, {"model.layers.0.experts.w": TensorSpec(torch.float32, (2, 3))}, "F32")
 
 
+DEFAULTS: dict[str, dict[str, Any]] = {  # sizes that transformers takes where config.json says none
+    "Llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "num_key_value_heads": 3, "head_dim": 32},
+    "Mistral": {"num_key_value_heads": 8, "num_attention_heads": 8, "sliding_window": 4096, "head_dim": 12},
+    "Qwen2": {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768},
+    "Qwen3": {"head_dim": 128, "rms_norm_eps": 1e-6},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_config_json_leaves_out_is_what_transformers_takes(tmp_path: Path, family: str) -> None:
+    base = save_family(tmp_path / "base", family, torch.float32, **DEFAULTS[family])
+    expected = logits(load(base))
+    config = json.loads((base / "config.json").read_text())
+    kept = {name: value for name, value in config.items() if name not in DEFAULTS[family] or "attention_heads" in name}
+    (base / "config.json").write_text(json.dumps(kept))
+    export(base, tmp_path / "out.gguf", format="gguf", dtype="f32", verify=True)
+    assert relative(logits(load_weights(tmp_path / "out.gguf", torch.float32)), expected) < 1e-6
+    fields = gguf.GGUFReader(tmp_path / "out.gguf").fields
+    name = {"Mistral": "llama"}.get(family, family.lower())
+    context = min(config["max_position_embeddings"], config.get("sliding_window") or 10**9)
+    assert fields[f"{name}.context_length"].contents() == context
+    assert fields[f"{name}.attention.key_length"].contents() == config.get("head_dim", 24)
+    (base / "config.json").write_text(json.dumps(kept | {"rms_norm_eps": "small"}))
+    with pytest.raises(
+        CheckpointError, match=rf"config\.json is no configuration of {family}ForCausalLM: .*rms_norm_eps"
+    ):
+        export(base, tmp_path / "bad.gguf", format="gguf")
+
+
 def test_q8_0_bytes_of_a_block() -> None:
     values = torch.randn(5, 64)
     stored = GgufTensor("w", "w", "Q8_0", (5, 64)).encode(values)
