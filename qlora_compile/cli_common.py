@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from .errors import ConfigError
+from .errors import ConfigError, OutputError
 
 _PLAIN_NAME = re.compile(r"[\w.\-]+")
 
@@ -50,6 +54,33 @@ def adapter_weights(texts: list[str]) -> dict[str, float]:
                 raise ConfigError(f"--adapter names {name!r} twice.")
             weights[name] = weight
     return weights
+
+
+def check_page(page: Path, out: Path) -> None:
+    """Raise OutputError unless a file can be written at `page`, outside of what is written at `out`: before long work."""
+    real, place = Path(os.path.realpath(page)), Path(os.path.realpath(out))
+    if real == place or place in real.parents:
+        raise OutputError(f"The page {page} would lie in the output {out}; choose a file beside it.")
+    above = next(folder for folder in real.parents if folder.exists())
+    if real.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+        raise OutputError(f"The page {page} cannot be written; choose another file.")
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Within it SIGTERM acts as Ctrl-C: what is half-written is removed."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to that one alone
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

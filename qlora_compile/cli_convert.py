@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .cli_common import byte_progress, print_json
-from .errors import UnknownOptionError
+from .cli_common import byte_progress, print_json, terminable
+from .errors import ConfigError, UnknownOptionError
 
 FORMATS = {"nf4": "nf4", "dense": "safetensors", "gguf": "gguf"}
 
@@ -17,9 +17,11 @@ def convert(
     model: Annotated[Path, typer.Option(help="Folder (dense, or bitsandbytes' 4 bits) or .gguf file.")],
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint, new or empty; or a .gguf file.")],
     to: Annotated[str, typer.Option(help="nf4 (bitsandbytes' 4-bit folder), dense or gguf.")],
-    quant_type: Annotated[str, typer.Option(help="nf4: nf4 or fp4.")] = "nf4",
-    block_size: Annotated[int, typer.Option(help="nf4: weights per scale, 32 to 4096.")] = 64,
-    double_quant: Annotated[bool, typer.Option(help="nf4: quantize the scales too.")] = True,
+    quant_type: Annotated[str | None, typer.Option(help="nf4: nf4 (if not given) or fp4.")] = None,
+    block_size: Annotated[
+        int | None, typer.Option(help="nf4: weights per scale, 32 to 4096 (64 if not given).")
+    ] = None,
+    double_quant: Annotated[bool | None, typer.Option(help="nf4: quantize the scales too (yes if not given).")] = None,
     dtype: Annotated[str | None, typer.Option(help="As in export.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file, such as 5GB.")] = "5GB",
     report: Annotated[bool, typer.Option(help="Print each layer's rounding error.")] = False,
@@ -34,11 +36,14 @@ def convert(
     """
     if to not in FORMATS:
         raise UnknownOptionError(to, FORMATS, what="format")
+    given = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
+    quant = {name: value for name, value in given.items() if value is not None}
+    if quant and to != "nf4":
+        raise ConfigError(f"--{next(iter(quant)).replace('_', '-')} is for --to nf4, and --to is {to}.")
     from .runtime.export import export
     from .runtime.quantized_source import is_quantized_folder
 
-    quant = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
-    with byte_progress("converting") as progress:
+    with terminable(), byte_progress("converting") as progress:
         done = export(
             model,
             out,

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_common import adapter_weights, byte_progress, print_json
+from .cli_common import adapter_weights, byte_progress, check_page, print_json, terminable
 from .errors import ConfigError
 
 
@@ -47,9 +47,12 @@ def export(
     Example: qlora-compile export --base ./SmolLM2-135M --adapter law=0.7 --adapter medicine=0.3 --out merged --verify
     """
     weights = adapter_weights(adapter)
+    if html is not None:
+        check_page(html, out)
     from .runtime.export import export as run
 
-    with one_adapter(weights, combine, rank, allow_pickle) as adapters, byte_progress("exporting") as progress:
+    made = one_adapter(weights, combine, rank, allow_pickle)
+    with terminable(), made as adapters, byte_progress("exporting") as progress:
         done = run(
             base,
             out,

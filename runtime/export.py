@@ -70,10 +70,10 @@ def export(
     Raises ConfigError, CheckpointError, AdapterMismatchError, OutputError.
     """
     in_memory = base is None and isinstance(model_or_dir, nn.Module)
-    _check_choices(format, base_precision, correction_rank)
+    out = Path(out)
+    _check_choices(format, base_precision, correction_rank, out)
     if in_memory:
         _check_needs_no_folder(format, resume=resume, verify=verify)
-    out = Path(out)
     kind = gguf_type(dtype) if format == "gguf" else None
     out_dtype = None if dtype is None or kind is not None else parse_dtype(dtype)
     size = parse_size(max_shard_size)
@@ -169,9 +169,13 @@ def _verifier(model: nn.Module | None, folder: Path | None, adapters: list[Weigh
     )
 
 
-def _check_choices(format: str, base_precision: str, correction_rank: int | None) -> None:
+def _check_choices(format: str, base_precision: str, correction_rank: int | None, out: Path) -> None:
     if format not in FORMATS:
         raise ConfigError(f"format must be one of {', '.join(FORMATS)}, got {format!r}.")
+    if format != "gguf" and out.suffix.lower() == ".gguf":
+        raise ConfigError(
+            f"{out} names a GGUF file, but format is {format!r}: give format='gguf', or a folder as output."
+        )
     if base_precision not in BASE_PRECISIONS:
         raise ConfigError(f"base_precision must be one of {', '.join(BASE_PRECISIONS)}, got {base_precision!r}.")
     if correction_rank is not None and (format != "nf4" or correction_rank < 1):

@@ -115,7 +115,10 @@ def _tokens(content: Mapping[str, Any], model: Mapping[str, Any], size: int) -> 
         **{n: e["content"] for n, e in added.items()},
     }
     if max(named, default=-1) >= size:
-        raise CheckpointError(f"{_NAME} has the token id {max(named)}, but the embedding has {size} rows only.")
+        raise CheckpointError(
+            f"{_NAME} has the token {named[max(named)]!r} of id {max(named)}, but the embedding has {size} rows only; "
+            "where the base is a .gguf file, transformers' reader added it: export from the folder it was made from."
+        )
     for number, token in named.items():
         tokens[number] = token
         if number in added:

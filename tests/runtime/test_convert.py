@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,11 @@ def test_convert_on_wrong_use(tmp_path: Path, tiny_checkpoint: Path, capsys: pyt
     arguments = ["convert", "--model", str(tiny_checkpoint), "--out", str(tmp_path / "out"), "--to"]
     assert main([*arguments, "nf5"]) == 2 and "did you mean 'nf4'" in capsys.readouterr().err
     assert main([*arguments, "nf4", "--block-size", "100"]) == 2 and "block_size must be" in capsys.readouterr().err
+    for option in (["--block-size", "48"], ["--no-double-quant"], ["--quant-type", "fp4"]):
+        assert main([*arguments, "dense", *option]) == 2
+        assert re.search(r"--[a-z]+-[a-z]+ is for --to nf4, and --to is dense", capsys.readouterr().err)
+    assert main([*arguments[:-2], f"{tmp_path}/out.gguf", "--to", "dense"]) == 2
+    assert "out.gguf names a GGUF file, but format is 'safetensors'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -123,6 +130,40 @@ def test_export_folds_what_combine_makes(
     assert all(torch.equal(got[key], wanted[key]) for key in wanted)
     assert main([*base, "--out", str(tmp_path / "other"), "--rank", "2"]) == 2
     assert "--rank is for --combine" in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_written_is_refused_first(
+    tmp_path: Path, tiny_checkpoint: Path, make_adapter: MakeAdapter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, out = make_adapter(tmp_path / "adapter", load(tiny_checkpoint)), tmp_path / "out"
+    arguments = ["export", "--base", str(tiny_checkpoint), "--adapter", str(adapter), "--out", str(out), "--html"]
+    (tmp_path / "file").write_text("x")
+    for page in (out / "config.json", out / "deep" / "page.html", out, tmp_path, tmp_path / "file" / "page.html"):
+        assert main([*arguments, str(page)]) == 2
+        assert re.search(r"would lie in the output|cannot be written", capsys.readouterr().err)
+    assert not out.exists()
+    assert main([*arguments, str(tmp_path / "new" / "page.html")]) == 0 and (tmp_path / "new" / "page.html").is_file()
+
+
+TERMINATED = """
+import os, signal, sys
+from qlora_compile.runtime import export_write
+from qlora_compile.cli import main
+made = export_write._rounded
+def terminate(key, tensor, dtype):
+    if "layers.1" in key:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return made(key, tensor, dtype)
+export_write._rounded = terminate
+sys.exit(main(["convert", "--model", sys.argv[1], "--out", sys.argv[2], "--to", "dense"]))
+"""
+
+
+def test_sigterm_leaves_nothing(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    command = [sys.executable, "-c", TERMINATED, str(tiny_checkpoint), str(tmp_path / "out")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 1 and "error: interrupted." in run.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_pickled_adapter_is_read_only_when_asked(
