@@ -111,6 +111,11 @@ class StreamCopier(Copier):
     def empty(self, size: int) -> Tensor:
         return self._streams.empty(size)
 
+    def wait(self) -> None:
+        super().wait()
+        for event in (self._streams.came(), self._streams.left()):
+            event.synchronize()
+
     @contextmanager
     def coming(self) -> Iterator[None]:
         try:

@@ -7,6 +7,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -49,7 +50,7 @@ class Streams:
     def __init__(self, memory: Memory) -> None:
         self.empty, self.pinned, self.begin_thread = memory.empty, torch.empty, lambda: None
         self.inward = self.outward = contextlib.nullcontext
-        self.came = self.left = self.computed = object
+        self.came = self.left = self.computed = lambda: SimpleNamespace(synchronize=lambda: None)
         self.in_waits = self.out_waits = lambda event: None
         self.computation_waits = lambda events, buffers: None
         self.zero = Tensor.zero_
