@@ -10,6 +10,7 @@ import errno
 import mmap
 import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from ...errors import MemoryBudgetError
 from .budget import format_bytes
 
-_EXTENT_PAGES = 64
+_FILE_PAGES, _RAM_PAGES = 64, 16  # of an extent
 
 
 class HostTier(Protocol):
@@ -41,41 +42,76 @@ class HostTier(Protocol):
         """Give everything back."""
 
 
+@dataclass
+class _Extent:
+    """Several slots in one piece of memory, and how many of them are in use."""
+
+    slots: range
+    used: int = 0
+
+
 class RamTier:
-    """Main memory, page-locked where the device is a GPU."""
+    """Main memory, page-locked where the device is a GPU.
+
+    It is asked for in extents of several pages: page-locking takes a call each, and one large piece is mapped for the
+    device in larger steps. An extent goes back when its last slot is free.
+    """
 
     kind = "ram"
 
     def __init__(self, page_bytes: int, limit: int | None, pinned: bool) -> None:
         self.page_bytes, self.limit, self.pinned = page_bytes, limit, pinned
         self.used_bytes = 0
-        self._slots: dict[int, Tensor] = {}
+        self._slots: dict[int, tuple[Tensor, _Extent]] = {}
+        self._free: list[int] = []
         self._next = 0
 
     def allocate(self) -> int | None:
         if self.limit is not None and self.used_bytes + self.page_bytes > self.limit:
             return None
-        try:
-            buffer = torch.empty(self.page_bytes, dtype=torch.uint8, pin_memory=self.pinned, device="cpu")
-        except (RuntimeError, MemoryError) as error:
-            raise MemoryBudgetError(
-                f"There is no host memory left for a page of {format_bytes(self.page_bytes)} "
-                f"({format_bytes(self.used_bytes)} are in use): give a folder for pages, or a larger device budget."
-            ) from error
-        self._slots[self._next] = buffer
-        self._next += 1
+        if not self._free:
+            self._grow()
+        slot = self._free.pop()
+        self._slots[slot][1].used += 1
         self.used_bytes += self.page_bytes
-        return self._next - 1
+        return slot
+
+    def _grow(self) -> None:
+        """One more extent, or a single page where there is no room for more."""
+        most = _RAM_PAGES if self.limit is None else (self.limit - self.used_bytes) // self.page_bytes
+        for pages in (min(_RAM_PAGES, most), 1):
+            try:
+                size = pages * self.page_bytes
+                whole = torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned, device="cpu")
+                break
+            except (RuntimeError, MemoryError) as error:
+                if pages > 1:
+                    continue
+                raise MemoryBudgetError(
+                    f"There is no host memory left for a page of {format_bytes(self.page_bytes)} "
+                    f"({format_bytes(self.used_bytes)} are in use): give a folder for pages, or a larger device budget."
+                ) from error
+        extent = _Extent(range(self._next, self._next + pages))
+        self._slots |= {slot: (view, extent) for slot, view in zip(extent.slots, whole.split(self.page_bytes))}
+        self._free.extend(reversed(extent.slots))
+        self._next += pages
 
     def free(self, slot: int) -> None:
-        del self._slots[slot]
+        extent = self._slots[slot][1]
+        extent.used -= 1
+        self._free.append(slot)
         self.used_bytes -= self.page_bytes
+        if not extent.used:
+            self._free = [other for other in self._free if other not in extent.slots]
+            for other in extent.slots:
+                del self._slots[other]
 
     def view(self, slot: int) -> Tensor:
-        return self._slots[slot]
+        return self._slots[slot][0]
 
     def close(self) -> None:
         self._slots.clear()
+        self._free.clear()
         self.used_bytes = 0
 
 
@@ -107,7 +143,7 @@ class FileTier:
 
     def _grow(self) -> None:
         """Reserve and map one more extent, or a single page where the disk holds no more than that."""
-        for pages in (_EXTENT_PAGES, 1):
+        for pages in (_FILE_PAGES, 1):
             size, start = pages * self.page_bytes, len(self._views) * self.page_bytes
             try:
                 _reserve(self._file.fileno(), start, size)
