@@ -54,8 +54,6 @@ def write_gguf_export(job: ExportJob, out: Path, overwrite: bool) -> ExportRepor
     """
     specs = {key: spec for key, spec in written_specs(job).items() if not _is_tied_copy(job, key)}
     kind = job.gguf_type or _type_of_base(specs)
-    if job.verify is not None:
-        _check_verifiable(job.source.config)
     architecture_of(job.source.config)  # another one is refused by name, not for its options
     config = full_config(job.source.config)
     tensors = plan_tensors(config, specs, kind)
@@ -153,12 +151,3 @@ def _type_of_base(specs: Mapping[str, TensorSpec]) -> str:
 def _is_tied_copy(job: ExportJob, key: str) -> bool:
     """A stored head that transformers does not read, because the config ties it to the embedding."""
     return key == "lm_head.weight" and bool(job.source.config.get("tie_word_embeddings")) and not job.plan.untie
-
-
-def _check_verifiable(config: Mapping[str, Any]) -> None:
-    """transformers' GGUF reader, which `verify` loads the file with, does not read everything that llama.cpp does."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise ConfigError(
-            "transformers' GGUF reader ignores this model's rotary scaling: leave verify out for format='gguf'."
-        )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
+from .formats.gguf_rope import FACTORS, read_rope
 
 # Biases that a configuration of transformers switches on, by what llama.cpp calls them.
 _BIASES = {
@@ -20,7 +21,8 @@ _BIASES = {
 def gguf_config(file: Path) -> Any:
     """The configuration in a GGUF file, as its tensors have it.
 
-    transformers 5.23 takes Llama and Qwen3 to have no biases, and every head of Qwen3 to be of size 128.
+    transformers 5.23 takes Llama and Qwen3 to have no biases, every head of Qwen3 to be of size 128, and no model to scale
+    its rotary embedding.
     """
     import gguf
     from transformers import AutoConfig
@@ -33,6 +35,9 @@ def gguf_config(file: Path) -> Any:
     if config.model_type == "qwen3":
         field = reader.fields.get("qwen3.attention.key_length")
         config.head_dim = config.head_dim if field is None else int(field.contents())
+    rope = read_rope(reader, float((getattr(config, "rope_parameters", None) or {}).get("rope_theta", 10000.0)))
+    if rope is not None:
+        config.rope_parameters = rope
     return config
 
 
@@ -48,6 +53,7 @@ def check_all_taken(file: Path, model: torch.nn.Module) -> None:
     layers = int(config.num_hidden_layers)
     reader = gguf.GGUFReader(file)
     stored = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors if _block(tensor.name) < layers}
+    stored.pop(FACTORS, None)  # in the configuration
     state = model.state_dict(keep_vars=True)
     if sum(stored.values()) <= sum({id(tensor): tensor.numel() for tensor in state.values()}.values()):
         return

@@ -18,6 +18,7 @@ import torch
 
 from ...errors import CheckpointError, ConfigError, MissingDependencyError
 from .checkpoint_dir import TensorSpec
+from .gguf_rope import FACTORS, add_rope, rope_factors
 from .gguf_tokenizer import read_tokenizer
 
 ARCHITECTURES = {
@@ -141,7 +142,7 @@ def write_gguf(
             _write_array(stream, produce(tensor))
             if written is not None:
                 written(number, stream)
-        factors = _rope_factors(config)
+        factors = rope_factors(config)
         if factors is not None:
             _write_array(stream, factors)
 
@@ -165,16 +166,14 @@ def _write_header(file: Path, folder: Path, config: Mapping[str, Any], tensors: 
         writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind}" if kind != "F32" else "ALL_F32"])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _add_sizes(writer, config, vocab_size)
-        _add_rope(writer, gguf, config)
+        add_rope(writer, gguf, config)
         _add_tokenizer(writer, gguf, folder, vocab_size)
         for tensor in tensors:
             ggml_type = gguf.GGMLQuantizationType[tensor.kind]
             writer.add_tensor_info(tensor.name, tensor.shape, None, tensor.nbytes, raw_dtype=ggml_type)
-        factors = _rope_factors(config)
+        factors = rope_factors(config)
         if factors is not None:
-            writer.add_tensor_info(
-                "rope_freqs.weight", factors.shape, None, factors.nbytes, gguf.GGMLQuantizationType.F32
-            )
+            writer.add_tensor_info(FACTORS, factors.shape, None, factors.nbytes, gguf.GGMLQuantizationType.F32)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -223,44 +222,6 @@ def _add_sizes(writer: Any, config: Mapping[str, Any], vocab_size: int) -> None:
     writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
     writer.add_rope_dimension_count(head_dim)
     writer.add_vocab_size(vocab_size)
-
-
-def _rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], str, float]:
-    """The rotary embedding: its parameters, its kind and its base."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    return rope, str(rope.get("rope_type", rope.get("type", "default"))), theta
-
-
-def _add_rope(writer: Any, gguf: Any, config: Mapping[str, Any]) -> None:
-    """Base and scaling of the rotary embedding, except what `_rope_factors` gives."""
-    rope, kind, theta = _rope(config)
-    writer.add_rope_freq_base(theta)
-    if kind in ("linear", "yarn"):
-        writer.add_rope_scaling_type(gguf.RopeScalingType[kind.upper()])
-        writer.add_rope_scaling_factor(float(rope["factor"]))
-        if kind == "yarn":
-            original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
-            writer.add_rope_scaling_orig_ctx_len(int(original))
-    elif kind not in ("default", "llama3"):
-        raise CheckpointError(f"GGUF has no name for the rotary scaling {kind!r} of this model.")
-
-
-def _rope_factors(config: Mapping[str, Any]) -> Any:
-    """What divides each rotary frequency of Llama 3.1, to be stored as a tensor, fp32 [head_dim / 2]; else None.
-
-    transformers `_compute_llama3_parameters`.
-    """
-    rope, kind, theta = _rope(config)
-    if kind != "llama3":
-        return None
-    heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-    dim = int(config.get("head_dim") or hidden // heads)
-    wavelength = 2 * math.pi * theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    factor, original = float(rope["factor"]), float(rope["original_max_position_embeddings"])
-    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-    smooth = ((original / wavelength - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - smooth) / factor + smooth)).float().numpy()
 
 
 def _add_tokenizer(writer: Any, gguf: Any, folder: Path, vocab_size: int) -> None:

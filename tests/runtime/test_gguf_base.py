@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from qlora_compile.errors import CheckpointError
 from qlora_compile.runtime.export import export
+from qlora_compile.runtime.formats import gguf_files
 from qlora_compile.runtime.formats.checkpoint_dir import open_checkpoint
 from qlora_compile.runtime.models import empty_model, load_weights
 
@@ -72,12 +74,49 @@ def test_vectors_with_more_digits_than_the_matrices_keep_them(tmp_path: Path) ->
     assert all(after[key].dtype == (torch.float32 if before[key].dim() == 1 else torch.float16) for key in after)
 
 
+LLAMA_31 = {"rope_type": "llama3", "rope_theta": 5e5, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPES: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.5},
+    "yarn": {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 64},
+    "Llama 3.1": LLAMA_31 | {"factor": 8.0, "original_max_position_embeddings": 8192},
+    "Llama 3.2": LLAMA_31 | {"factor": 32.0, "original_max_position_embeddings": 8192},
+    "short": LLAMA_31 | {"factor": 8.0, "original_max_position_embeddings": 64},
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_rotary_scaling_comes_back(tmp_path: Path, kind: str, head_dim: int) -> None:
+    base = save_family(tmp_path / "base", "Llama", rope_parameters=ROPES[kind], head_dim=head_dim)
+    export(base, tmp_path / "out.gguf", format="gguf", dtype="f32", verify=True)
+    found = empty_model(tmp_path / "out.gguf").config.rope_parameters
+    assert {name: value for name, value in found.items() if value is not None} == ROPES[kind]
+    ids = torch.randint(0, 200, (2, 150), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before, after = (load_weights(path, torch.float32)(ids).logits for path in (base, tmp_path / "out.gguf"))
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)  # fp32, sums of one order
+
+
+def test_factors_that_are_not_llama_31s_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = save_family(tmp_path / "base", "Llama", rope_parameters=ROPES["Llama 3.1"], head_dim=64)
+    with monkeypatch.context() as patch:
+        other = np.linspace(1, 3, 32, dtype=np.float32)  # as Phi's are, by frequency
+        patch.setattr(gguf_files, "rope_factors", lambda config: other)
+        export(base, tmp_path / "out.gguf", format="gguf")
+    with pytest.raises(CheckpointError, match=r"rope_freqs\.weight are not the factors of Llama 3\.1's rotary scaling"):
+        load_weights(tmp_path / "out.gguf")
+
+
 def test_a_tensor_that_no_model_takes_is_refused(tmp_path: Path) -> None:
-    rope: dict[str, Any] = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
-    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-    base = save_family(tmp_path / "base", "Llama", rope_parameters=rope)
+    base = save_family(tmp_path / "base", "Llama", mlp_bias=True)
     export(base, tmp_path / "out.gguf", format="gguf")
-    message = r"out\.gguf holds 1 tensors that transformers' LlamaForCausalLM has no place for, for example rope_freqs"
+    content = (tmp_path / "out.gguf").read_bytes()
+    for name in (b"gate", b"down", b"up"):
+        content = content.replace(b".ffn_" + name + b".bias", b".ffn_" + name[:-1] + b"x.bias")
+    (tmp_path / "out.gguf").write_bytes(content)
+    message = (
+        r"out\.gguf holds 6 tensors that transformers' LlamaForCausalLM has no place for, for example blk\.0\.ffn_dowx"
+    )
     with pytest.raises(CheckpointError, match=message):
         load_weights(tmp_path / "out.gguf")
     with pytest.raises(CheckpointError, match=message):
