@@ -64,7 +64,7 @@ def test_which_models_are_formulas_of_their_length() -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["mamba2", "lfm2", "mpt"])
+@pytest.mark.parametrize("name", [pytest.param("mamba2", marks=pytest.mark.slow), "lfm2", "mpt"])
 def test_the_peak_is_what_is_measured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # as on a machine that multiplies bf16, see test_tracing.py
     both = {"lora_linear": lora_group.forward, "lora_linear_backward": lora_gradients.backward}

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import qlora_compile as qc
-from qlora_compile import estimate
+from qlora_compile import step_plans
 from qlora_compile.errors import ConfigError, MemoryBudgetError, NoAdapterError, NonFiniteError
 from qlora_compile.memory_plan import Buffer, Event, MemoryPlan, Size
 from qlora_compile.runtime.data import IGNORE, Batch, count_loss_tokens
@@ -275,7 +275,7 @@ def test_what_the_budget_has_no_room_for_is_split_before_it_runs(
     events = [Event(phase, phase, "", "") for phase in ("forward", "backward")]
     saved = Buffer("x", "", "saved", Size(1000, 1, 1), 0, 1)  # 1000 bytes a token
     plan = MemoryPlan(events, [saved], {"adapters": 4000})  # the trace of a real one takes seconds
-    monkeypatch.setattr(estimate.Estimator, "plan", plan)
+    monkeypatch.setattr(step_plans.StepPlans, "by_length", {0: plan})
     memory = StepMemory(dense, qc.QLoRAConfig(**CONFIG), "1GiB", seq_len=13, optimizer="paged_adamw")
     beside, alone, small = (memory._bytes(rows, 13, pages=pages) for rows, pages in ((7, True), (7, False), (3, False)))
     assert (beside, alone, small) == (103_000, 95_000, 43_000)  # 91 or 39 tokens, adapters, 8000 of state
