@@ -45,7 +45,7 @@ def runs_own_experts(module: nn.Module) -> bool:
     if known.get("__name__") != "transformers.integrations.moe":
         return True
     function = known["ALL_EXPERTS_FUNCTIONS"].get(getattr(module.config, "_experts_implementation", None))
-    return function is not None and not function.__module__.startswith("transformers.")
+    return function is not None and not getattr(function, "__module__", "").startswith("transformers.")
 
 
 class QLoRAExperts(nn.Module):
