@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ from qlora_compile.errors import AdapterMismatchError, CheckpointError
 from qlora_compile.runtime.combine_folders import combine_folders
 from qlora_compile.runtime.formats.peft_files import PREFIX, read_adapter, write_adapter
 
-peft = pytest.importorskip("peft")
+from .stock_peft import in_peft, logits, stock
+
 transformers = pytest.importorskip("transformers")
 
 MakeModel = Callable[..., torch.nn.Module]
-IDS = torch.arange(26).reshape(2, 13) * 7 % 101
 KINDS: dict[str, tuple[bool, dict[str, Any]]] = {
     "some layers": (False, {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]}),
     "all but": (False, {"target_modules": "all-linear", "exclude_modules": ["q_proj"]}),
@@ -37,34 +36,16 @@ KINDS: dict[str, tuple[bool, dict[str, Any]]] = {
 }
 
 
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
-
-
-def stock(model: Any, out: Path, seed: int, **options: Any) -> Path:
-    """Save an adapter that peft made, with nothing left at zero."""
-    theirs = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=5, task_type="CAUSAL_LM", **options))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    theirs.save_pretrained(out)
+def saved(model: torch.nn.Module, out: Path, seed: int, **options: Any) -> Path:
+    stock(model, out, seed, **options)
     return out
-
-
-def in_peft(model: torch.nn.Module, folder: Path) -> torch.Tensor:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*missing adapter keys.*")
-        return logits(peft.PeftModel.from_pretrained(model, folder).eval())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_stock_peft_computes_the_combination(tmp_path: Path, tiny_llama: MakeModel, kind: str) -> None:
     tied, options = KINDS[kind]
     sizes = {"tie_word_embeddings": tied}
-    one, other = (stock(tiny_llama(**sizes), tmp_path / f"ad{seed}", seed, **options) for seed in (0, 1))
+    one, other = (saved(tiny_llama(**sizes), tmp_path / f"ad{seed}", seed, **options) for seed in (0, 1))
     want = in_peft(tiny_llama(**sizes), one)
     combine_folders({str(one): 1.0}, tmp_path / "same")
     close = {"rtol": 1e-4, "atol": 1e-5}  # fp32, sums in another order
@@ -99,7 +80,7 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[float, float]]] = {
 def test_full_parameters_inside_of_layers(tmp_path: Path, tiny_llama: MakeModel, kind: str) -> None:
     *options, factors = PAIRS[kind]
     sizes: dict[str, Any] = {"tie_word_embeddings": False, "attention_bias": True, "num_hidden_layers": 2}
-    folders = [stock(tiny_llama(**sizes), tmp_path / f"ad{i}", i, **given) for i, given in enumerate(options)]
+    folders = [saved(tiny_llama(**sizes), tmp_path / f"ad{i}", i, **given) for i, given in enumerate(options)]
     tiny_llama(**sizes).save_pretrained(tmp_path / "base")  # type: ignore[operator]
     weights = dict(zip(map(str, folders), factors, strict=True))
     if kind == "biases of each":  # k_proj's are in both, the others in one: their weights do not add up
@@ -119,16 +100,16 @@ def test_another_base_beside_an_adapter_is_refused(tmp_path: Path, tiny_llama: M
     """peft saves an embedding that has an adapter with it; it is not trained, and must be the same for all."""
     options = {"target_modules": ["q_proj", "embed_tokens"]}
     untied = {"tie_word_embeddings": False}
-    one = stock(tiny_llama(**untied), tmp_path / "one", 0, **options)
-    other = stock(tiny_llama(**untied, seed=5), tmp_path / "other", 1, **options)
+    one = saved(tiny_llama(**untied), tmp_path / "one", 0, **options)
+    other = saved(tiny_llama(**untied, seed=5), tmp_path / "other", 1, **options)
     with pytest.raises(AdapterMismatchError, match=r"on different bases: .*embed_tokens\.base_layer\.weight differs"):
         combine_folders({str(one): 0.7, str(other): 0.3}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_weight_as_parameter_and_as_module_is_refused(tmp_path: Path, tiny_llama: MakeModel) -> None:
-    one = stock(tiny_llama(), tmp_path / "one", 0, target_modules=["q_proj"])
-    other = stock(tiny_llama(), tmp_path / "other", 1, target_modules=[], target_parameters=["q_proj.weight"])
+    one = saved(tiny_llama(), tmp_path / "one", 0, target_modules=["q_proj"])
+    other = saved(tiny_llama(), tmp_path / "other", 1, target_modules=[], target_parameters=["q_proj.weight"])
     with pytest.raises(AdapterMismatchError, match="q_proj is adapted as a module and by target_parameters"):
         combine_folders({str(one): 0.7, str(other): 0.3}, tmp_path / "out")
 

@@ -16,35 +16,13 @@ from qlora_compile.errors import AdapterMismatchError
 from qlora_compile.runtime.formats.checkpoint_dir import open_checkpoint
 from qlora_compile.runtime.full_parameters import loaded_in_full
 
-peft = pytest.importorskip("peft")
+from .stock_peft import in_peft, logits, stock
+
 transformers = pytest.importorskip("transformers")
 
 MakeModel = Callable[..., torch.nn.Module]
-IDS = torch.arange(26).reshape(2, 13) * 7 % 101
 UNTIED = {"num_hidden_layers": 2, "tie_word_embeddings": False}
 BIASED = UNTIED | {"attention_bias": True, "mlp_bias": True}
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
-
-
-def stock(model: Any, out: Path, seed: int = 0, **options: Any) -> torch.Tensor:
-    """Save an adapter that peft made, with nothing left at zero; returns its logits."""
-    settings = {"r": 3, "lora_alpha": 5, "task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]}
-    theirs = peft.get_peft_model(model, peft.LoraConfig(**(settings | options))).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    theirs.save_pretrained(out)
-    return logits(theirs)
-
-
-def in_peft(model: torch.nn.Module, folder: Path) -> torch.Tensor:
-    return logits(peft.PeftModel.from_pretrained(model, folder).eval())
 
 
 def prepared(model: torch.nn.Module, **options: Any) -> torch.nn.Module:
