@@ -76,7 +76,6 @@ def print_estimate(found: Estimate) -> None:
     from rich.table import Table
 
     from .stage_graph import human_bytes, human_count
-    from .step_plans import LENGTHS
 
     console = Console(width=None if sys.stdout.isatty() else 160)
     kinds = list(dict.fromkeys(kind for peak in found.peaks.values() for kind in peak.by_kind))
@@ -89,7 +88,7 @@ def print_estimate(found: Estimate) -> None:
     console.print(table)
     console.print(f"peak: {human_bytes(found.peak)}; a driver's own memory (0.5 to 1 GB on CUDA) comes on top")
     if found.fitted:
-        traced = ", ".join(map(str, LENGTHS))
+        traced = ", ".join(map(str, found.fitted))
         console.print(
             f"approximate: what this model computes changes with the length, fitted to traces of {traced} tokens"
         )

@@ -65,7 +65,7 @@ class Estimate:
     ways: list[Way] = field(default_factory=list)
     roofline_s: float | None = None
     device: str | None = None
-    fitted: bool = False  # its ops change with the length: from traces of three
+    fitted: tuple[int, ...] = ()  # its ops change with the length: from traces of these
 
     @property
     def peak(self) -> int:
@@ -169,7 +169,7 @@ class Estimator:
         found = Estimate(
             type(self.model).__name__, batch, seq_len, memory, peaks, self.state_bytes(self.plans.one)[1],
             round(numbers["saved"]), round(numbers["flops"]), round(numbers["traffic"]),
-            fitted=len(self.plans.by_length) > 1,
+            fitted=tuple(length for length in self.plans.by_length if length),
         )  # fmt: skip
         found.table = {b: {s: self.peak_at(b, s) for s in TABLE_SEQS} for b in TABLE_BATCHES}
         if memory is not None:

@@ -30,6 +30,7 @@ class Symbols:
     batch: int
     seq: int
     powers: int = 8  # of `seq`, at most
+    slack: int = _SLACK  # 0 for a short one, which sizes of a model come near to
 
     def size(self, number: int) -> Size:
         """`number` as coefficient * batch^b * seq^s."""
@@ -39,7 +40,7 @@ class Symbols:
         while number and s < self.powers and number % self.seq == 0:
             number, s = number // self.seq, s + 1
         for times in (1, 2, 4, 8):  # bytes of an element
-            if number and s < self.powers and abs(number - times * self.seq) <= _SLACK * times:
+            if number and s < self.powers and abs(number - times * self.seq) <= self.slack * times:
                 number, s = times, s + 1
         return Size(number, b, s)
 

@@ -41,14 +41,26 @@ class StepPlans:
 
     @functools.cached_property
     def by_length(self) -> dict[int, MemoryPlan]:
-        """Plans of LENGTHS; the key 0 alone where one has formulas for every length.
+        """Plans of three lengths; the key 0 alone where one has formulas for every length.
 
         Raises ModelStateError where the model cannot be traced, or has graph breaks.
         """
         symbols = symbols_for(self.model)
         if symbols is not None:
             return {0: self._plan(symbols)}
-        return {length: self._plan(Symbols(SYMBOLS.batch, length, powers=1)) for length in LENGTHS}
+        return {length: self._plan(Symbols(SYMBOLS.batch, length, powers=1)) for length in lengths_for(self.model)}
+
+    @functools.cached_property
+    def chunk(self) -> int:
+        """What lengths are padded to, as far as that takes memory: 8, 16, ... tokens."""
+        lengths = lengths_for(self.model)
+        known = {length: float(sum(_sizes(self.model, length))) for length in lengths}
+        first, whole = lengths[0], lengths[0]
+        for chunk in (8 << i for i in range(max(0, (whole // 8).bit_length() - 1))):
+            found = sum(_sizes(self.model, first + chunk))
+            if math.isclose(found, _fitted(known, first + chunk), rel_tol=_NEAR):
+                return chunk
+        return whole
 
     @property
     def one(self) -> MemoryPlan:
@@ -69,8 +81,15 @@ class StepPlans:
         found = {length: of(plan.at(batch, length or seq)) for length, plan in self.by_length.items()}
         if 0 in found:
             return dict(found[0])
+        seq = -(-seq // self.chunk) * self.chunk
         names = dict.fromkeys(name for figures in found.values() for name in figures)
         return {name: max(0.0, _fitted({s: f.get(name, 0) for s, f in found.items()}, seq)) for name in names}
+
+
+def lengths_for(model: nn.Module) -> tuple[int, ...]:
+    """LENGTHS, or shorter ones for a model of fewer positions."""
+    most = _positions(model)
+    return LENGTHS if most > LENGTHS[-1] else tuple(max(1, most * i // 4) for i in (1, 2, 3))
 
 
 def symbols_for(model: nn.Module) -> Symbols | None:
@@ -78,24 +97,30 @@ def symbols_for(model: nn.Module) -> Symbols | None:
 
     The sequence is as long as the model takes one: some have a mask or a bias for each position.
     """
-    config = getattr(model, "config", None)
-    most = next((n for name in _POSITIONS if (n := getattr(config, name, None)) is not None), SYMBOLS.seq)
+    most, lengths = _positions(model), lengths_for(model)[:2]
     try:
-        known = [_sizes(model, length) for length in LENGTHS[:2]] if most > LENGTHS[1] else []
+        known = [_sizes(model, length) for length in lengths]
     except RuntimeError:  # needs values: the trace is to say so
         return SYMBOLS
     if len({len(sizes) for sizes in known}) > 1:
         return None
-    for symbols in (SYMBOLS, *([Symbols(SYMBOLS.batch, _prime_up_to(most))] if most < SYMBOLS.seq else [])):
+    shorter = Symbols(SYMBOLS.batch, _prime_up_to(most), slack=0)
+    for symbols in (SYMBOLS, *([shorter] if most < SYMBOLS.seq else [])):
         with contextlib.suppress(RuntimeError):  # it is longer than the model takes
             sizes = _sizes(model, symbols.seq)
-            return symbols if not known or _agree(symbols, sizes, known[-1]) else None
+            return symbols if _agree(symbols, sizes, lengths[-1], known[-1]) else None
     return SYMBOLS
 
 
-def _agree(symbols: Symbols, sizes: Sequence[int], known: Sequence[int]) -> bool:
-    """Whether formulas made of `sizes` give the `known` ones of LENGTHS[1], all together."""
-    formulas = (symbols.size(nbytes).at(symbols.batch, LENGTHS[1]) for nbytes in sizes)
+def _positions(model: nn.Module) -> int:
+    """How many the model was made for, as its configuration says."""
+    config = getattr(model, "config", None)
+    return next((n for name in _POSITIONS if (n := getattr(config, name, None)) is not None), SYMBOLS.seq)
+
+
+def _agree(symbols: Symbols, sizes: Sequence[int], length: int, known: Sequence[int]) -> bool:
+    """Whether formulas made of `sizes` give the `known` ones of this length, all together."""
+    formulas = (symbols.size(nbytes).at(symbols.batch, length) for nbytes in sizes)
     return len(sizes) == len(known) and math.isclose(sum(formulas), sum(known), rel_tol=_NEAR)
 
 

@@ -35,9 +35,8 @@ def gguf_config(file: Path) -> Any:
     if config.model_type == "qwen3":
         field = reader.fields.get("qwen3.attention.key_length")
         config.head_dim = config.head_dim if field is None else int(field.contents())
-    rope = read_rope(reader, float((getattr(config, "rope_parameters", None) or {}).get("rope_theta", 10000.0)))
-    if rope is not None:
-        config.rope_parameters = rope
+    if getattr(config, "rope_parameters", None):
+        config.rope_parameters = read_rope(reader, config.rope_parameters)
     return config
 
 

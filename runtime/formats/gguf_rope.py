@@ -41,21 +41,33 @@ def rope_factors(config: Mapping[str, Any]) -> Any:
     return _llama3_factors(rope, _wavelengths(theta, dim)).float().numpy()
 
 
-def read_rope(reader: Any, theta: float) -> dict[str, Any] | None:
-    """transformers' `rope_parameters` of a file with a scaling, None for one without.
+def read_rope(reader: Any, known: Mapping[str, Any]) -> dict[str, Any]:
+    """`known`, transformers' `rope_parameters` of a file, with the scaling that its reader passes by.
 
-    Raises CheckpointError for a scaling that transformers has no parameters for.
+    Where they differ by kind of layer (Gemma 3), what is scaled is full attention; where transformers knows a scaling of
+    the architecture itself (Gemma 4), that is it. Raises CheckpointError for one that it has no parameters for.
     """
+    by_layer = any(isinstance(value, Mapping) for value in known.values())
+    if by_layer and "full_attention" in known:
+        full = known["full_attention"]
+        return {**known, "full_attention": {**full, **_scaling(reader, full)}}
+    return {**known} if by_layer else {**known, **_scaling(reader, known)}
+
+
+def _scaling(reader: Any, known: Mapping[str, Any]) -> dict[str, Any]:
+    if (known.get("rope_type") or "default") != "default":
+        return {}
+    theta = float(known.get("rope_theta", 10000.0))
     fields = {name.partition(".rope.scaling.")[2]: field.contents() for name, field in reader.fields.items()}
     kind = str(fields.get("type", "none"))
     if kind in _BY_NAME:
-        rope = {"rope_type": kind, "rope_theta": theta, "factor": float(fields["factor"])}
+        rope = {"rope_type": kind, "factor": float(fields["factor"])}
         original = fields.get("original_context_length")
         return rope if original is None else rope | {"original_max_position_embeddings": int(original)}
     if kind != "none":
         raise CheckpointError(f"The file's rotary scaling {kind!r} is none that transformers' models read from it.")
     factors = next((tensor.data for tensor in reader.tensors if tensor.name == FACTORS), None)
-    return None if factors is None or (factors == 1).all() else _llama3_parameters(torch.tensor(factors.copy()), theta)
+    return {} if factors is None or (factors == 1).all() else _llama3_parameters(torch.tensor(factors.copy()), theta)
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], str, float]:
@@ -91,7 +103,7 @@ def _llama3_parameters(factors: torch.Tensor, theta: float) -> dict[str, Any]:
         slope = (y - v) / (x - u) if x != u else (1 + 3 * y) / (3 * x)
         span = slope * x - y  # low / (high - low)
         rope = {
-            "rope_type": "llama3", "rope_theta": theta, "factor": factor, "low_freq_factor": 1.0,
+            "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0,
             "high_freq_factor": round(1 + 1 / span, 3), "original_max_position_embeddings": round(slope / span),
         }  # fmt: skip
         # stored in fp32

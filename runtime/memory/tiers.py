@@ -79,7 +79,8 @@ class RamTier:
     def _grow(self) -> None:
         """One more extent, or a single page where there is no room for more."""
         most = _RAM_PAGES if self.limit is None else (self.limit - self.used_bytes) // self.page_bytes
-        for pages in (min(_RAM_PAGES, most), 1):
+        # torch page-locks a power of two, whatever it is asked for
+        for pages in (1 << min(_RAM_PAGES, most).bit_length() - 1, 1):
             try:
                 size = pages * self.page_bytes
                 whole = torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned, device="cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from qlora_compile.errors import CheckpointError
 from qlora_compile.runtime.export import export
 from qlora_compile.runtime.formats import gguf_files
 from qlora_compile.runtime.formats.checkpoint_dir import open_checkpoint
+from qlora_compile.runtime.formats.gguf_rope import read_rope
 from qlora_compile.runtime.models import empty_model, load_weights
 
 from .gguf_models import save_family
@@ -95,6 +97,33 @@ def test_rotary_scaling_comes_back(tmp_path: Path, kind: str, head_dim: int) -> 
     with torch.no_grad():
         before, after = (load_weights(path, torch.float32)(ids).logits for path in (base, tmp_path / "out.gguf"))
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)  # fp32, sums of one order
+
+
+def _reader(factors: list[float] | None = None, **scaling: Any) -> Any:
+    fields = {f"arch.rope.scaling.{name}": SimpleNamespace(contents=lambda v=v: v) for name, v in scaling.items()}
+    tensors = [SimpleNamespace(name="rope_freqs.weight", data=np.array(factors, np.float32))] if factors else []
+    return SimpleNamespace(fields=fields, tensors=tensors)
+
+
+def test_what_transformers_knows_of_a_rotary_embedding_stays() -> None:
+    linear = {"type": "linear", "factor": 8.0}
+    # Gemma 3's, by kind of layer: only full attention is scaled; StableLM's with a part of each head
+    by_layer = {
+        kind: {"rope_type": "default", "rope_theta": t}
+        for kind, t in (("full_attention", 1e6), ("sliding_attention", 1e4))
+    }
+    got = read_rope(_reader(**linear), by_layer)
+    assert got == by_layer | {"full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}}
+    part = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}
+    assert read_rope(_reader(**linear), part) == part | {"rope_type": "linear", "factor": 8.0}
+    # Gemma 4's: what no frequency turns is divided by 1e30
+    own = {
+        "full_attention": {"rope_type": "proportional", "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default"},
+    }
+    assert read_rope(_reader([1.0] * 8 + [1e30] * 8), own) == own
+    with pytest.raises(CheckpointError, match="rotary scaling 'longrope' is none that"):
+        read_rope(_reader(type="longrope"), part)
 
 
 def test_factors_that_are_not_llama_31s_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
