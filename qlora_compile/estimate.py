@@ -146,15 +146,14 @@ class Estimator:
         return Peak(peak.bytes, peak.event, _moved(peak.by_kind, "logits", moved))
 
     def peaks_at(self, batch: int, seq_len: int, budget: float | None = None) -> dict[str, Peak]:
-        """`_peaks` for this batch and length."""
+        """By phase, for this batch and length; `budget`: the part of the activations that is kept (None: as configured)."""
 
-        def flat(plan: MemoryPlan) -> dict[str, float]:
+        def flat(plan: MemoryPlan) -> dict[tuple[str, str], float]:
             peaks = self._peaks(plan, budget)
-            return {f"{phase} {kind}": n for phase, peak in peaks.items() for kind, n in peak.by_kind.items()}
+            return {(phase, kind): n for phase, peak in peaks.items() for kind, n in peak.by_kind.items()}
 
         found: dict[str, dict[str, int]] = {phase: {} for phase in PHASES}
-        for name, amount in self.plans.read(batch, seq_len, flat).items():
-            phase, _, kind = name.partition(" ")
+        for (phase, kind), amount in self.plans.read(batch, seq_len, flat).items():
             found[phase] |= {kind: round(amount)} if round(amount) else {}
         return {phase: Peak(sum(by_kind.values()), 0, by_kind) for phase, by_kind in found.items()}
 

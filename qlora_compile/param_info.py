@@ -82,11 +82,11 @@ def site_name(module_name: str, module: nn.Module, key: str) -> str:
     return f"{module_name}.{key}" if module_name else key
 
 
-def router_names(root: nn.Module) -> tuple[str, ...]:
+def router_names(root: nn.Module) -> frozenset[str]:
     """The names of all routers of mixtures of experts, as transformers calls their classes (`MixtralTopKRouter`,
     `JetMoeTopKGating`, `HunYuanMoEV1Gate`), and of the modules in them: noise in what they say sends tokens elsewhere."""
-    routers = [name for name, module in root.named_modules() if _ROUTER.search(type(module).__name__)]
-    return tuple(name for name, _ in root.named_modules() if any(f"{name}.".startswith(f"{r}.") for r in routers))
+    routers = [(name, module) for name, module in root.named_modules() if _ROUTER.search(type(module).__name__)]
+    return frozenset(inside for name, module in routers for inside, _ in module.named_modules(prefix=name))
 
 
 def is_adapter(entry: ParamInfo) -> bool:

@@ -40,7 +40,7 @@ class ModelEdits:
         # a model that PEFT adapted or bitsandbytes quantized keeps the state that they gave it
         self.is_foreign = self.is_peft or any(is_bnb_weight(entry.param) for entry in self._params.values())
         self._peft_layers = peft_layers(root) if self.is_peft else {}
-        self._heads, self._routers = self._output_heads(), frozenset(router_names(root))
+        self._heads, self._routers = self._output_heads(), router_names(root)
 
     def _index(self) -> dict[int, ParamInfo]:
         owners: dict[int, list[tuple[str, nn.Module, str]]] = {}

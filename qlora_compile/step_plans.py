@@ -11,7 +11,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -29,6 +29,7 @@ from .tracing import keep_no_cache, meta_copy, trace
 SYMBOLS = Symbols(7919, 100003)  # primes that divide no model's dimensions
 LENGTHS = (256, 512, 768)  # multiples of what models work on at a time
 _POSITIONS = ("max_position_embeddings", "max_seq_len")  # in configurations: the most that it was made for
+_Name = TypeVar("_Name")
 _NEAR = 0.02  # of all bytes: a length padded by a few, as it is for shifted labels, is no other formula
 
 
@@ -55,11 +56,12 @@ class StepPlans:
         """What lengths are padded to, as far as that takes memory: 8, 16, ... tokens."""
         lengths = lengths_for(self.model)
         known = {length: float(sum(_sizes(self.model, length))) for length in lengths}
-        first, whole = lengths[0], lengths[0]
-        for chunk in (8 << i for i in range(max(0, (whole // 8).bit_length() - 1))):
-            found = sum(_sizes(self.model, first + chunk))
-            if math.isclose(found, _fitted(known, first + chunk), rel_tol=_NEAR):
+        whole, chunk = lengths[0], 8
+        while 2 * chunk <= whole:
+            found = sum(_sizes(self.model, whole + chunk))
+            if math.isclose(found, _fitted(known, whole + chunk), rel_tol=_NEAR):
                 return chunk
+            chunk *= 2
         return whole
 
     @property
@@ -76,7 +78,7 @@ class StepPlans:
             )
         return plan
 
-    def read(self, batch: int, seq: int, of: Callable[[MemoryPlan], Mapping[str, float]]) -> dict[str, float]:
+    def read(self, batch: int, seq: int, of: Callable[[MemoryPlan], Mapping[_Name, float]]) -> dict[_Name, float]:
         """Figures of a plan, by name, at this batch and length."""
         found = {length: of(plan.at(batch, length or seq)) for length, plan in self.by_length.items()}
         if 0 in found:

@@ -19,7 +19,7 @@ def described_model(config: Mapping[str, Any]) -> nn.Module | None:
         from huggingface_hub.errors import StrictDataclassError
     except ImportError:
         return None
-    cls = getattr(transformers, str((config.get("architectures") or ["?"])[0]), None)
+    cls = _architecture(transformers, config)
     if cls is None:
         return None
     try:
@@ -39,7 +39,7 @@ def full_config(config: Mapping[str, Any]) -> dict[str, Any]:
         from huggingface_hub.errors import StrictDataclassError
     except ImportError:
         raise MissingDependencyError("transformers", "transformers", "Reading a config.json whole") from None
-    cls = getattr(transformers, str((config.get("architectures") or ["?"])[0]), None)
+    cls = _architecture(transformers, config)
     if cls is None:
         raise CheckpointError(f"config.json names {config.get('architectures')}, unknown to transformers.")
     try:
@@ -49,6 +49,11 @@ def full_config(config: Mapping[str, Any]) -> dict[str, Any]:
             f"config.json is no configuration of {cls.__name__}: {str(error).splitlines()[0]}"
         ) from error
     return {**filled, **{name: value for name, value in config.items() if value is not None}}
+
+
+def _architecture(transformers: Any, config: Mapping[str, Any]) -> Any:
+    """The class that config.json names; None where this transformers has none of that name."""
+    return getattr(transformers, str((config.get("architectures") or ["?"])[0]), None)
 
 
 class LinearLayout:

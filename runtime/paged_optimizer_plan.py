@@ -163,12 +163,7 @@ class Table:
         coefficients = torch.tensor([(*key, 0.0) for key in numbers], dtype=torch.float32, device="cpu")
         self.numbers = sent_to(device, coefficients)
         self._plan, self._order, self._late = plan, plan.order(windows, late), late
-        task, page, (rows, fields), on_gpu = (
-            self._order.task,
-            self._order.page,
-            self._order.table.shape,
-            device.type == "cuda",
-        )
+        task, on_gpu, (rows, fields) = self._order.task, device.type == "cuda", self._order.table.shape
         # one piece of memory: the copy of the table is what keeps it from being used again before the kernels have read it
         memory = torch.empty(rows * (fields + 2), dtype=torch.int64, device="cpu", pin_memory=on_gpu)
         here = memory[: rows * fields].view(rows, fields)
@@ -186,7 +181,7 @@ class Table:
             array[:, 5] = np.array(totals, dtype=np.int64)[task]
         buffers = [page.buffer for page in plan.pages]  # of those that are here now
         self._bases = [0 if buffer is None else buffer.data_ptr() for buffer in buffers]
-        bases = np.array(self._bases, dtype=np.int64)[page]
+        bases = np.array(self._bases, dtype=np.int64)[self._order.page]
         array[:, 2] = np.where(bases == 0, 0, bases + self._order.table[:, 2])
         self._addresses = self._places.numpy()[:, 0] if late else array[:, 2]
         if on_gpu:
