@@ -15,7 +15,7 @@ from ..errors import CheckpointError, InputPathError, MissingDependencyError
 from .formats.atomic import check_output_folder, new_folder
 from .formats.bnb_files import quantized_keys, read_state
 from .formats.checkpoint_dir import open_checkpoint, read_json
-from .gguf_reading import check_all_taken, gguf_config, narrow_as_stored
+from .gguf_reading import GGUFFile
 
 # What transformers, tokenizers, safetensors and gguf were seen to raise on damaged files.
 READ_ERRORS: tuple[type[Exception], ...] = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError)
@@ -48,12 +48,13 @@ def locate_model(path: Path | str) -> ModelSource:
     raise InputPathError(f"{path} holds neither a config.json nor a .gguf file, so it is not a model folder.")
 
 
-def load_model(path: Path | str, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
+def load_model(path: Path | str, dtype: torch.dtype | None = torch.bfloat16) -> tuple[Any, Any]:
     """A model folder or .gguf file -> (model in `dtype` on the CPU, tokenizer).
 
-    GGUF weights are unpacked in fp32 and rounded to `dtype` once. Nothing is downloaded. Raises CheckpointError where
-    it is missing, corrupt, truncated or incomplete, and for a GGUF file that holds what the model has no place for;
-    MissingDependencyError without transformers (or gguf).
+    GGUF weights are unpacked in fp32 and rounded to `dtype` once. None rounds nothing: fp32, or for a parameter from a
+    GGUF file the 16-bit type of the file's matrices, where that holds it. Nothing is downloaded. Raises CheckpointError
+    where it is missing, corrupt, truncated or incomplete, and for a GGUF file that holds what the model has no place
+    for; MissingDependencyError without transformers (or gguf).
     """
     return load_weights(path, dtype), load_tokenizer(path)
 
@@ -67,20 +68,22 @@ def load_tokenizer(path: Path | str) -> Any:
         return transformers.AutoTokenizer.from_pretrained(str(source.folder), local_files_only=True, **options)
 
 
-def load_weights(path: Path | str, dtype: torch.dtype = torch.bfloat16, *, map_experts: bool = False) -> Any:
-    """The model of a model folder or .gguf file, in evaluation mode; errors as `load_model`.
+def load_weights(path: Path | str, dtype: torch.dtype | None = torch.bfloat16, *, map_experts: bool = False) -> Any:
+    """The model of a model folder or .gguf file, in evaluation mode; `dtype` and errors as `load_model`.
 
     `map_experts`: experts that the checkpoint holds apart are MappedExperts, which `join_experts` makes plain ones.
     """
     source = locate_model(path)
     transformers = _transformers(source)
-    options: dict[str, Any] = {"dtype": dtype}
+    options: dict[str, Any] = {"dtype": dtype or torch.float32}
+    gguf_file = None
     if source.gguf_file:
         # Without it the weights stay packed in transformers' own GGUF layers, which no pass of ours knows.
         unpacked = transformers.GgufConfig(dequantize=True)
         options = {"dtype": torch.float32, "gguf_file": source.gguf_file, "quantization_config": unpacked}
         with _reading(path, "configuration"):
-            options["config"] = gguf_config(source.folder / source.gguf_file)
+            gguf_file = GGUFFile(source.folder / source.gguf_file)
+            options["config"] = gguf_file.config()
     elif is_bitsandbytes_folder(source.folder):
         from .transformers_quantizer import QLoRAQuantizationConfig
 
@@ -96,10 +99,13 @@ def load_weights(path: Path | str, dtype: torch.dtype = torch.bfloat16, *, map_e
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(f"{path} lacks {len(missing)} of the model's tensors, for example {missing[0]}.")
-    if source.gguf_file:
+    if gguf_file is not None:
         with _reading(path, "weights"):
-            check_all_taken(source.folder / source.gguf_file, model)
-        model = model.to(dtype)
+            gguf_file.check_all_taken(model)
+        if dtype is None:
+            gguf_file.narrow_as_stored(model)
+        else:
+            model = model.to(dtype)
         # The weights are plain ones now: a saved copy must not claim to be quantized.
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
@@ -117,7 +123,7 @@ def empty_model(path: Path | str, dtype: torch.dtype = torch.bfloat16) -> Any:
     named = path if path.suffix == ".json" else source.folder
     with _quiet(transformers), _reading(path, "configuration"):
         if source.gguf_file:
-            config = gguf_config(source.folder / source.gguf_file)
+            config = GGUFFile(source.folder / source.gguf_file).config()
         else:
             config = transformers.AutoConfig.from_pretrained(str(named), local_files_only=True)
         if hasattr(config, "quantization_config"):
@@ -166,15 +172,12 @@ def _first_values(tensor: torch.Tensor, count: int) -> torch.Tensor:
 def materialize(path: Path | str, out: Path | str, dtype: torch.dtype | None = torch.bfloat16) -> Path:
     """A model of any kind -> a Hugging Face folder `out` with safetensors, config and tokenizer; returns `out`.
 
-    `dtype=None` rounds nothing: a GGUF file's tensors are in its own 16-bit type where that holds them, else in fp32.
-    The folder appears at once, whole. Raises OutputError where `out` is not empty or cannot be written, else what
-    `load_model` does.
+    `dtype` as in `load_model`. The folder appears at once, whole. Raises OutputError where `out` is not empty or cannot
+    be written, else what `load_model` does.
     """
     out, source = Path(out), locate_model(path)
     check_output_folder(out)
-    model, tokenizer = load_model(path, dtype or torch.float32)
-    if dtype is None and source.gguf_file:
-        narrow_as_stored(source.folder / source.gguf_file, model)
+    model, tokenizer = load_model(path, dtype)
     with new_folder(out) as temporary, _quiet(_transformers(source)):
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
