@@ -19,8 +19,9 @@ def measure_into(
     Raises DataError for a text that cannot be read.
     """
     from .numerics import measure, text_perplexities
-    from .runtime.data import check_model_reads, load_data
+    from .runtime.data import load_data
     from .runtime.evaluate import evaluate
+    from .runtime.model_check import check_model_reads
     from .runtime.models import load_tokenizer, load_weights
 
     data = None if text is None else load_data(text, load_tokenizer(path), seq_len)

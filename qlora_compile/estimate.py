@@ -19,6 +19,7 @@ from torch import nn
 from .config import QLoRAConfig
 from .errors import ConfigError, UnknownOptionError
 from .memory_plan import MemoryPlan, Peak
+from .positions import most_positions
 from .step_plans import StepPlans
 
 # bytes of optimizer state by trainable parameter; 8 bits: two codes, and an fp32 scale of each for a block of 256
@@ -106,7 +107,7 @@ class Estimator:
         self.device = device
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         self.classes = 0 if head is None else len(head.weight)
-        self.limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+        self.limit = most_positions(model)
 
     def trainable_bytes(self, plan: MemoryPlan) -> int:
         return plan.resident.get("adapters", 0) + plan.resident.get("trained", 0)

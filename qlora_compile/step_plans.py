@@ -23,12 +23,12 @@ from .config import QLoRAConfig
 from .dynamo import quiet_fakes
 from .errors import ModelStateError
 from .memory_plan import MemoryPlan
+from .positions import most_positions
 from .step_plan import Symbols
 from .tracing import keep_no_cache, meta_copy, trace
 
 SYMBOLS = Symbols(7919, 100003)  # primes that divide no model's dimensions
 LENGTHS = (256, 512, 768)  # multiples of what models work on at a time
-_POSITIONS = ("max_position_embeddings", "max_seq_len")  # in configurations: the most that it was made for
 _Name = TypeVar("_Name")
 _NEAR = 0.02  # of all bytes: a length padded by a few, as it is for shifted labels, is no other formula
 
@@ -115,9 +115,7 @@ def symbols_for(model: nn.Module) -> Symbols | None:
 
 
 def _positions(model: nn.Module) -> int:
-    """How many the model was made for, as its configuration says."""
-    config = getattr(model, "config", None)
-    return next((n for name in _POSITIONS if (n := getattr(config, name, None)) is not None), SYMBOLS.seq)
+    return most_positions(model) or SYMBOLS.seq
 
 
 def _agree(symbols: Symbols, sizes: Sequence[int], length: int, known: Sequence[int]) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import ConfigError, DataError
+from ..errors import DataError
 from .data_files import read_records
 from .templates import Tokens, tokenize
 
@@ -101,7 +101,7 @@ def count_loss_tokens(labels: torch.Tensor) -> int:
 
 def load_data(path: Path, tokenizer: Any, seq_len: int) -> PackedData:
     """A file or folder -> PackedData. Raises DataError naming file and line for whatever cannot be used."""
-    documents = (tokenize(record, tokenizer) for record in read_records(path))
+    documents = (document for record in read_records(path) for document in tokenize(record, tokenizer))
     packed = pack(documents, seq_len, pad=tokenizer.eos_token_id or 0)
     if len(packed) == 0:
         raise DataError(f"{path} holds no token to learn: its texts are empty or all of them is prompt.")
@@ -120,17 +120,6 @@ def pack(documents: Iterable[Tokens], seq_len: int, pad: int) -> PackedData:
     labels = torch.nn.functional.pad(labels, (0, missing), value=IGNORE).view(-1, seq_len)
     useful = (labels[:, 1:] != IGNORE).any(dim=1)
     return PackedData(ids[useful], labels[useful], len(pairs), useful.nonzero()[:, 0] * seq_len, ends)
-
-
-def check_model_reads(model: Any, seq_len: int, *data: PackedData | None) -> None:
-    """Raises ConfigError where `seq_len` is beyond the model's positions, DataError for a token without an embedding."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and seq_len > limit:
-        raise ConfigError(f"seq_len is {seq_len}, but the model reads at most {limit} tokens.")
-    embeddings = model.get_input_embeddings().num_embeddings
-    for part in data:
-        if part is not None:
-            part.check_vocabulary(embeddings)
 
 
 class BlockOrder:

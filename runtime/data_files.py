@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,17 +17,24 @@ SUFFIXES = (".txt", ".jsonl")
 
 @dataclass(frozen=True)
 class Record:
-    """One document. `where` is "file" or "file:line", for messages. Exactly one of the three kinds is filled."""
+    """What one file or line holds; `where` is "file" or "file:line". Exactly one of the three kinds is filled.
+
+    The content of a message is a string, or None beside "tool_calls". `tools`: those that a chat may call, as JSON
+    schemas, None without.
+    """
 
     where: str
     text: str | None = None
     messages: tuple[dict[str, Any], ...] | None = None
+    tools: tuple[dict[str, Any], ...] | None = None
     prompt: str | None = None
     completion: str | None = None
 
 
 def read_records(path: Path) -> list[Record]:
-    """Every document of a file or of a folder (searched in depth, in sorted order). Texts of white space are left out.
+    """Every document of a file, or of a folder: searched in depth, in sorted order, what is hidden (".git") left out.
+
+    Texts of white space are left out, too.
 
     Raises DataError, with file and line, for what is missing, unreadable, empty or of another shape.
     """
@@ -38,7 +46,8 @@ def read_records(path: Path) -> list[Record]:
 
 def _data_files(path: Path) -> list[Path]:
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        files = sorted(Path(folder, name) for folder, names in _visible(path) for name in names)
+        files = [file for file in files if file.suffix.lower() in SUFFIXES and file.is_file()]
         if not files:
             raise DataError(f"The folder {path} holds no .txt or .jsonl file.")
         return files
@@ -47,6 +56,19 @@ def _data_files(path: Path) -> list[Path]:
     if path.suffix.lower() not in SUFFIXES:
         raise DataError(f"{path} is not a data file: .txt and .jsonl files, or a folder of them, can be read.")
     return [path]
+
+
+def _visible(top: Path) -> Iterator[tuple[str, list[str]]]:
+    """Folders below `top`, links to folders followed, with the names of their files; hidden ones are left out."""
+    seen: set[str] = set()  # a link may lead back
+    for folder, folders, names in os.walk(top, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        folders[:] = [
+            name
+            for name in sorted(folders)
+            if not name.startswith(".") and os.path.realpath(os.path.join(folder, name)) not in seen
+        ]
+        yield folder, [name for name in names if not name.startswith(".")]
 
 
 def _read_file(file: Path) -> Iterator[Record]:
@@ -86,7 +108,8 @@ def _parse_line(line: str, where: str) -> Record:
     if not isinstance(value, dict):
         raise DataError(f"{where}: a line must be a JSON object, this one is a {type(value).__name__}.")
     if "messages" in value:
-        return Record(where=where, messages=_check_messages(value["messages"], where))
+        tools = _check_tools(value.get("tools"), where)
+        return Record(where=where, messages=_check_messages(value["messages"], where), tools=tools)
     if "prompt" in value and "completion" in value:
         for name in ("prompt", "completion"):
             _check_string(value[name], name, where)
@@ -103,12 +126,39 @@ def _parse_line(line: str, where: str) -> Record:
 def _check_messages(messages: Any, where: str) -> tuple[dict[str, Any], ...]:
     if not isinstance(messages, list) or not messages:
         raise DataError(f'{where}: "messages" must be a list of messages.')
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise DataError(f'{where}: each message must be an object with "role" and "content".')
-    if not any(message["role"] == "assistant" for message in messages):
+    found = tuple(_check_message(message, where) for message in messages)
+    if not any(message["role"] == "assistant" for message in found):
         raise DataError(f'{where}: no message has the role "assistant", so there is nothing to learn.')
-    return tuple(messages)
+    return found
+
+
+def _check_message(message: Any, where: str) -> dict[str, Any]:
+    """With its content as a string: parts of text, as OpenAI's format has them, are joined."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise DataError(f'{where}: each message must be an object with "role" and "content".')
+    content = message.get("content")
+    if isinstance(content, list):
+        texts = [
+            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
+        ]
+        if all(isinstance(text, str) for text in texts):
+            content = "".join(map(str, texts))
+    if content is None and "content" not in message and not message.get("tool_calls"):
+        raise DataError(f'{where}: each message must be an object with "role" and "content".')
+    if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+        raise DataError(
+            f'{where}: the "content" of a message must be a string or a list of {{"type": "text", "text": ...}}; '
+            f'it may be null beside "tool_calls" only.'
+        )
+    return message | {"content": content}
+
+
+def _check_tools(tools: Any, where: str) -> tuple[dict[str, Any], ...] | None:
+    if tools is None:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise DataError(f'{where}: "tools" must be a list of objects, each a JSON schema of a function.')
+    return tuple(tools) or None
 
 
 def _check_string(value: Any, name: str, where: str) -> None:

@@ -14,7 +14,7 @@ from ..errors import CheckpointError, ConfigError
 from ..preparation import prepare
 from .adapters import save_adapter
 from .checkpoint import Checkpoint, prune, save_checkpoint
-from .data import Batch, BlockOrder, PackedData, check_model_reads, load_data
+from .data import Batch, BlockOrder, PackedData, load_data
 from .dense_layers import with_dense_layers
 from .distributed import Processes
 from .evaluations import Evaluations
@@ -23,6 +23,7 @@ from .finetune_result import FinetuneResult
 from .interrupts import InterruptedRunError, SignalWatch
 from .mapped_experts import join_experts
 from .metrics import Clock, PagingMeter, finite_or_none, memory_bytes, versions
+from .model_check import check_model_reads
 from .models import load_tokenizer, load_weights, model_fingerprint
 from .optimizer import make_optimizer, trainable_parameters
 from .reporters import Reporter, SilentReporter, StepRecord, make_reporter
@@ -195,6 +196,8 @@ class _Run:
             self.reporter.notice("compiling the model: the first step takes a minute or two")
         clock = Clock(self.total_steps)
         self.reporter.start(self.step, self.total_steps)
+        if self.step and self._evaluates and not self.processes.from_first(lambda: self.record.evaluated(self.step)):
+            self._evaluate("training")  # what was interrupted right before it
         with SignalWatch(self._on_signal) as watch:
             while self.step < self.total_steps:
                 self._one_step(clock)
@@ -204,7 +207,7 @@ class _Run:
                     self._stop(watch.signal_name or "a signal to another process")
                 if config.save_every and (self.step % config.save_every == 0 or last):
                     self._save()
-                if config.eval_every and self.step % config.eval_every == 0 and not last:
+                if self._evaluates:
                     self._evaluate("training")
 
     def finish(self) -> FinetuneResult:
@@ -217,6 +220,12 @@ class _Run:
         self.record.end("done", self.step, results=result.to_dict() | {"losses": None})
         self.reporter.notice(f"adapter saved to {self.folder.adapter}")
         return result
+
+    @property
+    def _evaluates(self) -> bool:
+        """Whether there is an evaluation after the step that was the last one so far."""
+        every = self.config.eval_every
+        return every > 0 and self.step % every == 0 and self.step < self.total_steps
 
     @property
     def _step_tokens(self) -> int:

@@ -39,6 +39,11 @@ class RunRecord:
         self._log.write(line)
         self.sinks.line(line)
 
+    def evaluated(self, step: int) -> bool:
+        """Whether the log holds an evaluation in training after this step."""
+        lines = read_metrics(self.folder.metrics)
+        return any(line.get("stage") == "training" and line["step"] == step for line in lines)
+
     def end(self, status: str, step: int, **more: Any) -> None:
         """How the run ended, once it has got as far as having something to say."""
         if self.content:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import DataError
@@ -18,80 +20,119 @@ class Tokens(NamedTuple):
     learn: list[bool]
 
 
-def tokenize(record: Record, tokenizer: Any) -> Tokens:
-    """Record -> Tokens, ended by the tokenizer's end-of-sequence token. Raises DataError with file and line.
+def tokenize(record: Record, tokenizer: Any) -> list[Tokens]:
+    """Record -> Tokens, each ended by the tokenizer's end-of-sequence token. Raises DataError with file and line.
 
-    A text that ends with that token already (white space aside), as most chat templates' do, keeps its own ending.
+    A text that ends with that token already (white space aside), as most chat templates' do, keeps its own ending. One
+    record is one document, but for a chat whose template rewrites earlier turns: see `render_chat`.
     """
     if record.messages is not None:
-        text, spans = render_chat(record.messages, tokenizer, record.where)
+        texts = render_chat(record.messages, tokenizer, record.where, record.tools)
         # The template writes the special tokens itself.
-        tokens = _tokenize_spans(text, spans, tokenizer, record.where, add_special_tokens=False)
+        found = [
+            (text, _tokenize_spans(text, spans, tokenizer, record.where, add_special_tokens=False))
+            for text, spans in texts
+        ]
     elif record.prompt is not None and record.completion is not None:
         text = record.prompt + record.completion
         spans = [(len(record.prompt), len(text))]
-        tokens = _tokenize_spans(text, spans, tokenizer, record.where, add_special_tokens=True)
+        found = [(text, _tokenize_spans(text, spans, tokenizer, record.where, add_special_tokens=True))]
     else:
         text = record.text or ""
         _check_characters(text, record.where)
         ids = tokenizer(text, verbose=False)["input_ids"]
-        tokens = Tokens(ids, [True] * len(ids))
-    return _end(tokens, text, tokenizer)
+        found = [(text, Tokens(ids, [True] * len(ids)))]
+    return [_end(tokens, text, tokenizer) for text, tokens in found]
 
 
 def _end(tokens: Tokens, text: str, tokenizer: Any) -> Tokens:
     """The end is learned exactly where the token before it is, so that the model learns to stop."""
-    eos = tokenizer.eos_token_id
-    if eos is None or not tokens.ids or tokens.ids[-1] == eos or text.rstrip().endswith(tokenizer.eos_token):
+    eos, (ids, learn) = tokenizer.eos_token_id, tokens
+    if eos is None or not ids or text.rstrip().endswith(tokenizer.eos_token):
         return tokens
-    return Tokens([*tokens.ids, eos], [*tokens.learn, tokens.learn[-1]])
+    if ids[-1] == eos:  # the tokenizer's own doing, so that it has no place in the text
+        ids, learn = ids[:-1], learn[:-1]
+    return Tokens([*ids, eos], [*learn, learn[-1] if learn else False])
 
 
-def render_chat(messages: Sequence[dict[str, Any]], tokenizer: Any, where: str) -> tuple[str, list[Span]]:
+def render_chat(
+    messages: Sequence[dict[str, Any]], tokenizer: Any, where: str, tools: Sequence[dict[str, Any]] | None = None
+) -> list[tuple[str, list[Span]]]:
     """Messages -> the chat template's text and the character span of each assistant's turn, its ending included.
 
-    A turn starts where the prompt for it ends: the messages before it, rendered with the generation prompt. Each
-    rendering must be a prefix of the whole, which templates that rewrite earlier turns break: DataError.
+    A turn starts where the prompt for it ends: the messages before it, rendered with the generation prompt. Where a
+    rendering is no prefix of the whole, the template rewrites earlier turns (Qwen3's leaves out what was thought there),
+    and each turn becomes a text of its own after the messages before it, as the model will be asked for it. Raises
+    DataError where a turn does not begin with the prompt for it.
     """
     if not tokenizer.chat_template:
         raise DataError(f'{where}: the model\'s tokenizer has no chat template: use "prompt" and "completion".')
-    text = _render(messages, tokenizer, where, generation_prompt=False)
-    spans = []
+    render = functools.partial(_render, tokenizer=tokenizer, where=where, tools=tools)
+    turns = []
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            before = _render(messages[:i], tokenizer, where, generation_prompt=True) if i else ""
-            through = _render(messages[: i + 1], tokenizer, where, generation_prompt=False)
-            if not (through.startswith(before) and text.startswith(through)):
+            through = render(messages[: i + 1])
+            before = render(messages[:i], generation_prompt=True) if i else _before_first(message, through, render)
+            if not through.startswith(before):
                 raise DataError(
-                    f"{where}: the chat template rewrites earlier turns (message {i + 1}), so the assistant's words "
-                    f"cannot be located: give one assistant turn a line, as the last message."
+                    f"{where}: what the chat template writes for message {i + 1} does not begin with the prompt for it, "
+                    f'so the assistant\'s words cannot be located: use "prompt" and "completion".'
                 )
-            spans.append((len(before), len(through)))
-    return text, spans
+            turns.append((through, (len(before), len(through))))
+    text = render(messages)
+    if all(text.startswith(through) for through, _ in turns):
+        return [(text, [span for _, span in turns])]
+    return [(through, [span]) for through, span in turns]
 
 
-def _render(messages: Sequence[dict[str, Any]], tokenizer: Any, where: str, *, generation_prompt: bool) -> str:
+def _before_first(message: dict[str, Any], through: str, render: Callable[..., str]) -> str:
+    """What a template writes before an assistant's turn that comes first: what another turn there has, too."""
+    content = str(message.get("content") or "").lstrip()
+    other = render([message | {"content": "b" if content.startswith("a") else "a"}])
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(through, other))
+    return "".join(character for character, _ in same)
+
+
+def _render(
+    messages: Sequence[dict[str, Any]],
+    *,
+    tokenizer: Any,
+    where: str,
+    tools: Sequence[dict[str, Any]] | None,
+    generation_prompt: bool = False,
+) -> str:
     from jinja2.exceptions import TemplateError
 
+    # What a program in a template can raise, and transformers on what it is given.
+    errors = (TemplateError, TypeError, LookupError, ValueError, AttributeError, ArithmeticError, RecursionError)
     try:
         rendered = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=generation_prompt
+            list(messages),
+            tools=None if tools is None else list(tools),
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
         )
-    except (TemplateError, TypeError, KeyError, IndexError) as error:
-        raise DataError(f"{where}: the model's chat template refuses these messages: {error}.") from error
+    except errors as error:
+        line = str(error).strip().partition("\n")[0].rstrip(".")
+        raise DataError(f"{where}: the model's chat template refuses these messages: {line}.") from error
     return str(rendered)
 
 
 def _tokenize_spans(
     text: str, spans: Sequence[Span], tokenizer: Any, where: str, *, add_special_tokens: bool
 ) -> Tokens:
-    """A token is learned where it holds at least one character of a span, so none of a completion is lost."""
+    """A token is learned where it holds at least one character of a span, so none of a completion is lost.
+
+    Some tokenizers report no characters for a token of white space: it ends where they do.
+    """
     if not tokenizer.is_fast:
         raise DataError(f"{where}: this needs a tokenizer that reports offsets: the model must have a tokenizer.json.")
     _check_characters(text, where)
     encoding = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False)
     offsets = encoding["offset_mapping"]
-    learn = [any(start < last and end > first for first, last in spans) for start, end in offsets]
+    learn = [
+        any(end > first and (start < last or start == end == last) for first, last in spans) for start, end in offsets
+    ]
     return Tokens(list(encoding["input_ids"]), learn)
 
 

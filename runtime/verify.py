@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, MissingDependencyError
+from ..positions import most_positions
 from ..tensor import QuantizedTensor
 from .export_nf4 import LinearWeight
 from .fold_plan import FoldPlan, WeightedAdapter
@@ -225,8 +226,7 @@ def _random_ids(model: nn.Module, seed: int) -> torch.Tensor:
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     if not isinstance(embedding, nn.Embedding):
         raise CheckpointError("Only models with token embeddings can be verified.")
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None) or IDS_SHAPE[1]
-    shape = (IDS_SHAPE[0], min(IDS_SHAPE[1], int(positions)))
+    shape = (IDS_SHAPE[0], min(IDS_SHAPE[1], most_positions(model) or IDS_SHAPE[1]))
     return torch.randint(embedding.num_embeddings, shape, generator=torch.Generator().manual_seed(seed))
 
 

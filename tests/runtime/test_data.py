@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import ByteLevel as ByteLevelOffsets
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from qlora_compile.errors import DataError
 from qlora_compile.runtime.data import IGNORE, BlockOrder, load_data, pack
@@ -28,6 +36,12 @@ CHAT = (
 @pytest.fixture(scope="module")
 def tokenizer(tiny_checkpoint: Path) -> Any:
     return load_tokenizer(tiny_checkpoint)
+
+
+@pytest.fixture
+def template(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    """Gives the tokenizer another chat template until the test ends."""
+    return lambda chat_template: monkeypatch.setattr(tokenizer, "chat_template", chat_template)
 
 
 def learned_text(tokens: Tokens, tokenizer: Any) -> str:
@@ -53,6 +67,17 @@ class TestReading:
         texts = [(record.text or "").strip() for record in read_records(tmp_path)]
         assert texts == ["first", "second", "third", "fourth"]
 
+    def test_hidden_files_are_left_out_and_links_followed_once(self, tmp_path: Path) -> None:
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "data" / ".git").mkdir(parents=True)
+        write(tmp_path / "elsewhere" / "b.txt", "linked")
+        write(tmp_path / "data" / "a.txt", "plain")
+        write(tmp_path / "data" / ".a.txt", "hidden")
+        write(tmp_path / "data" / ".git" / "c.txt", "hidden, too")
+        (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
+        (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data")
+        assert [record.text for record in read_records(tmp_path / "data")] == ["plain\n", "linked\n"]
+
     def test_a_byte_order_mark_is_not_text(self, tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "x"}\r\n')
         assert [record.text for record in read_records(tmp_path / "a.jsonl")] == ["x"]
@@ -69,9 +94,22 @@ class TestReading:
         assert first.messages == CHAT and first.text is None
         assert (second.prompt, second.completion, second.text) == ("p", "c", None)
 
+    def test_parts_of_text_are_joined_and_tools_are_kept(self, tmp_path: Path) -> None:
+        parts = [{"type": "text", "text": "the lazy "}, {"type": "text", "text": "dog"}]
+        called = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
+        tools = [{"type": "function", "function": {"name": "f"}}]
+        line = {"messages": [{"role": "user", "content": parts}, called], "tools": tools}
+        (record,) = read_records(write(tmp_path / "a.jsonl", line))
+        assert record.messages == ({"role": "user", "content": "the lazy dog"}, called | {"content": None})
+        assert record.tools == tuple(tools)
+
     @pytest.mark.parametrize(
         ("line", "message"),
         [
+            ({"messages": [*CHAT, {"role": "user", "content": 5}]}, '"content" of a message must be a string'),
+            ({"messages": [{"role": "user", "content": None}, *CHAT]}, '"content" of a message must be a string'),
+            ({"messages": [{"role": "user", "content": [{"type": "image"}]}, *CHAT]}, "must be a string or a list of"),
+            ({"messages": list(CHAT), "tools": "f"}, '"tools" must be a list of objects'),
             ("{broken", "not JSON"),
             ('{"text": "a\tb"}', r"Invalid control character at column \d"),
             ("[" * 100_000, "not JSON|nested too deeply"),
@@ -131,24 +169,24 @@ class TestReading:
 
 class TestTemplates:
     def test_a_text_is_learned_whole_and_ends_with_eos(self, tokenizer: Any) -> None:
-        tokens = tokenize(Record("f", text="the lazy dog"), tokenizer)
+        (tokens,) = tokenize(Record("f", text="the lazy dog"), tokenizer)
         assert tokens.ids[-1] == tokenizer.eos_token_id and all(tokens.learn)
         assert tokens.ids[:-1] == tokenizer("the lazy dog")["input_ids"]
 
     def test_a_completion_is_learned_with_its_end_and_the_prompt_is_not(self, tokenizer: Any) -> None:
-        tokens = tokenize(Record("f", prompt="the lazy dog", completion=" jumps over"), tokenizer)
+        (tokens,) = tokenize(Record("f", prompt="the lazy dog", completion=" jumps over"), tokenizer)
         assert learned_text(tokens, tokenizer) == "jumps over<eos>"
         assert tokens.learn == sorted(tokens.learn)
 
     def test_a_token_across_the_border_is_learned(self, tokenizer: Any) -> None:
         # " the" is one token here; cut inside it, its end belongs to the completion.
-        tokens = tokenize(Record("f", prompt="over t", completion="he"), tokenizer)
+        (tokens,) = tokenize(Record("f", prompt="over t", completion="he"), tokenizer)
         assert "he" in learned_text(tokens, tokenizer)
 
     def test_only_the_assistants_turns_of_a_chat_are_learned(self, tokenizer: Any) -> None:
-        text, spans = render_chat(CHAT, tokenizer, "f:1")
+        ((text, spans),) = render_chat(CHAT, tokenizer, "f:1")
         assert [text[a:b] for a, b in spans] == ["the quick fox <eos>\n", "a jug of liquor <eos>\n"]
-        tokens = tokenize(Record("f:1", messages=CHAT), tokenizer)
+        (tokens,) = tokenize(Record("f:1", messages=CHAT), tokenizer)
         learned = learned_text(tokens, tokenizer)
         assert "quick fox" in learned and "jug of liquor" in learned
         assert "lazy" not in learned and "wizards" not in learned and learned.count("<eos>") == 2
@@ -168,32 +206,74 @@ class TestTemplates:
         with pytest.raises(DataError, match=r"a\.jsonl:2: \\ud83d is only half of a character"):
             load_data(file, tokenizer, seq_len=8)
 
-    def test_a_template_that_rewrites_earlier_turns_is_refused(self, tokenizer: Any) -> None:
-        whole = tokenizer.chat_template
+    def test_an_end_that_the_tokenizer_writes_is_learned_where_what_it_ends_is(self, tokenizer: Any) -> None:
+        adding = copy.deepcopy(tokenizer)
+        eos = (tokenizer.eos_token, tokenizer.eos_token_id)
+        adding.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {eos[0]}", special_tokens=[eos])
+        for kind in ({"text": "the lazy dog"}, {"prompt": "the lazy dog", "completion": " jumps over"}):
+            (tokens,) = tokenize(Record("f", **kind), adding)
+            assert tokens == tokenize(Record("f", **kind), tokenizer)[0] and tokens.learn[-1]
+
+    def test_white_space_that_ends_a_completion_is_learned(self) -> None:
+        # This kind reports no characters for it: (n, n), where n is the end of the text.
+        backend = Tokenizer(WordLevel({"Ġ": 0, "a": 1, "<eos>": 2, "Ċ": 3}))
+        backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+        backend.post_processor = ByteLevelOffsets(trim_offsets=True)
+        own = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+        (tokens,) = tokenize(Record("f", prompt="a\n", completion="a "), own)
+        assert tokens == Tokens([1, 3, 1, 0, 2], [False, False, True, True, True])
+
+    def test_what_a_template_writes_before_a_first_turn_is_not_learned(self, tokenizer: Any, template: Any) -> None:
+        template("system: be brief <eos>\n" + tokenizer.chat_template)
+        turns = ({"role": "assistant", "content": "a jug"}, *CHAT)
+        ((text, spans),) = render_chat(turns, tokenizer, "f:1")
+        assert [text[a:b] for a, b in spans][:2] == ["a jug <eos>\n", "the quick fox <eos>\n"]
+
+    def test_tools_reach_the_template(self, tokenizer: Any, template: Any) -> None:
+        template("{% for tool in tools %}{{ tool.function.name }} <eos>{% endfor %}" + tokenizer.chat_template)
+        tools = ({"type": "function", "function": {"name": "quartz"}},)
+        ((text, spans),) = render_chat(CHAT, tokenizer, "f:1", tools)
+        assert text.startswith("quartz <eos>") and text[slice(*spans[0])] == "the quick fox <eos>\n"
+
+    def test_turns_that_a_template_rewrites_later_are_documents_of_their_own(
+        self, tokenizer: Any, template: Any
+    ) -> None:
         # Like reasoning models' templates: an assistant's turn looks different once it is not the last.
-        tokenizer.chat_template = (
+        template(
             "{% for m in messages %}{{ m['role'] }}: "
             "{% if m['role'] == 'assistant' and not loop.last %}(cut) {% endif %}"
             "{{ m['content'] }}<eos>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
         )
-        try:
-            with pytest.raises(DataError, match=r"f:7: the chat template rewrites earlier turns \(message 2\)"):
-                tokenize(Record("f:7", messages=CHAT), tokenizer)
-            assert tokenize(Record("f:7", messages=CHAT[:2]), tokenizer).ids
-        finally:
-            tokenizer.chat_template = whole
+        texts = render_chat(CHAT, tokenizer, "f:7")
+        assert [[text[a:b] for a, b in spans] for text, spans in texts] == [
+            ["the quick fox<eos>"],
+            ["a jug of liquor<eos>"],
+        ]
+        assert texts[1][0].startswith("user: the lazy dog<eos>assistant: (cut) the quick fox<eos>user: seven")
+        first, second = tokenize(Record("f:7", messages=CHAT), tokenizer)
+        assert "jug of liquor" in learned_text(second, tokenizer) and "fox" not in learned_text(second, tokenizer)
+        assert [first] == tokenize(Record("f:7", messages=CHAT[:2]), tokenizer)
 
-    def test_a_template_that_raises_and_none_at_all(self, tokenizer: Any) -> None:
-        whole = tokenizer.chat_template
-        try:
-            tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-            with pytest.raises(DataError, match=r"f:2: .*refuses these messages: roles must alternate"):
-                tokenize(Record("f:2", messages=CHAT), tokenizer)
-            tokenizer.chat_template = None
-            with pytest.raises(DataError, match=r"f:2: .*has no chat template"):
-                tokenize(Record("f:2", messages=CHAT), tokenizer)
-        finally:
-            tokenizer.chat_template = whole
+    def test_a_turn_that_does_not_begin_with_its_prompt(self, tokenizer: Any, template: Any) -> None:
+        template("{% for m in messages %}{{ m['content'] }}<eos>{% endfor %}{% if add_generation_prompt %}x{% endif %}")
+        with pytest.raises(DataError, match=r"f:7: what .* writes for message 2 does not begin with the prompt for it"):
+            tokenize(Record("f:7", messages=CHAT), tokenizer)
+
+    @pytest.mark.parametrize(
+        ("chat_template", "message"),
+        [
+            ("{{ raise_exception('roles must alternate') }}", "refuses these messages: roles must alternate"),
+            ("{{ 1 // 0 }}", "refuses these messages: integer division or modulo by zero"),
+            ({"a": "x", "b": "y"}, "refuses these messages: .*multiple chat templates"),
+            (None, "has no chat template"),
+        ],
+    )
+    def test_a_template_that_fails_and_none_at_all(
+        self, tokenizer: Any, template: Any, chat_template: Any, message: str
+    ) -> None:
+        template(chat_template)
+        with pytest.raises(DataError, match=rf"f:2: .*{message}"):
+            tokenize(Record("f:2", messages=CHAT), tokenizer)
 
 
 class TestPacking:

@@ -16,6 +16,7 @@ from qlora_compile.runtime.finetune import finetune
 from qlora_compile.runtime.finetune_config import FinetuneConfig
 from qlora_compile.runtime.metrics import read_metrics
 from qlora_compile.runtime.reporters import SilentReporter
+from qlora_compile.runtime.run_record import RunRecord
 from qlora_compile.runtime.runs.store import STORE_NAME, RunStore
 
 MakeConfig = Callable[..., FinetuneConfig]
@@ -132,3 +133,31 @@ def test_as_many_batches_as_there_are_is_all_of_them(make_config: MakeConfig, te
     copy = Path(shutil.copytree(texts, make_config().out.parent / "copy"))
     finetune(make_config(steps=4, resume=True, eval_data=copy, eval_batches=1000), reporter)
     assert not any("dropped" in said for said in reporter.said)
+
+
+@pytest.mark.parametrize("logged", [False, True])
+def test_an_evaluation_that_an_interruption_kept_from_running_is_made_up_for(
+    make_config: MakeConfig, other_text: Path, monkeypatch: pytest.MonkeyPatch, logged: bool
+) -> None:
+    options: dict[str, Any] = {"steps": 5, "save_every": 2, "eval_every": 2, "eval_data": other_text}
+
+    def evaluations(out: Path) -> list[tuple[int, float]]:
+        lines = read_metrics(out / "metrics.jsonl")
+        return [(line["step"], line["loss"]) for line in lines if line.get("stage") == "training"]
+
+    finetune(make_config("whole", **options), SilentReporter())
+    write = RunRecord.line
+
+    def stop(self: RunRecord, line: dict[str, Any]) -> None:
+        last = line.get("stage") == "training"
+        if logged or not last:
+            write(self, line)
+        if last:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunRecord, "line", stop)
+        finetune(make_config("cut", **options), SilentReporter())
+    finetune(make_config("cut", resume=True, **options), SilentReporter())
+    found = evaluations(make_config("cut").out)
+    assert found == evaluations(make_config("whole").out) and [step for step, _ in found] == [2, 4]
