@@ -24,6 +24,7 @@ from ..fx_utils import (
     peel_transposes,
     replace,
     under_cast,
+    value,
     writes_between,
 )
 from ..pass_manager import PassContext
@@ -73,8 +74,6 @@ def _decline_reason(node: fx.Node, branches: list[Branch], ctx: PassContext) -> 
         return "its adapters drop with different probabilities"
     if any(len(branch.weights) > 1 for branch in branches):
         return "an adapter is scaled by more than one tensor"
-    if len({bool(branch.weights) for branch in branches}) > 1:
-        return "only some of its adapters are scaled by a tensor"
     return None
 
 
@@ -111,7 +110,7 @@ def _fuse(node: fx.Node, last: fx.Node, branches: list[Branch], quantized: bool,
         [bias] if bias is not None else [],
         [branch.a for branch in branches],
         [branch.b for branch in branches],
-        [w for branch in branches for w in branch.weights],
+        _scaling(branches, before, node),
         [branch.alpha for branch in branches],
         [len(branches)],
         [_seed(before, node) for _ in branches] if dropout else [],
@@ -129,6 +128,31 @@ def _fuse(node: fx.Node, last: fx.Node, branches: list[Branch], quantized: bool,
     if dtype_of(x) != wanted:
         out = cast(out.next, _as(out, dtype_of(x)), wanted, node)
     replace(last, out)
+
+
+def _scaling(branches: list[Branch], before: fx.Node, like: fx.Node) -> list[fx.Node]:
+    """A 0-dim tensor for each adapter, or none if numbers alone scale them. A number that is an input goes into it."""
+    if not any(branch.weights or branch.factors for branch in branches):
+        return []
+    found = []
+    for branch in branches:
+        scale = branch.weights[0] if branch.weights else _one(before, branch.a, like)
+        for factor in branch.factors:
+            scale = _like(emit(before, operator.mul, (scale, factor), like), scale)
+        found.append(scale)
+    return found
+
+
+def _one(before: fx.Node, adapter: fx.Node, like: fx.Node) -> fx.Node:
+    node = emit(before, torch.ones, ((),), like)
+    node.kwargs = {"dtype": torch.float32, "device": value(adapter).device}
+    node.meta["example_value"] = torch.empty((), dtype=torch.float32, device="meta")
+    return node
+
+
+def _like(node: fx.Node, other: fx.Node) -> fx.Node:
+    node.meta["example_value"] = value(other)
+    return node
 
 
 def _as(node: fx.Node, dtype: torch.dtype | None) -> fx.Node:

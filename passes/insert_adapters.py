@@ -66,5 +66,5 @@ def _insert(node: fx.Node, entry: ParamInfo, ctx: PassContext) -> int:
     x = node.args[0]
     # a parameter that another module's code uses has no dropout: eager code adds its adapters to the weight, not beside it
     dropout = site.info.dropout if site.module.training and isinstance(site.module, QLoRALinear) else 0.0
-    write_branch(node, x, a, b, site.scaling(), weight, dropout, dtype_of(x) or site.info.compute_dtype)
+    write_branch(node, x, a, b, (site.scaling(), weight), dropout, dtype_of(x) or site.info.compute_dtype)
     return 1

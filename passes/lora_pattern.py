@@ -2,15 +2,17 @@
 
     h = linear(dropout(x), A);   y + linear(h, B) * alpha * weight          (ours; PEFT's has no weight)
 
-`alpha` is the product of the Python numbers, `weight` that of the 0-dim tensors; casts may stand anywhere.
+`alpha` is the product of the Python numbers, `weight` that of the 0-dim tensors; casts may stand anywhere. A number that
+Dynamo saw change (another model's alpha, PEFT's scaling) is an input of the graph, here a factor.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,25 +23,36 @@ from ..fx_utils import ADD, LINEAR, MUL, dtype_of, emit, is_call, is_linear, pee
 
 @dataclass
 class Branch:
-    """One adapter's term: A and B placeholders, numbers and 0-dim tensors that scale it, its dropout probability."""
+    """One adapter's term: A and B placeholders, what scales it (see `Scales`), its dropout probability."""
 
     a: fx.Node
     b: fx.Node
-    alpha: float = 1.0
-    weights: list[fx.Node] = field(default_factory=list)
+    alpha: float
+    weights: list[fx.Node]
+    factors: list[fx.Node]
     dropout: float = 0.0
 
 
+class Scales(NamedTuple):
+    """What a term is multiplied by: the product of the numbers, 0-dim tensors, and numbers that are inputs (SymFloat)."""
+
+    alpha: float
+    weights: list[fx.Node]
+    factors: list[fx.Node]
+
+
 def write_branch(
-    y: fx.Node, x: fx.Node, a: fx.Node, b: fx.Node, alpha: float, weight: fx.Node, dropout: float, dtype: torch.dtype
+    y: fx.Node, x: fx.Node, a: fx.Node, b: fx.Node, scales: Sequence[Any], dropout: float, dtype: torch.dtype
 ) -> fx.Node:
-    """y -> y + linear(linear(dropout(x), A), B) * alpha * weight, as QLoRALinear's forward writes it."""
+    """y -> y + linear(linear(dropout(x), A), B) * alpha * weight, as QLoRALinear's forward writes it.
+
+    `scales`: alpha and weight; numbers and 0-dim nodes, in this order.
+    """
     before = y.next
     source = emit(before, F.dropout, (x, dropout, True), y) if dropout else x
     h = emit(before, LINEAR, (source, cast(before, a, dtype, y), None), y)
     up = emit(before, LINEAR, (h, cast(before, b, dtype, y), None), y)
-    scaled = emit(before, operator.mul, (up, alpha), y)
-    scaled = emit(before, operator.mul, (scaled, weight), y)
+    scaled = functools.reduce(lambda term, scale: emit(before, operator.mul, (term, scale), y), scales, up)
     total = emit(before, operator.add, (y, scaled), y)
     y.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
     total.meta["example_value"] = y.meta.get("example_value")
@@ -84,7 +97,7 @@ def read_branch(node: Any, x: fx.Node) -> Branch | None:
     scaled = read_scales(node, _single)
     if scaled is None:
         return None
-    node, alpha, weights = scaled
+    node, scales = scaled
     if not is_linear(node) or node.args[2] is not None:
         return None
     b, h = peel_casts(node.args[1]), _single(peel_casts(node.args[0]))
@@ -98,26 +111,28 @@ def read_branch(node: Any, x: fx.Node) -> Branch | None:
         source = peel_casts(source.args[0])
     if source is not x or any(not isinstance(n, fx.Node) or n.op != "placeholder" for n in (a, b)):
         return None
-    return Branch(a, b, alpha, weights, dropout)
+    return Branch(a, b, *scales, dropout)
 
 
-def read_scales(node: Any, only: Callable[[Any], Any] = lambda node: node) -> tuple[Any, float, list[fx.Node]] | None:
-    """`term * 0.5 * weight` -> (term, product of the numbers, 0-dim tensors); None if anything else scales it.
+def read_scales(node: Any, only: Callable[[Any], Any] = lambda node: node) -> tuple[Any, Scales] | None:
+    """`term * 0.5 * weight` -> (term, Scales); None if anything else scales it.
 
     Casts between the factors are skipped; `only` may refuse a node on the way by returning None for it.
     """
-    alpha, weights = 1.0, list[fx.Node]()
+    alpha, weights, factors = 1.0, list[fx.Node](), list[fx.Node]()
     node = only(peel_casts(node))
     while is_call(node, *MUL, "mul") and not node.kwargs:
         left, right = node.args
         if isinstance(right, (int, float)):
             alpha *= right
+        elif isinstance(value(right), torch.SymFloat):
+            factors.append(right)
         elif isinstance(right, fx.Node) and rank_of(right) == 0:
             weights.append(right)
         else:
             return None
         node = only(peel_casts(left))
-    return node, alpha, weights
+    return node, Scales(alpha, weights, factors)
 
 
 def _dropout_arguments(node: fx.Node) -> tuple[Any, float, bool]:

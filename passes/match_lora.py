@@ -65,7 +65,7 @@ def _rewrite(node: fx.Node, weight: fx.Node, odd: bool, branches: list[Branch]) 
     dtype = dtype_of(x) or torch.float32
     for branch in branches:
         a, b = (cast(node, n, dtype, node) for n in (branch.a, branch.b))
-        y = write_branch(y, x, a, b, branch.alpha, branch.weights[0], 0.0, dtype)
+        y = write_branch(y, x, a, b, [branch.alpha, *branch.weights, *branch.factors], 0.0, dtype)
 
 
 def _read_adapted(node: Any, odd: bool) -> tuple[fx.Node, list[Branch]] | None:
@@ -93,8 +93,8 @@ def _read_delta(node: Any, odd: bool) -> Branch | None:
     scaled = read_scales(node)
     if scaled is None:
         return None
-    node, alpha, weights = scaled
-    if not is_call(node, *_MATMUL) or len(weights) != 1:
+    node, scales = scaled
+    if not is_call(node, *_MATMUL) or len(scales.weights) != 1:
         return None
     b, a = (peel_casts(n) for n in node.args)
-    return Branch(a, b, alpha, weights)
+    return Branch(a, b, *scales)

@@ -20,6 +20,7 @@ from .dynamo import (
     guard_pagers,
     guard_replacements,
     guard_training,
+    guards_classes_of,
     real_inputs,
     root_modules,
     surfaced,
@@ -120,7 +121,7 @@ def _compile(
     _freeze_examples(work, original, position)
     del original
     state = edits.remember()
-    if any(_is_guarded(entry.site.module) for entry in plain if entry.site is not None):
+    if guards_classes_of([module for entry in plain if entry.site is not None for _, module, _ in entry.owners]):
         raise traced_again("modules got a new class")
     report = CompileReport.of_graph(root, config, work, stages)
     lower = lower or lowering(config, functools.partial(_backward_edit, work, ctx, report, trained))
@@ -144,12 +145,6 @@ def _install_guards(
     if any(ref.name.rpartition(".")[0] not in stored for ref in ctx.state.values()):
         guard_modules([node for node in nodes if node.name in ctx.params])  # what is fetched from them fits no others
     guard_pagers(trained.items())
-
-
-def _is_guarded(module: nn.Module) -> bool:
-    """Whether Dynamo guards on the forward of the module's class, at its place among the bases: not that of the new one."""
-    forward = type(module).forward
-    return any(getattr(forward, name, None) for name in ("__defaults__", "__kwdefaults__", "__closure__"))
 
 
 layer_tracing.BACKENDS.append(qlora)  # whose first pass puts the traced layers in line

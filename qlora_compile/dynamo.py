@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 from torch._dynamo.exc import ShortenTraceback, UnspecializeRestartAnalysis
 from torch._dynamo.guards import GuardBuilder, install_guard
-from torch._dynamo.source import AttrSource
+from torch._dynamo.source import AttrSource, TypeSource
 from torch._guards import TracingContext
 from torch.utils.weak import TensorWeakRef
 
@@ -137,6 +137,21 @@ def guard_replacements(replaced: list[torch.Tensor]) -> None:
         value = create.keywords.get("value") if isinstance(create, functools.partial) else None
         if isinstance(value, TensorWeakRef) and id(value()) in ids:
             guard.create_fn = functools.partial(create.func, *create.args)  # type: ignore[attr-defined]
+
+
+def guards_classes_of(modules: Iterable[nn.Module]) -> bool:
+    """Whether a guard looks into the class of one of these, at its bases, attributes or the defaults of its forward: built
+    after the backend returns, it would look into a class that the module was given meanwhile."""
+    ids, scopes = {id(module) for module in modules}, dict(_frame_scopes() or {})
+    expressions = set()
+    for guard in TracingContext.get().guards_context.dynamo_guards:
+        source: Any = guard.originating_source
+        while source is not None:
+            base = getattr(source, "base", None)
+            if isinstance(source, TypeSource) and base is not None:
+                expressions.add(base.name if isinstance(base.name, str) else base.name())
+            source = base
+    return any(id(eval(expression, scopes)) in ids for expression in expressions)  # Dynamo's own source expressions
 
 
 class _TracedAgain(ShortenTraceback, UnspecializeRestartAnalysis):

@@ -37,6 +37,7 @@ class ModelEdits:
         self._codes = {id(q.codes): entry for entry, q in quantized if isinstance(q, QuantizedTensor)}
         before = prepared_state(root)
         self._complete = before is not None and before.complete
+        self._was_frozen = before is not None  # what trains since then is the caller's decision
         # a model that PEFT adapted or bitsandbytes quantized keeps the state that they gave it
         self.is_foreign = self.is_peft or any(is_bnb_weight(entry.param) for entry in self._params.values())
         self._peft_layers = peft_layers(root) if self.is_peft else {}
@@ -185,8 +186,9 @@ class ModelEdits:
         add_adapter_to_site(site, "default", rank, alpha, scaling, self.config)
 
     def freeze(self) -> None:
-        """Only adapters and modules_to_save train. A model of PEFT's or bitsandbytes' keeps what was decided there."""
-        if self.is_foreign:
+        """Only adapters and modules_to_save train. A model of PEFT's or bitsandbytes' keeps what was decided there, and one
+        that was edited before what was decided since."""
+        if self._keeps_training():
             return
         for entry in self._params.values():
             if self.trains(entry):
@@ -196,7 +198,10 @@ class ModelEdits:
 
     def trains(self, entry: ParamInfo) -> bool:
         """Whether this parameter, no adapter of ours, trains after `freeze`."""
-        return entry.param.requires_grad if self.is_foreign else self.saved_in_full(entry)
+        return entry.param.requires_grad if self._keeps_training() else self.saved_in_full(entry)
+
+    def _keeps_training(self) -> bool:
+        return self.is_foreign or self._was_frozen
 
     def peft_layer(self, name: str) -> nn.Module | None:
         """PEFT's LoRA layer of that name, or None."""

@@ -20,6 +20,7 @@ from toy_models import (
     fill,
     graphs_compiled,
     random_tokens,
+    same_as_eager,
     same_state,
     take_grads,
 )
@@ -179,3 +180,73 @@ def test_targets_and_ranks(tiny_llama: Llama, options: dict[str, Any], expected:
     assert found == expected
     fill(model)
     torch.testing.assert_close(compiled(input_ids=tokens).logits, model(input_ids=tokens).logits, **TIGHT)
+
+
+# --- what the caller decides after the edits ---
+
+
+@pytest.mark.parametrize("door", ["plain", "prepared"])
+def test_what_is_set_to_train_after_the_edits_trains(tiny_llama: Llama, door: str) -> None:
+    model, tokens = tiny_llama(num_hidden_layers=1), random_tokens(2, 7)
+    if door == "prepared":
+        qc.prepare(model, AOT_FP32)
+    compiled = compile_model(model)
+    if door == "plain":
+        compiled(input_ids=tokens)
+    fill(model)
+    norm, embedding = model.model.norm.weight, model.model.embed_tokens.weight
+    assert not norm.requires_grad
+    norm.requires_grad_(True)
+    grads = []
+    for call in (compiled, model):
+        call(input_ids=tokens, labels=tokens).loss.backward()
+        assert norm.grad is not None and embedding.grad is None
+        grads.append([norm.grad.clone(), *take_grads(model)])
+        model.zero_grad()
+    for mine, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, expected, **TIGHT)
+
+
+class Scaled(nn.Module):
+    """Its forward reads an attribute of its class."""
+
+    gain = 1.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(37, 53) * 0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.w) * self.gain
+
+
+class ScaledLinear(nn.Linear):
+    gain = 1.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.gain
+
+
+def hooked(before: bool) -> nn.Module:
+    linear = nn.Linear(53, 37)
+    if before:
+        linear.register_forward_pre_hook(lambda module, args: (args[0] + 0.5,))
+    else:
+        linear.register_forward_hook(lambda module, args, out: out * 1.5)
+    return linear
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Scaled, lambda: ScaledLinear(53, 37), lambda: hooked(True), lambda: hooked(False)],
+    ids=["attribute", "subclass", "pre-hook", "hook"],
+)
+def test_guards_on_a_class_that_gives_way_to_ours(make: Any) -> None:
+    """Dynamo builds them after the edits, when the class is another."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(21, 53), make(), nn.Linear(37, 21)), torch.randn(5, 21)
+    compiled = compile_model(model)
+    compiled(x).sum().backward()
+    model.zero_grad()
+    fill(model)
+    assert graphs_compiled(lambda: same_as_eager(model, compiled, x)) == 0

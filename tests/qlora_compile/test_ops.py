@@ -372,3 +372,17 @@ def test_what_a_young_adapter_adds_to_16_bits_is_not_lost(bias: bool) -> None:
         added = (wanted - base).detach()
         assert added.abs().median() < 0.2 * 2**-5  # y is about 7: its last place stands for 2^-5
         assert 0.7 < (((y.detach().double() - base) * added).sum() / added.square().sum()).item() < 1.3
+
+
+@pytest.mark.parametrize("kernel", ["fp32_gemm", "library_gemm"])
+def test_autocast_around_an_op_changes_nothing(kernel: str) -> None:
+    """What products run in is the op's argument: halves of them in another dtype would not even fit together."""
+    results = []
+    for enabled in (False, True):
+        given = lists_of(Case(x_dtype=torch.bfloat16, dtype=torch.bfloat16))
+        with torch.autocast("cpu", torch.float16, enabled=enabled):
+            ys = torch.ops.qlora.lora_linear(**given, forward_kernel=kernel, backward_kernel=kernel)[:-1]
+            sum(y.float().square().sum() for y in ys).backward()
+        results.append([*ys, given["x"].grad, *(p.grad for p in given["lora_a"] + given["lora_b"])])
+    for plain, cast in zip(*results, strict=True):
+        assert plain.dtype == cast.dtype and torch.equal(plain, cast)
