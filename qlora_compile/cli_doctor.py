@@ -132,7 +132,9 @@ def _chosen(kind: str) -> dict[str, str]:
 def _advice(found: dict[str, Any]) -> list[str]:
     lines = []
     if not found["backend_registered"]:
-        lines.append("The backend 'qlora' is not registered with torch: reinstall with pip install qlora-compile.")
+        lines.append(
+            "The backend 'qlora' is not registered with torch: reinstall the package (in a clone: pip install -e .)."
+        )
     if found["compiler"] is None:
         lines.append("No C++ compiler was found, so Inductor cannot compile for the CPU: install g++ or clang++.")
     for package, (extra, purpose) in OPTIONAL.items():

@@ -30,7 +30,12 @@ def estimate(
     path: ModelPath = None,
     model: ModelOption = None,
     device_memory: Annotated[str | None, typer.Option(help="Does it fit? 24GiB, 80GB.")] = None,
-    device: Annotated[str | None, typer.Option(help="Name of a device: its memory, and a time no step beats.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="GPU by name, e.g. RTX-4090, A100-80GB, H100-SXM: sets the memory, prints a lower bound of the step's time."
+        ),
+    ] = None,
     batch: Batch = 1,
     seq_len: SeqLen = 512,
     r: Rank = 16,

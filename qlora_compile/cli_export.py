@@ -16,7 +16,7 @@ from .errors import ConfigError
 
 
 def export(
-    base: Annotated[Path, typer.Option(help="Hugging Face folder of the base model.")],
+    base: Annotated[Path, typer.Option(help="The base model: a Hugging Face folder or a .gguf file.")],
     adapter: Annotated[list[str], typer.Option(help="PEFT folder, or DIR=WEIGHT; repeatable.")],
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint, new or empty; or a .gguf file.")],
     base_precision: Annotated[str, typer.Option(help="Fold into 'original' or 'dequantized' weights.")] = "original",
@@ -26,7 +26,7 @@ def export(
     ] = None,
     rank: Annotated[int | None, typer.Option(help="With --combine: as in combine.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of the result (as the base if not given); gguf: bf16, f16, q8_0.")
+        str | None, typer.Option(help="Of the result (as the base if not given); gguf: f32, f16, bf16, q8_0.")
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file, such as 5GB.")] = "5GB",
     correction_rank: Annotated[

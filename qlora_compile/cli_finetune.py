@@ -57,7 +57,7 @@ QLORA_OPTIONS = (
 def finetune(
     model: Annotated[Path, typer.Option(help="Hugging Face folder, or a GGUF file.")],
     data: Annotated[Path, typer.Option(help=".txt or .jsonl (text, messages, prompt + completion), or a folder.")],
-    out: Annotated[Path, typer.Option(help="Folder for the results; new or empty.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results: new or empty; with --resume a run's.")],
     eval_data: Annotated[Path | None, _run("Held-out data: perplexity before and after.")] = None,
     r: Annotated[int, _adapter("Rank of the adapters.")] = 16,
     alpha: Annotated[float, _adapter("Scaling is alpha / r.")] = 32,
@@ -66,7 +66,7 @@ def finetune(
     target_modules: Annotated[str, _adapter(f"Layers to train: all-linear, {MODULES}.")] = "all-linear",
     exclude_modules: Annotated[str | None, _adapter(f"Layers to leave as they are: {MODULES}.")] = None,
     modules_to_save: Annotated[str | None, _adapter("Modules to train in full: names with commas.")] = None,
-    init: Annotated[str, _adapter("Start of adapters: default, gaussian, pissa, olora or loftq.")] = "default",
+    init: Annotated[str, _adapter("Start: default, gaussian, pissa, pissa_niter_N, olora, loftq.")] = "default",
     rank_pattern: Annotated[list[str] | None, _adapter("NAME=R, a rank of its own; repeatable.")] = None,
     alpha_pattern: Annotated[list[str] | None, _adapter("NAME=ALPHA, an alpha of its own; repeatable.")] = None,
     quant_type: Annotated[str, _quantization("nf4 or fp4.")] = "nf4",
@@ -89,7 +89,7 @@ def finetune(
     lr: Annotated[float, _rate("Highest learning rate.")] = 2e-4,
     schedule: Annotated[str, _rate("cosine, linear or constant.")] = "cosine",
     warmup: Annotated[float, _rate("Steps, or below 1 a fraction of all steps.")] = 0.03,
-    weight_decay: Annotated[float, _rate("AdamW's weight decay.")] = 0.0,
+    weight_decay: Annotated[float, _rate("Weight decay of what is trained.")] = 0.0,
     max_grad_norm: Annotated[float, _rate("Clip the gradient norm; 0: off.")] = 0.3,
     optimizer: Annotated[str, _rate("adamw, paged_adamw, paged_adamw8bit or paged_lion.")] = "adamw",
     optimizer_budget: Annotated[

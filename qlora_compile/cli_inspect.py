@@ -1,4 +1,7 @@
-"""`qlora-compile inspect`: run the compiler on a model's configuration, load no weight, and show what it does."""
+"""`qlora-compile inspect`: run the compiler on a model's configuration and show what it does.
+
+No weight is loaded, except with `--numerics` (cli_numerics.py).
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,10 @@ def inspect(
     optimizer_budget: Annotated[str | None, typer.Option(help="Its bytes on the device, as 2GiB.")] = None,
     step_in_backward: Annotated[bool, typer.Option(help="It updates inside the backward pass.")] = False,
     numerics: Annotated[bool, typer.Option(help="Load the weights; measure each layer's quantization error.")] = False,
-    bits: Annotated[float | None, typer.Option(help="With --numerics: bits a weight; who should stay dense?")] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(help="With --numerics: which layers should stay dense within this many bits a weight."),
+    ] = None,
     text: Annotated[Path | None, typer.Option(help="With --numerics: perplexity of each format on this text.")] = None,
     kernel: Annotated[str | None, typer.Option(help="Print the source of this generated kernel.")] = None,
     autotune: Annotated[bool, typer.Option(help="Measure all kernels for the model's shapes on this machine.")] = False,
@@ -62,7 +68,7 @@ def inspect(
 ) -> None:
     """Show what the compiler does to a model: passes, each linear layer, bytes, the graph at every stage.
 
-    No weight is read: a configuration is enough, and a model of any size fits.
+    No weight is read, except with --numerics: a configuration is enough, and a model of any size fits.
 
     Example: qlora-compile inspect ./SmolLM2-135M --diff input group_linears
     """

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .config import QLoRAConfig
 
 ModelPath = Annotated[Path | None, typer.Argument(help="Hugging Face folder, config.json or GGUF file.")]
-ModelOption = Annotated[Path | None, typer.Option(help="The same as an option.")]
+ModelOption = Annotated[Path | None, typer.Option(help="The same, given as an option.")]
 Batch = Annotated[int, typer.Option(help="Sequences in a step.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens in each.")]
 Rank = Annotated[int, typer.Option(help="Rank of the adapters; 0: quantize only.")]

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
     from .runtime.runs.store import RunStore, StoredRun
 
-runs_app = typer.Typer(name="runs", no_args_is_help=True, help="List, show, compare and export training runs.")
+HELP = """List, show, compare and export training runs.
+
+Example: qlora-compile runs compare run1 run2
+"""
+runs_app = typer.Typer(name="runs", no_args_is_help=True, help=HELP)
 
 StoreOption = Annotated[Path, typer.Option("--store", help="Folder that holds the runs' folders, or the store's file.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the answer as one JSON object.")]

@@ -114,4 +114,7 @@ class MissingDependencyError(QLoRACompileError):
     """An optional package is needed for this; the message says which extra installs it."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs the package {package!r}: pip install 'qlora-compile[{extra}]'.")
+        super().__init__(
+            f"{purpose} needs the package {package!r}: pip install 'qlora-compile[{extra}]' "
+            f"(from a clone: pip install -e '.[{extra}]')."
+        )

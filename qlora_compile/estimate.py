@@ -183,7 +183,9 @@ class Estimator:
         return found
 
     def ways(self, batch: int, seq_len: int, memory: int) -> list[Way]:
-        """What makes it fit, cheapest first: chunks of logits, a paged optimizer, both, then recomputing activations."""
+        """What makes it fit: the largest activation budget for the options as they are, then for those with chunks of
+        logits, then for those with a paged optimizer too. It ends at the first of these that fit without recomputing.
+        """
         found: list[Way] = []
         for options, changed in self._cheaper(batch, seq_len):
             peak = changed.peak_at(batch, seq_len)

@@ -299,7 +299,11 @@ def quantize_like(weight: Tensor, like: QuantizedTensor) -> QuantizedTensor:
 
 
 def dequantize_4bit(q: QuantizedTensor, *, out: Tensor | None = None) -> Tensor:
-    """QuantizedTensor -> dense tensor of its shape and dtype; with `out`, written there (its dtype, contiguous)."""
+    """QuantizedTensor -> dense tensor of its shape and dtype; with `out`, written there (in the dtype of `out`).
+
+    Raises ConfigError for an `out` of another shape. Nothing checks that `q` is a QuantizedTensor: without `out`, a dense
+    tensor comes back in fp32 (torch's own `Tensor.dequantize`); anything else is an AttributeError.
+    """
     if out is None:
         return q.dequantize()
     if tuple(out.shape) != tuple(q.shape):

@@ -44,6 +44,9 @@ def load_adapter(
 ) -> None:
     """Load a PEFT folder onto a prepared model as adapter `name`: copied into it if there, else added.
 
+    An adapter that is added is active, with weight 1, and trains; those that were there stay active, and their results add
+    up. `set_adapters` chooses. One that is copied into keeps its weight; its ranks must be those of the files.
+
     Parameters that the adapter trained in full (`modules_to_save`, `bias`) replace the model's, and count for all its
     adapters. Everything is checked before anything changes. Raises ConfigError (a name that no adapter can have),
     CheckpointError (see `read_adapter`), NoAdapterError (the model was not prepared), and AdapterMismatchError naming

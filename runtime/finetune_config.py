@@ -151,8 +151,8 @@ class FinetuneConfig:
             raise ConfigError("adapter_dtype is float16, but in a float16 run adapters train in float32: leave it out.")
         if self.qlora.modules_to_save and self.base_dtype == torch.float16:
             raise ConfigError(
-                "modules_to_save are trained in the base model's dtype, which must not be float16: use bfloat16 (in Python "
-                "also: dtype='float32')."
+                "modules_to_save are trained in the base model's dtype, which must not be float16: use bfloat16, or "
+                "--dtype float32 (dtype='float32')."
             )
 
     def _check_rates(self) -> None:

@@ -23,7 +23,10 @@ def check_model_reads(model: Any, seq_len: int, *data: PackedData | None) -> Non
     where a token is predicted from those behind it, and where labels are not those of the next token."""
     limit = most_positions(model)
     if limit is not None and seq_len > limit:
-        raise ConfigError(f"seq_len is {seq_len}, but the model reads at most {limit} tokens: give --seq-len {limit}.")
+        raise ConfigError(
+            f"seq_len is {seq_len}, but the model reads at most {limit} tokens: give --seq-len {limit} or less "
+            f"(seq_len={limit})."
+        )
     embeddings = model.get_input_embeddings().num_embeddings
     for part in data:
         if part is not None:

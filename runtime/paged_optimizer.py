@@ -49,7 +49,7 @@ class PagedOptimizer(torch.optim.Optimizer):
     or several processes, which need all gradients first.
     `optimizer.pool` is the pool: its `budget` may be assigned while training, `statistics()` counts.
 
-    Raises NoAdapterError for a list without a trainable parameter for a budget that cannot work,
+    Raises NoAdapterError for a list without a trainable parameter, MemoryBudgetError for a budget that cannot work,
     ModelStateError for parameters on several devices, ConfigError for other bad values.
     """
 

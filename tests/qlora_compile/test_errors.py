@@ -34,7 +34,8 @@ def test_unknown_option_names_the_nearest_or_lists_what_there_is() -> None:
 
 def test_missing_dependency_says_how_to_install_it() -> None:
     message = str(errors.MissingDependencyError("gguf", "gguf", "Reading a GGUF file"))
-    assert "pip install 'qlora-compile[gguf]'" in message and message.startswith("Reading a GGUF file")
+    assert "pip install 'qlora-compile[gguf]'" in message and "from a clone: pip install -e '.[gguf]'" in message
+    assert message.startswith("Reading a GGUF file")
 
 
 def test_an_ordinary_error_crosses_a_process_border() -> None:

@@ -107,7 +107,7 @@ HALF = QLoRAConfig(compute_dtype="float16", modules_to_save=("norm",))
         ({"qlora": HALF}, "modules_to_save are trained in the base model's dtype"),
         (
             {"qlora": QLoRAConfig(modules_to_save=("norm",)), "dtype": "float16"},
-            r"use bfloat16 \(in Python also: dtype='float32'\)",
+            r"use bfloat16, or --dtype float32 \(dtype='float32'\)",
         ),
     ],
 )

@@ -67,7 +67,7 @@ def test_bad_data_leaves_no_folder_and_loads_no_model(
 def test_a_missing_model_and_a_sequence_too_long_for_it(make_config: Any, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no model folder"):
         run(make_config(model=tmp_path / "nothing"))
-    with pytest.raises(ConfigError, match="seq_len is 257, but the model reads at most 256"):
+    with pytest.raises(ConfigError, match="reads at most 256 tokens: give --seq-len 256 or less"):
         run(make_config(seq_len=257))
 
 
