@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer on a 4-bit model with compiled adapters (`pip install 'qlora-compile[trl]'`).
+"""TRL's SFTTrainer on a 4-bit model with compiled adapters (`pip install -e '.[trl]'` in the clone).
 
     python examples/sft_trainer.py --model ./SmolLM2-135M-Instruct --data chats.jsonl --out out
 
