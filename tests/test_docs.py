@@ -1,4 +1,4 @@
-"""Every Python block of README and docs runs, in order, in a folder that holds a small model; what they list is what is there.
+"""Every Python block of README and docs runs, in order, in a folder that holds a small model; what they list exists.
 
 The lowering is "eager" here, as it is the documents' code that is tested and Inductor would take minutes.
 A block right after the line `<!-- not run: reason -->` is only compiled.
@@ -63,8 +63,8 @@ def test_there_are_blocks_to_run() -> None:
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 OPTION_TABLES = {"finetune": "finetune.md", "combine": "adapters.md", "export": "export.md", "convert": "export.md"}
 OPTION_ROW = re.compile(r"^\| `(--[a-z0-9-]+)` \| (.*?) \| .+ \|$", re.MULTILINE)
-OTHER_TOOLS = {"--nproc-per-node", "--index-url", "--cpu", "--multi_gpu"}  # of torchrun, pip and accelerate
-SCRIPTS = {"--out", "--r"}  # of benchmarks/gpu.py, and what torchrun would abbreviate
+# of torchrun, pip, accelerate and benchmarks/scaling.py
+OTHER_TOOLS = {"--nproc-per-node", "--index-url", "--cpu", "--multi_gpu", "--write"}
 
 
 def _section(document: str, heading: str) -> str:
@@ -99,7 +99,7 @@ def test_options_in_documents_exist() -> None:
     groups = [command.commands.values() for command in COMMANDS.values() if hasattr(command, "commands")]
     commands = [*COMMANDS.values(), *(command for group in groups for command in group)]
     known = {name for each in commands for option in each.params for name in (*option.opts, *option.secondary_opts)}
-    known |= {"--help", "--version"} | OTHER_TOOLS | SCRIPTS
+    known |= {"--help", "--version"} | OTHER_TOOLS
     for document in DOCUMENTS:
         assert _names(document.read_text(encoding="utf-8")) <= known, document
 
