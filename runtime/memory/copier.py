@@ -48,7 +48,7 @@ class Copier:
             self._worker.submit(lambda: None).result()
 
     def empty(self, size: int) -> Tensor:
-        """A new buffer of the device tier."""
+        """A new buffer of the device tier; not within `coming`."""
         return torch.empty(size, dtype=torch.uint8, device="cpu")
 
     def coming(self) -> AbstractContextManager[None]:

@@ -149,17 +149,32 @@ class Mover:
 
     def _pages_in(self, pages: Sequence[Page], told_later: bool = False) -> None:
         """`told_later`: what keeps a page from coming is told to whoever waits for it."""
+        failed: dict[Page, Exception] = {}
+        there: list[Page] = []
+        for page in pages:
+            if self._does(self._give_buffer, page, failed):
+                there.append(page)
+            elif not told_later:
+                break
         with self.copier.coming():
-            for page in pages:
-                try:
-                    self._page_in(page)
-                except (RuntimeError, MemoryError, ModelStateError) as error:
-                    if not told_later:
-                        raise
-                    page.coming = Future()
-                    page.coming.set_exception(error)
+            for page in there:
+                self._does(self._fill, page, failed)
+        for page, error in failed.items():
+            if not told_later:
+                raise error
+            page.coming = Future()
+            page.coming.set_exception(error)
 
-    def _page_in(self, page: Page) -> None:
+    @staticmethod
+    def _does(job: Callable[[Page], None], page: Page, failed: dict[Page, Exception]) -> bool:
+        """Whether the job was done; why not is put into `failed`."""
+        try:
+            job(page)
+        except (RuntimeError, MemoryError, ModelStateError) as error:
+            failed[page] = error
+        return page not in failed
+
+    def _give_buffer(self, page: Page) -> None:
         if self._lost is not None:
             raise ModelStateError(
                 f"A page of optimizer state was lost on its way to the host ({self._lost}): go on from a checkpoint."
@@ -174,6 +189,8 @@ class Mover:
                 self._counts.device_bytes += page.size
                 self._counts.peak_device_bytes = max(self._counts.peak_device_bytes, self._counts.device_bytes)
         page.buffer = buffer
+
+    def _fill(self, page: Page) -> None:
         if not page.stored:
             self.copier.zero(page)
             return

@@ -5,6 +5,10 @@
     page leaves    computation: records `used` when it is done
                    stream out: waits for `used`, or `arrived` if nobody used it; copies; records `left`
 
+    new buffer     of the computation's stream, so that what pages leave is there for activations. The stream in waits for
+                   what was queued there before, which may still use that memory; the allocator waits for both streams
+                   of copies before it gives the memory to anybody else (`record_stream`)
+
 Pages that come or leave together share the event; each costs the host some microseconds, as does every change of stream.
 Host memory that is not pinned (a mapped file's) is reached through two pinned buffers.
 """
@@ -12,7 +16,8 @@ Host memory that is not pinned (a mapped file's) is reached through two pinned b
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -29,6 +34,8 @@ class CudaStreams:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._in, self._out = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        # by a buffer's address: the streams whose use of it the allocator knows of, until it is free
+        self._known: dict[int, set[Any]] = {}
 
     def begin_thread(self) -> None:
         """Makes the device the thread's: else each change of stream would switch it, and the first one wake another GPU."""
@@ -42,10 +49,24 @@ class CudaStreams:
         """Around `copy_out`."""
         return torch.cuda.stream(self._out)
 
+    def carried(self, job: Callable[..., None]) -> Callable[..., None]:
+        """The job, for another thread, on the stream where the caller computes."""
+        current = torch.cuda.current_stream(self._device)
+
+        def on_it(*args: Any) -> None:
+            with torch.cuda.stream(current):
+                job(*args)
+
+        return on_it
+
     def empty(self, size: int) -> Tensor:
-        """Memory for a page, of the stream in's."""
-        with torch.cuda.stream(self._in), torch.inference_mode(False):
-            return torch.empty(size, dtype=torch.uint8, device=self._device)
+        """Memory for a page, of the stream where the caller computes; what that has queued so far may still use it."""
+        with torch.inference_mode(False):
+            buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
+        buffer.record_stream(self._in)
+        buffer.record_stream(self._out)
+        self._known[buffer.data_ptr()] = {torch.cuda.current_stream(self._device)}
+        return buffer
 
     def pinned(self, size: int) -> Tensor:
         """Pinned host memory."""
@@ -58,7 +79,6 @@ class CudaStreams:
     def copy_out(self, pinned: Tensor, buffer: Tensor) -> None:
         """Queue a copy to the host."""
         pinned.copy_(buffer, non_blocking=True)
-        buffer.record_stream(self._out)
 
     def zero(self, buffer: Tensor) -> None:
         """Queue zeros, on the stream in."""
@@ -90,7 +110,10 @@ class CudaStreams:
         for event in events:
             current.wait_event(event)
         for buffer in buffers:
-            buffer.record_stream(current)
+            known = self._known[buffer.data_ptr()]
+            if current not in known:
+                buffer.record_stream(current)
+                known.add(current)
 
 
 class StreamCopier(Copier):
@@ -104,12 +127,17 @@ class StreamCopier(Copier):
         self._together: list[Page] = []  # that come, or leave, and get the event of all
         self._awaited: dict[int, Any] = {}  # events that their stream waits for already, by id
         self._staging: list[tuple[Tensor, Any]] = []  # pinned buffers, the one used longest ago first; its last copy
+        self._new = False  # since pages came last there are buffers that were something else before
+
+    def submit(self, job: Callable[..., None], *args: Any) -> Future:
+        return super().submit(self._streams.carried(job), *args)
 
     def begin_thread(self) -> None:
         self._streams.begin_thread()
 
     def empty(self, size: int) -> Tensor:
-        return self._streams.empty(size)
+        buffer, self._new = self._streams.empty(size), True
+        return buffer
 
     def wait(self) -> None:
         super().wait()
@@ -118,6 +146,9 @@ class StreamCopier(Copier):
 
     @contextmanager
     def coming(self) -> Iterator[None]:
+        if self._new:
+            self._streams.in_waits(self._streams.computed())
+            self._new = False
         try:
             with self._streams.inward():
                 yield

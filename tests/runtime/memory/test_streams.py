@@ -5,113 +5,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import random
-import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from simulated_cuda import SimulatedCuda
 from torch import Tensor
 
 from qlora_compile.errors import MemoryBudgetError, ModelStateError
-from qlora_compile.runtime.memory import Page, PagePool, mover
-from qlora_compile.runtime.memory.stream_copier import StreamCopier
+from qlora_compile.runtime.memory import Page, PagePool, mover, stream_copier
+from qlora_compile.runtime.memory.stream_copier import CudaStreams, StreamCopier
 
 KIB = 1024
-
-
-class Event:
-    """Done once its stream has run all that was queued before."""
-
-    def __init__(self, device: Device, stream: deque[Any]) -> None:
-        self.device, self.stream, self.done = device, stream, False
-
-    def synchronize(self) -> None:
-        with self.device.lock:
-            self.device.run_until(self)
-
-
-class Device:
-    """Three streams of queued work, by the interface of `CudaStreams`. `order` is asked which of them may go on."""
-
-    def __init__(self, order: Callable[[], str]) -> None:
-        self.order = order
-        self.lock, self.threads = threading.RLock(), list[str]()
-        self.streams: dict[str, deque[Any]] = {name: deque() for name in ("in", "out", "computation")}
-
-    # --- what the copier calls
-
-    def begin_thread(self) -> None:
-        self.threads.append(threading.current_thread().name)
-
-    def inward(self) -> AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    outward = inward
-
-    def empty(self, size: int) -> Tensor:
-        return torch.full((size,), 77, dtype=torch.uint8)
-
-    pinned = empty
-
-    def copy_in(self, buffer: Tensor, pinned: Tensor) -> None:
-        self.queue("in", lambda: buffer.copy_(pinned))
-
-    def copy_out(self, pinned: Tensor, buffer: Tensor) -> None:
-        self.queue("out", lambda: pinned.copy_(buffer))
-
-    def zero(self, buffer: Tensor) -> None:
-        self.queue("in", buffer.zero_)
-
-    def came(self) -> Event:
-        return self.event("in")
-
-    def left(self) -> Event:
-        return self.event("out")
-
-    def computed(self) -> Event:
-        return self.event("computation")
-
-    def in_waits(self, event: Event) -> None:
-        self.queue("in", event)
-
-    def out_waits(self, event: Event) -> None:
-        self.queue("out", event)
-
-    def computation_waits(self, events: Sequence[Event], buffers: Sequence[Tensor]) -> None:
-        for event in events:
-            self.queue("computation", event)
-
-    # --- how it runs
-
-    def event(self, stream: str) -> Event:
-        event = Event(self, self.streams[stream])
-        self.queue(stream, lambda: setattr(event, "done", True))
-        return event
-
-    def queue(self, stream: str, work: Any) -> None:
-        with self.lock:
-            self.streams[stream].append(work)
-            chosen = self.streams.get(self.order())
-            while chosen and self._go(chosen):
-                pass
-
-    def _go(self, stream: deque[Any]) -> bool:
-        if isinstance(stream[0], Event):
-            if not stream[0].done:
-                return False
-            stream.popleft()
-        else:
-            stream.popleft()()
-        return True
-
-    def run_until(self, event: Event) -> None:
-        while not event.done:
-            if not self._go(event.stream):
-                self.run_until(event.stream[0])
 
 
 ORDERS: dict[str, Callable[[], Callable[[], str]]] = {
@@ -121,17 +28,19 @@ ORDERS: dict[str, Callable[[], Callable[[], str]]] = {
     "nothing until it must": lambda: lambda: "",
     "any": lambda: functools.partial(random.Random(5).choice, ["in", "out", "computation", ""]),
     "any but out": lambda: functools.partial(random.Random(6).choice, ["in", "computation", ""]),
+    "any but in": lambda: functools.partial(random.Random(7).choice, ["out", "computation", ""]),
 }
 
 
 @pytest.fixture(params=ORDERS)
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, host: dict[str, Any]) -> Device:
-    made = Device(ORDERS[request.param]())
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, host: dict[str, Any]) -> SimulatedCuda:
+    made = SimulatedCuda(ORDERS[request.param]())
 
     class Copier(StreamCopier):
         pinned = False  # torch needs a GPU to pin memory
 
-    monkeypatch.setattr(mover, "make_copier", lambda _: Copier(made))  # type: ignore[arg-type]
+    monkeypatch.setattr(stream_copier, "torch", made.torch)
+    monkeypatch.setattr(mover, "make_copier", lambda device: Copier(CudaStreams(device)))
     return made
 
 
@@ -144,21 +53,20 @@ class Owner:
     """Anything that can be referred to weakly."""
 
 
-def launch(device: Device, page: Page, work: Callable[[Tensor], Any]) -> None:
+def launch(device: SimulatedCuda, page: Page, work: Callable[[Tensor], Any]) -> None:
     """As a kernel: the memory is what the page has when it is called."""
-    buffer = page.buffer
-    assert buffer is not None
-    device.queue("computation", lambda: work(buffer))
+    assert page.buffer is not None
+    device.launch(page.buffer, work)
 
 
 @pytest.fixture
-def pool(device: Device, host: dict[str, Any]) -> Iterator[PagePool]:
+def pool(device: SimulatedCuda, host: dict[str, Any]) -> Iterator[PagePool]:
     made = PagePool(budget=12 * KIB, page_bytes=4 * KIB, **host)
     yield made
     made.close()
 
 
-def test_copies_and_the_computation_wait_for_each_other(device: Device, pool: PagePool) -> None:
+def test_copies_and_the_computation_wait_for_each_other(device: SimulatedCuda, pool: PagePool) -> None:
     order, owners = random.Random(3), [Owner() for _ in range(7)]
     pages = [pool.allocate(owner, 4 * KIB, 1).pages[0] for owner in owners]
     scratch = pool.allocate(owners[0], 4 * KIB, 1).pages[0]  # as gradients: written, read, void
@@ -178,12 +86,12 @@ def test_copies_and_the_computation_wait_for_each_other(device: Device, pool: Pa
         if order.random() < 0.3:
             pool.evict(keep_spare=order.random() < 0.5)
     pool.wait()
-    device.computed().synchronize()
+    device.synchronize()
     assert len(seen) == 120 and all(bool((one == 1).all()) for one in seen)
     assert pool.statistics().moved_in_bytes > 0
 
 
-def test_a_page_that_comes_back_waits_until_it_has_left(device: Device, pool: PagePool) -> None:
+def test_a_page_that_comes_back_waits_until_it_has_left(device: SimulatedCuda, pool: PagePool) -> None:
     """Into a fresh buffer, which nothing has to leave."""
     owner, seen = Owner(), list[Tensor]()
     [page] = pool.allocate(owner, 4 * KIB, 1).pages
@@ -194,12 +102,66 @@ def test_a_page_that_comes_back_waits_until_it_has_left(device: Device, pool: Pa
         with pool.on_device([page], writes=False):
             launch(device, page, lambda buffer: seen.append(buffer.clone()))
         pool.evict()
-    device.computed().synchronize()
+    device.synchronize()
     assert [one.unique().tolist() for one in seen] == [[5], [6], [7]]
 
 
+def test_pages_and_activations_take_turns_in_the_same_memory(device: SimulatedCuda, pool: PagePool) -> None:
+    """What pages leave is there for the computation, and the other way round, and each waits for the other's last use."""
+    order, owner = random.Random(4), Owner()
+    pages = pool.allocate(owner, 12 * KIB, 1).pages
+    expected, seen = [0] * len(pages), list[Tensor]()
+    scratch = device.empty(4 * KIB)
+    for turn in range(100):
+        for _ in range(order.randrange(20)):  # so that some streams go on, and others do not
+            device.launch(scratch, lambda memory: memory.add_(1))
+        activations = [device.empty(4 * KIB) for _ in range(3)]
+        for activation in activations:
+            device.launch(activation, lambda memory, turn=turn: memory.fill_(turn))
+        check = lambda memory, turn=turn: seen.append(memory - turn)
+        if turn % 2:
+            device.launch(activations.pop(), check)
+        pool.prefetch(pages)
+        if turn % 3 == 0:  # asked for too early: they leave before anybody has used them
+            pool.evict()
+            activations.append(device.empty(4 * KIB))
+            device.launch(activations[-1], lambda memory, turn=turn: memory.fill_(turn))
+        at = order.randrange(len(pages))
+        with pool.on_device([pages[at]]):
+            launch(device, pages[at], lambda buffer, n=expected[at]: seen.append(buffer - n))
+            launch(device, pages[at], lambda buffer: buffer.add_(1))
+        expected[at] += 1
+        while activations:
+            device.launch(activations.pop(), check)
+        del activation
+        pool.evict() if order.random() < 0.5 else pool.vacate()
+        if order.random() < 0.5:
+            pool.wait()
+    device.synchronize()
+    assert len(seen) == 434 and not any(bool(one.any()) for one in seen)
+    pool.wait()
+    before = len(device.blocks)
+    kept = [device.empty(4 * KIB) for _ in range(3)]
+    assert len(device.blocks) == before and len(kept) == 3
+
+
+def test_the_allocator_is_told_once_who_uses_a_buffer(device: SimulatedCuda, pool: PagePool) -> None:
+    owner = Owner()
+    pages = pool.allocate(owner, 20 * KIB, 1).pages
+    for page in pages * 3:  # through the three buffers that the budget has
+        with pool.on_device([page]):
+            launch(device, page, lambda buffer: buffer.add_(1))
+    pool.wait()
+    assert device.recorded == 2 * 3
+    with device.on(device.streams["default"]):
+        for _ in range(2):
+            with pool.on_device([pages[-1]]):
+                launch(device, pages[-1], lambda buffer: buffer.add_(1))
+    assert device.recorded == 2 * 3 + 1
+
+
 def test_a_page_that_nothing_used_leaves_after_it_came(
-    device: Device, pool: PagePool, monkeypatch: pytest.MonkeyPatch
+    device: SimulatedCuda, pool: PagePool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It came beside one for which there was no memory; it is stored nowhere, so it is copied: zeros."""
     owner, seen = Owner(), list[Tensor]()
@@ -211,17 +173,21 @@ def test_a_page_that_nothing_used_leaves_after_it_came(
     pool.evict()
     with pool.on_device([page], writes=False):
         launch(device, page, lambda buffer: seen.append(buffer.clone()))
-    device.computed().synchronize()
+    device.synchronize()
     assert page.stored and not seen[0].any()
 
 
-def _next_or_refuse(buffers: Iterator[Tensor], size: int) -> Tensor:
+def _next_or_refuse(buffers: Iterator[Tensor], size: int, **options: Any) -> Tensor:
+    if "pin_memory" in options:
+        return torch.empty(size, dtype=torch.uint8)
     for buffer in buffers:
         return buffer
     raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
-def test_only_files_take_a_thread_which_has_the_device(device: Device, pool: PagePool, host: dict[str, Any]) -> None:
+def test_only_files_take_a_thread_which_has_the_device(
+    device: SimulatedCuda, pool: PagePool, host: dict[str, Any]
+) -> None:
     """Copies between memories are queued by whoever asks for them."""
     owner = Owner()
     pages = pool.allocate(owner, 20 * KIB, 1).pages
@@ -233,7 +199,7 @@ def test_only_files_take_a_thread_which_has_the_device(device: Device, pool: Pag
     assert pool.statistics().moved_in_bytes > 0
 
 
-def test_pages_that_move_together_share_an_event(device: Device, pool: PagePool, host: dict[str, Any]) -> None:
+def test_pages_that_move_together_share_an_event(device: SimulatedCuda, pool: PagePool, host: dict[str, Any]) -> None:
     owner = Owner()
     pages = pool.allocate(owner, 12 * KIB, 1).pages
     with pool.on_device(pages):
@@ -245,20 +211,20 @@ def test_pages_that_move_together_share_an_event(device: Device, pool: PagePool,
     assert pool.prefetch(pages, displace=False) == 3
     pool.wait()
     assert len({id(page.arrived) for page in pages}) == (3 if host else 1)
-    before = len(device.streams["computation"])
+    before = len(device.current_stream().work)
     with standing_still(device), pool.on_device(pages, writes=False):
-        assert len(device.streams["computation"]) - before == (3 if host else 1)
+        assert len(device.current_stream().work) - before == (3 if host else 1)
 
 
 @contextlib.contextmanager
-def standing_still(device: Device) -> Iterator[None]:
+def standing_still(device: SimulatedCuda) -> Iterator[None]:
     """Nothing runs meanwhile."""
     order, device.order = device.order, lambda: ""
     yield
     device.order = order
 
 
-def test_a_copy_that_fails_is_told(device: Device, pool: PagePool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_that_fails_is_told(device: SimulatedCuda, pool: PagePool, monkeypatch: pytest.MonkeyPatch) -> None:
     owner = Owner()
     [page] = pool.allocate(owner, 100, 1).pages
     with pool.on_device([page]):
@@ -267,7 +233,7 @@ def test_a_copy_that_fails_is_told(device: Device, pool: PagePool, monkeypatch: 
     def fail(*_: Any) -> None:
         raise RuntimeError("device lost")
 
-    monkeypatch.setattr(device, "copy_out", fail)
+    monkeypatch.setattr(CudaStreams, "copy_out", fail)
     pool.evict()
     with pytest.raises(ModelStateError, match=r"lost on its way to the host \(device lost\)"):
         pool.acquire([page])
