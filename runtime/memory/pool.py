@@ -10,13 +10,13 @@ so a page's buffer has left before another one takes its place, and the bytes on
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,7 +91,7 @@ class PagePool:
 
     # --- residency ----------------------------------------------------------------------------------------------------
 
-    @contextmanager
+    @contextlib.contextmanager
     def on_device(self, pages: Sequence[Page], *, writes: bool = True) -> Iterator[None]:
         """Bring pages in, wait for them, and keep them on the device until the block ends.
 
@@ -237,11 +237,13 @@ class PagePool:
         """`evict` of all pages, as far as the host tiers have room."""
         with self._lock:
             self._reap()
-            for page in [page for page in self._resident if page.pins == 0]:
-                try:
-                    self._send_out([page])
-                except MemoryBudgetError:
-                    break
+            leaving = [page for page in self._resident if page.pins == 0]
+            try:
+                self._send_out(leaving)
+            except MemoryBudgetError:
+                with contextlib.suppress(MemoryBudgetError):
+                    for page in leaving:
+                        self._send_out([page])
             self._mover.drop_spare()
 
     def forget(self, pages: Iterable[Page]) -> None:

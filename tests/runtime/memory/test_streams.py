@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qlora_compile.errors import MemoryBudgetError, ModelStateError
 from qlora_compile.runtime.memory import Page, PagePool, mover, stream_copier
+from qlora_compile.runtime.memory.page import Where
 from qlora_compile.runtime.memory.stream_copier import CudaStreams, StreamCopier
 
 KIB = 1024
@@ -214,6 +215,36 @@ def test_pages_that_move_together_share_an_event(device: SimulatedCuda, pool: Pa
     before = len(device.current_stream().work)
     with standing_still(device), pool.on_device(pages, writes=False):
         assert len(device.current_stream().work) - before == (3 if host else 1)
+
+
+def test_pages_vacate_together(device: SimulatedCuda, pool: PagePool, host: dict[str, Any]) -> None:
+    owner = Owner()
+    pages = pool.allocate(owner, 12 * KIB, 1).pages
+    for page in pages:
+        with pool.on_device([page]):
+            pass
+    pool.vacate()
+    pool.wait()
+    assert host or len({id(page.left) for page in pages}) == 1
+    found = pool.statistics()
+    assert found.paged_pages == 3 and found.device_bytes == 0
+
+
+def test_pages_vacate_as_far_as_the_host_has_room(device: SimulatedCuda) -> None:
+    pool, owner, seen = PagePool(budget=12 * KIB, page_bytes=4 * KIB, host_budget=8 * KIB), Owner(), list[Tensor]()
+    pages = pool.allocate(owner, 12 * KIB, 1).pages
+    with pool.on_device(pages):
+        for number, page in enumerate(pages):
+            launch(device, page, lambda buffer, number=number: buffer.fill_(number))
+    pool.vacate()
+    assert [page.where for page in pages] == [Where.HOST, Where.HOST, Where.DEVICE]
+    pool.wait()
+    with pool.on_device(pages, writes=False):
+        for page in pages:
+            launch(device, page, lambda buffer: seen.append(buffer.clone()))
+    device.synchronize()
+    assert [one.unique().tolist() for one in seen] == [[0], [1], [2]]
+    pool.close()
 
 
 @contextlib.contextmanager
