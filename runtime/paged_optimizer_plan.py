@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -186,8 +186,15 @@ class Table:
         self._addresses = self._places.numpy()[:, 0] if late else array[:, 2]
         if on_gpu:
             self._there.copy_(here, non_blocking=True)
+        # split here, by one call: a slice costs the host more than a microsecond, and then a copy may wait for it
+        sizes = [call.last - call.first for calls in self._order.calls for call in calls]
+        parts = zip(self._there.split(sizes), self._places.split(sizes))
+        self._calls = [[self._rows(call, *next(parts)) for call in calls] for calls in self._order.calls]
 
-    def calls(self, number: int) -> Iterator[Rows]:
+    def _rows(self, call: Call, pieces: Tensor, places: Tensor) -> Rows:
+        return Rows(pieces, call.narrow, (*call.form, places) if self._late else call.form)
+
+    def calls(self, number: int) -> Sequence[Rows]:
         """Those of a window, whose pages are on the device, or on their way, by now."""
         for page, first, last in self._order.runs[number]:
             buffer = self._plan.pages[page].buffer
@@ -198,5 +205,4 @@ class Table:
             if self._late and self._bases[page]:  # it was here, and lies elsewhere now
                 self._there[first:last, 2].zero_()
             self._addresses[first:last] = self._order.table[first:last, 2] + address
-        for first, last, narrow, form in self._order.calls[number]:
-            yield Rows(self._there[first:last], narrow, (*form, self._places[first:last]) if self._late else form)
+        return self._calls[number]
