@@ -281,6 +281,19 @@ def test_what_a_weight_costs_one_token(launches: list[Launch], tmp_path: Path, m
     assert "bar.sync" not in compiled.asm["ptx"]  # a warp looks codes up by shuffles and waits for no other
 
 
+@pytest.mark.parametrize("narrow", [False, True])
+def test_a_program_behind_the_end_of_its_piece_reads_nothing_but_that(
+    launches: list[Launch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, narrow: bool
+) -> None:
+    """All have as many programs as the longest; `places` lies in the host's memory."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    _paged_step(torch.float32, narrow)
+    text = _compile(launches[0], "sm_90").asm["ptx"]
+    loads = [match.start() for match in re.finditer(r"\bld\.global", text)]
+    jumps = [match.start() for match in re.finditer(r"\bbra\b", text)]
+    assert loads[0] < jumps[0] < loads[1]
+
+
 def test_no_literal_is_taken_for_fp64() -> None:
     """Triton 3.6 (torch 2.11's) takes a number below fp32's normal ones for fp64, and then refuses what meets it."""
     folder = Path(triton_common.__file__).parent
