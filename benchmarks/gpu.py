@@ -5,9 +5,10 @@
 Needs torch >= 2.11 with CUDA (or ROCm), triton and transformers; peft and bitsandbytes are measured beside us where they
 are installed. `jobs` says what is done in which order, each in a process of its own: the device's speeds, and dequantize
 beside a copy; every linear kernel beside cuBLAS (dense bf16) for the shapes of Llama-3-8B; training steps and decoding of a
-Llama of that shape with as many layers as fit; a paged optimizer; every kernel against fp64. Most of it is compilation:
-the processes of a group compile side by side, and what is timed has the machine to itself. Beside each number stands what
-bounds it: bytes at the speed of a read or a copy, operations at cuBLAS's, both measured here, the host, or launches.
+Llama of that shape with as many layers as fit; a paged optimizer, and where its step goes; every kernel against fp64. Most
+of it is compilation: the processes of a group compile side by side, and what is timed has the machine to itself. Beside
+each number stands what bounds it: bytes at the speed of a read or a copy, operations at cuBLAS's, both measured here, the
+host, or launches.
 
 No job starts that cannot get its least time before --seconds are over, so some may be missing: the file says which, and
 why. DIR/gpu.json (of an earlier call: replaced) is written after each job, with "summary", and DIR/parts/ by the jobs as
@@ -62,6 +63,8 @@ def jobs(small: bool) -> list[list[Job]]:
             Job("dense_lora", "model", bind(contender, "dense_lora", True), 10, 60, PEFT),
             Job("paging_resident", "paging", bind(paging, "resident"), 15, 60, LLAMA),
             Job("paging_paged", "paging", bind(paging, "paged"), 15, 60, LLAMA),
+            Job("optimizer_alone", "paging", bind(gpu_jobs.optimizer_alone, None), 5, 40),
+            Job("optimizer_32_connections", "paging", bind(gpu_jobs.optimizer_alone, 32), 5, 40),
             Job("check", "kernels", gpu_jobs.check, 5, 150),
         ],
         [

@@ -5,20 +5,25 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import gpu_copies
 import gpu_kernels
 import gpu_linears
 import gpu_models
 import gpu_paging
 import gpu_profile
+import gpu_timeline
 import torch
 from bounds import Speeds, explained
 from common import machine
 from gpu_run import Child, say, write_atomically
-from gpu_timing import launch_times, link_speeds
+from gpu_timing import launch_times
 
 from qlora_compile.runtime.kernels import devices, tuning
 
@@ -61,6 +66,16 @@ class Wrongs:
         self.child.keep(wrong=self.lines)
 
 
+def tried(child: Child, what: str, call: Callable[[], Any]) -> Any:
+    """What the call returns; None where it raises, which is kept and makes the exit code 1, and costs nothing else."""
+    try:
+        return call()
+    except Exception:  # noqa: BLE001  # kept in the job's file
+        print(traceback.format_exc(), file=sys.stderr, flush=True)
+        child.keep(errors=child.kept.get("errors", {}) | {what: traceback.format_exc()})
+        return None
+
+
 def check(child: Child) -> None:
     """All kernels against fp64 and their references."""
     settings = child.settings
@@ -84,7 +99,7 @@ def speeds(child: Child) -> None:
     launch = launch_times(device)
     child.keep(launch=launch)
     say("a kernel that does nothing: " + ", ".join(f"{name} {us:.1f}" for name, us in launch.items()))
-    link = link_speeds(device)
+    link = tried(child, "link", lambda: gpu_copies.link_speeds(device)) or {}
     child.keep(link=link)
     for way, speed in link.items():
         say(f"pinned memory, {way}: {speed / 1e9:.1f} GB/s")
@@ -123,6 +138,24 @@ def linears(rows_of_x: Sequence[int], child: Child) -> None:
             for row in more:
                 show_row(row)
         keep_table(child, [*child.found.get("linear", []), *rows])
+    if 1 in rows_of_x:
+        chained(child, wrong)
+
+
+def chained(child: Child, wrong: Wrongs) -> None:
+    """One token's linears, one after the other on weights of their own."""
+    device, rows = child.settings.device, list[dict[str, Any]]()
+    for sizes, k in (((64, 32), 96),) if child.settings.small else GROUPS:
+        if child.left() < ROW_S:
+            say("not measured: more linears one after the other: no time left")
+            return
+        call = functools.partial(gpu_linears.chained_row, device, sizes, k, wrong)
+        row = tried(child, f"linears one after the other N={sizes}", call)
+        if row is not None:
+            rows.append(row)
+            child.keep(chained=rows)
+            times = ", ".join(f"{name} {us:.1f}" for name, us in row["us"].items())
+            say(f"{row['count']} linears one after the other, M=1 N={row['n']} K={k}, us each: {times}")
 
 
 def show_row(row: dict[str, Any]) -> None:
@@ -170,14 +203,66 @@ def contender(name: str, decodes: bool, child: Child) -> None:
 
 
 def paging(name: str, child: Child) -> None:
-    """Training with the optimizer's states resident, or paged."""
+    """Training with the optimizer's states resident, or paged; where a paged optimizer's step goes."""
     device, small = child.settings.device, child.settings.small
     shape, layers = (gpu_models.SMALL, 2) if small else (gpu_paging.NARROW, gpu_paging.LAYERS)
-    found, step = gpu_paging.run(name, shape, layers, device, 2 if small else 12, child.turn)
+    found, step, optimizer = gpu_paging.run(name, shape, layers, device, 2 if small else 12, child.turn)
     child.keep(paging={name: found})
     found["profile"] = gpu_profile.on_device(step, device)
     child.keep(paging={name: found})
     say(f"{name}: {numbers(found)}; {numbers(found['profile'])}")
+    if name != "paged":
+        return
+    found["timeline"] = tried(child, "timeline", lambda: looked_at(child, "paged", step, optimizer))
+    child.keep(paging={name: found})
+    found["all_there"] = tried(child, "all_there", lambda: gpu_paging.all_there(step, optimizer, device))
+    child.keep(paging={name: found})
+    say(f"    without a budget: {found['all_there']}")
+
+
+def looked_at(child: Child, name: str, step: gpu_models.Step, optimizer: Any) -> dict[str, Any]:
+    """The timeline of one `optimizer.step()`, and what it says."""
+    trace = gpu_timeline.traced(optimizer, step, child.settings.device)
+    found = gpu_timeline.timeline(gpu_timeline.spans(trace))
+    found["reading"] = gpu_timeline.reading(found, child.found.get("link", {}))
+    for kind in gpu_timeline.KINDS:
+        if kind in found:
+            say(f"    {name}, {kind}: {numbers(found[kind])}; largest gaps {found[kind]['largest_gaps']}")
+    say(f"READING of {name}: {found['reading']}")
+    return found
+
+
+def optimizer_alone(connections: int | None, child: Child) -> None:
+    """The paged optimizer without a model: streams that copy at two priorities; beside them a bare loop that moves the same
+    pages. `connections`: CUDA_DEVICE_MAX_CONNECTIONS, which a process has to have from its start."""
+    if connections is not None:
+        os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = str(connections)
+    device, small = child.settings.device, child.settings.small
+    shape, layers = (gpu_models.SMALL, 2) if small else (gpu_paging.NARROW, gpu_paging.LAYERS)
+    label = "" if connections is None else f"{connections} connections, "
+    gpu_paging.alone(device, shape, layers)[0]()  # compiles
+    child.turn()
+    found: dict[str, Any] = {}
+
+    def measured(name: str, priority: int) -> dict[str, Any]:
+        step, optimizer = gpu_paging.alone(device, shape, layers, priority)
+        for _ in range(gpu_models.WARM_UP):
+            step()
+        times: dict[str, Any] = gpu_paging.optimizer_times(step, optimizer, device)
+        return times | {"timeline": tried(child, f"{name}: timeline", lambda: looked_at(child, name, step, optimizer))}
+
+    for priority in (0, -1):
+        name = f"{label}priority {priority}"
+        found[name] = tried(child, name, functools.partial(measured, name, priority))
+        child.keep(optimizer_alone=found)
+        say(f"optimizer alone, {name}: {numbers(found[name] or {})}")
+    if device == "cuda":
+        piece = 1 << 16 if small else gpu_copies.PIECE
+        for layout, priority in itertools.product(gpu_copies.LAYOUTS[1:], (0, -1)):
+            name = f"{label}bare loop{layout}, priority {priority}"
+            found[name] = tried(child, name, functools.partial(gpu_copies.bare_loop, layout, priority, piece))
+            child.keep(optimizer_alone=found)
+            say(f"{name}: {numbers(found[name] or {})}")
 
 
 def numbers(result: dict[str, Any]) -> str:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from bounds import Speeds, Work, copy_seconds
-from gpu_kernels import RANK, able, bound_to, guarded
+from gpu_kernels import RANK, able, bound_to, group_of, guarded
 from gpu_timing import seconds
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from qlora_compile.runtime.kernels import dispatch, tuning
 from qlora_compile.runtime.kernels.dispatch import Problem
 
 DX = "lora_linear_backward, dX only"
+CHAINED = 10  # 84 MB of codes of the smallest linear
 MANY = 2048  # rows from which on the limit is the library's product
 # with many rows they lost to the library's product by factors of 2 to 5 everywhere (results/gpu_h200_first.json)
 ONLY_FEW = ("triton_gemm", "triton_dx")
@@ -98,6 +99,32 @@ def linear_row(
             row["bound"] = speeds.explain(group_work(group, m, k, op), times[best] / 1e6)
         found.append(row)
     return found
+
+
+def chained_row(
+    device: str, sizes: Sequence[int], k: int, wrong: Callable[[str], None], count: int = CHAINED
+) -> dict[str, Any]:
+    """Microseconds of one of `count` calls for one token, each on weights of its own, more of them than the L2 holds: what
+    a linear costs a model, while a single call's graph has its start to pay, too."""
+    made = [group_of(sizes, k, device) for _ in range(count)]
+    x = torch.randn(1, k, device=device, dtype=torch.bfloat16)
+    dense = [torch.cat(weights) for _, weights in made]
+    row: dict[str, Any] = {"m": 1, "n": list(sizes), "k": k, "count": count, "us": {}}
+    chains = {"dense_bf16": [functools.partial(torch.matmul, x, weight.t()) for weight in dense]}
+    for candidate in able("lora_linear", made[0][0], 1, k, device):
+        chains[candidate.name] = [bound_to(candidate, group, x, []) for group, _ in made]
+
+    def one_after_the_other(calls: list[Callable[[], Any]]) -> None:
+        for call in calls:
+            call()
+
+    for name, calls in chains.items():
+        chain = functools.partial(one_after_the_other, calls)
+        what = f"{count} calls of {name} N={sizes} K={k}"
+        time_s = guarded(what, device, wrong, functools.partial(seconds, chain, device, budget_s=0.15))
+        if time_s is not None:
+            row["us"][name] = round(1e6 * time_s / count, 2)
+    return row
 
 
 def candidate_times(

@@ -130,15 +130,16 @@ def timed_steps(step: Step, device: str, steps: int, turn: Callable[[], None] = 
     nothing else runs.
 
     "first_step_s" is a compilation with the caches as the parts before left them, others beside it. "peak_mb" is training's,
-    "peak_with_compiling_mb" that of the process so far (the dense model and the compilation too), and "reserved_mb" what
-    the allocator has taken of the device meanwhile.
+    "peak_with_compiling_mb" that of the process so far (the dense model and the compilation too), "reserved_mb" what
+    the allocator has taken of the device meanwhile, and "alloc_retries" how often it had to give all of it back first.
     """
-    times, losses, found = [], [], {}
+    times, losses, found, retries = [], [], {}, 0
     for number in range(WARM_UP + steps):
         if number == WARM_UP:
             turn()
         if number == WARM_UP and device == "cuda":
             found["peak_with_compiling_mb"] = torch.cuda.max_memory_allocated() / 1e6
+            retries = alloc_retries()
             torch.cuda.reset_peak_memory_stats()
         begin = time.perf_counter()
         losses.append(step())
@@ -146,9 +147,14 @@ def timed_steps(step: Step, device: str, steps: int, turn: Callable[[], None] = 
     if device == "cuda":
         found["peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
         found["reserved_mb"] = torch.cuda.max_memory_reserved() / 1e6
+        found["alloc_retries"] = alloc_retries() - retries
     median = statistics.median(times[WARM_UP:])
     said = {"step_s": median, "first_step_s": times[0], "loss_first": losses[0], "loss_last": losses[-1]}
     return said | found
+
+
+def alloc_retries() -> int:
+    return int(torch.cuda.memory_stats().get("num_alloc_retries", 0))
 
 
 def decoding(model: nn.Module, shape: Shape, device: str, new_tokens: int) -> dict[str, float]:

@@ -5,6 +5,7 @@ Arithmetic only: no kernel runs here. An entry without a limit says how far some
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,7 +29,7 @@ FEW = 64  # rows of x up to which weights' bytes are the bound
 
 def summary(found: Found) -> list[Found]:
     """All entries that what was found so far allows."""
-    parts = (checks, dequantize, few_rows, many_rows, training, decoding, paging)
+    parts = (checks, dequantize, few_rows, one_token, many_rows, training, decoding, paging, paged_steps)
     return [entry for part in parts for entry in part(found)]
 
 
@@ -87,6 +88,23 @@ def few_rows(found: Found) -> Iterator[Found]:
         what = f"linear M={row['m']} N={row['n']} K={row['k']} ({row['best']})"
         what += f", {_of(share, 'its bound by bandwidth')}"
         yield entry(what, share, _bound(row, found), at_least=0.70 if row["m"] == 1 else None)
+
+
+def one_token(found: Found) -> Iterator[Found]:
+    """A linear among others, on weights that no cache holds, beside a graph of it alone."""
+    for row in found.get("chained", []):
+        ours = {name: us for name, us in row["us"].items() if name != "dense_bf16"}
+        if not ours:
+            continue
+        best, said = min(ours, key=ours.__getitem__), []
+        if "dense_bf16" in row["us"]:
+            said.append(f"dense bf16 {row['us']['dense_bf16']:.1f}")
+        for single in found.get("linear", []):
+            if single["op"] == "lora_linear" and all(single[key] == row[key] for key in "mnk") and "bound" in single:
+                said.append(f"alone in a graph {single['us'].get(best, math.nan):.1f}")
+                said.append(f"its bytes {single['bound']['bytes_us']:.1f}")
+        what = f"linear M=1 N={row['n']} K={row['k']} ({best}), one of {row['count']} one after the other, us"
+        yield entry(what, ours[best], ", ".join(said))
 
 
 def many_rows(found: Found) -> Iterator[Found]:
@@ -183,6 +201,30 @@ def paging(found: Found) -> Iterator[Found]:
     yield entry("paged optimizer's last loss - resident", paged["loss_last"] - base["loss_last"], losses)
     if "peak_mb" in base and "peak_mb" in paged:
         peaks = f"{paged['peak_mb']:,.0f} and {base['peak_mb']:,.0f} MB"
+        if "reserved_mb" in paged:
+            peaks += "; reserved {:,.0f} and {:,.0f}".format(*(one["reserved_mb"] for one in (paged, base)))
+            peaks += f"; {paged['alloc_retries']} times no memory was left that was not cached"
         yield entry("paged optimizer's peak / resident", paged["peak_mb"] / base["peak_mb"], peaks, at_most=0.75)
         share, states = base["state_mb"] / base["peak_mb"], f"{base['state_mb']:,.0f} MB of states"
         yield entry("states / resident peak", share, states, at_least=1 / 3)
+
+
+def paged_steps(found: Found) -> Iterator[Found]:
+    """A paged optimizer's step with its model, without, without copies, and a bare loop that moves the same pages."""
+    paged = found.get("paging", {}).get("paged", {})
+    if paged.get("timeline"):
+        yield entry("paged optimizer's step, ms", 1e3 * paged["optimizer_s"], paged["timeline"]["reading"])
+    if paged.get("all_there"):
+        times = paged["all_there"]
+        said = f"{1e3 * times['optimizer_host_s']:.3g} of the host's"
+        yield entry("paged optimizer's step without a budget, ms", 1e3 * times["optimizer_s"], said)
+    for name, times in found.get("optimizer_alone", {}).items():
+        if times and "optimizer_s" in times:
+            parts = ("optimizer_host_s", "optimizer_stream_s")
+            said = "{:.3g} of the host's, {:.3g} until its stream is done".format(
+                *(1e3 * times[part] for part in parts)
+            )
+            yield entry(f"paged optimizer alone, {name}, ms", 1e3 * times["optimizer_s"], said)
+        elif times:
+            said = f"{times['bytes_per_s'] / 1e9:.3g} GB/s each way, {times['host_ms']:.3g} ms of the host's"
+            yield entry(f"{name}, ms", times["ms"], said)

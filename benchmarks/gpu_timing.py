@@ -1,4 +1,4 @@
-"""Seconds of a call as the device takes them, and what else a bound is made of: launches, copies between host and device.
+"""Seconds of a call as the device takes them, and what else a bound is made of: launches.
 
 On CUDA a call is captured as a graph and the graph is timed by events, behind a sweep over more memory than the L2 holds.
 Used by gpu.py.
@@ -15,13 +15,18 @@ import torch
 from torch import Tensor
 
 FLUSH_BYTES = 1 << 29  # ten times the L2 of an H200
-LINK_BYTES, LINK_PIECE = 1 << 28, 1 << 22
 CHAIN = 100  # kernels in the graph that says what one more of them takes
 
 
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def synchronize_stream(device: str) -> None:
+    """Only the stream that computes."""
+    if device == "cuda":
+        torch.cuda.current_stream().synchronize()
 
 
 def seconds(call: Callable[[], object], device: str, *, rounds: int = 20, budget_s: float = 0.3) -> float:
@@ -35,11 +40,11 @@ def seconds(call: Callable[[], object], device: str, *, rounds: int = 20, budget
         call()
     synchronize(device)
     if device != "cuda":
-        return _median(functools.partial(_timed, call), rounds, budget_s)
+        return median(functools.partial(_timed, call), rounds, budget_s)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return _median(functools.partial(_timed_on_cuda, graph.replay), rounds, budget_s)
+    return median(functools.partial(timed_on_cuda, graph.replay), rounds, budget_s)
 
 
 def flush() -> None:
@@ -60,7 +65,7 @@ def _timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - before
 
 
-def _timed_on_cuda(call: Callable[[], object]) -> float:
+def timed_on_cuda(call: Callable[[], object]) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     flush()
     start.record()
@@ -70,7 +75,7 @@ def _timed_on_cuda(call: Callable[[], object]) -> float:
     return float(start.elapsed_time(end)) / 1e3
 
 
-def _median(once: Callable[[], float], rounds: int, budget_s: float) -> float:
+def median(once: Callable[[], float], rounds: int, budget_s: float) -> float:
     """Of what `once` says, at most `rounds` times and until the budget is used up."""
     times: list[float] = []
     begin = time.perf_counter()
@@ -95,37 +100,3 @@ def launch_times(device: str) -> dict[str, float]:
     host = time.perf_counter() - begin
     synchronize(device)
     return {"one_us": 1e6 * one, "next_us": 1e6 * (more - one) / CHAIN, "host_us": 1e6 * host / (CHAIN + 1)}
-
-
-def link_speeds(device: str) -> dict[str, float]:
-    """Bytes a second between pinned memory and the device: each way alone, each way while the other is busy ("both"), and to
-    the device by pieces of LINK_PIECE, each pinned alone, as a page pool has them; empty where there is no such way."""
-    if device != "cuda":
-        return {}
-    host, back = (torch.empty(LINK_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2))
-    there, other = (torch.empty(LINK_BYTES, dtype=torch.uint8, device=device) for _ in range(2))
-    pieces = [torch.empty(LINK_PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(LINK_BYTES // LINK_PIECE)]
-    aside = torch.cuda.Stream()
-
-    def both() -> None:
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            back.copy_(other, non_blocking=True)
-        there.copy_(host, non_blocking=True)
-        torch.cuda.current_stream().wait_stream(aside)
-
-    def by_pieces() -> None:
-        for target, piece in zip(there.split(LINK_PIECE), pieces):
-            target.copy_(piece, non_blocking=True)
-
-    ways: dict[str, Callable[[], object]] = {
-        "to_device": lambda: there.copy_(host, non_blocking=True),
-        "to_host": lambda: host.copy_(there, non_blocking=True),
-        "both": both,
-        "to_device_by_pieces": by_pieces,
-    }
-    found = {}
-    for name, copy in ways.items():
-        copy()
-        found[name] = LINK_BYTES / _median(functools.partial(_timed_on_cuda, copy), 5, 1.0)
-    return found

@@ -131,7 +131,7 @@ class PagedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.update()
-        if self.pager.planned:
+        if self.pager.planned and self.pool.budget is not None:
             self.pool.vacate()  # nothing of it is needed before the backward pass brings it back
         return loss
 

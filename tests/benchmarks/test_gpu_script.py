@@ -43,6 +43,9 @@ def test_small_on_the_cpu(tmp_path: Path) -> None:
     assert found["checks"]["compared"] > 20 and {"device", "versions"} <= set(found["machine"])
     resident, paged = (found["paging"][name] for name in ("resident", "paged"))
     assert paged["moved_in_mb"] > 0 and abs(paged["loss_last"] - resident["loss_last"]) < 1e-3
+    assert paged["all_there"]["optimizer_s"] > 0 and paged["timeline"]["reading"]
+    assert len(found["optimizer_alone"]) == 4 and all(times for times in found["optimizer_alone"].values())
+    assert [row["count"] for row in found["chained"]] == [10]
     assert set(found["model"]["training"]) == CONTENDERS | {"ours_without_logits", "bitsandbytes_bf16"}
     assert set(found["model"]["decoding"]) == CONTENDERS
     profile = found["model"]["training"]["ours"]["profile"]

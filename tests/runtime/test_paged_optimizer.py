@@ -94,6 +94,17 @@ def test_the_budget_changes_no_bit(make: Any, bits: int, tmp_path: Any) -> None:
     assert first.statistics().moved_in_bytes == 0
 
 
+def test_states_stay_where_the_budget_was_taken_away() -> None:
+    """Also where a compiled backward pass would bring them back."""
+    params, optimizer = train(lambda p: qc.PagedAdamW(p, device_budget="64KiB", **ADAMW), 2)
+    optimizer.pager.prefetch(range(len(params)))
+    optimizer.pool.budget = None
+    optimizer.step()
+    before = optimizer.statistics().moved_out_bytes
+    optimizer.step()
+    assert optimizer.statistics().moved_out_bytes == before and optimizer.statistics().paged_pages == 0
+
+
 def test_every_instruction_set_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """The portable path does without fused multiply-adds: one rounding more a step, of values of size 1 to 3."""
     if cpp_build.find_compiler() is None:
