@@ -47,6 +47,8 @@ class BackwardPager:
         self._away: deque[Page] = deque()  # asked for when there was no room
         self._order: list[int] = []  # of the pass before
         self.skipped: list[int] = []  # gradients that were not finite
+        self._passes = self._passes_before = 0  # compiled backward passes since the last step, and before it
+        self._asked: set[int] = set()  # numbers that were to be prefetched in this pass
         self._totals: dict[int, Tensor] = {}  # sums of gradients that nobody has looked at yet
         weakref.finalize(self, _disown, self.number, self._parameters, self._handles).atexit = False
 
@@ -95,13 +97,32 @@ class BackwardPager:
     # --- what the ops call --------------------------------------------------------------------------------------------
 
     def prefetch(self, numbers: Sequence[int]) -> None:
-        """Begin to bring state in as far as there is room; with step_in_backward the rest follows where `evict` makes it."""
+        """Begin to bring state in as far as there is room; with step_in_backward the rest follows where `evict` makes it.
+        Where gradients are accumulated, in the last backward pass only."""
         if self.optimizer.step_in_backward:
             self._away.extend(self._pages(numbers))
             fetch(self.optimizer.pool, self._away)
         else:
             self.planned = True
-            self.optimizer.pool.prefetch(self._pages(numbers), displace=False)
+            if self._in_last_pass(numbers):
+                self.optimizer.pool.prefetch(self._pages(numbers), displace=False)
+
+    def _in_last_pass(self, numbers: Sequence[int]) -> bool:
+        """Whether no backward pass follows before the step, if it has as many as the step before (in the first one each is
+        taken for the last): what comes earlier lies beside the activations of those that follow."""
+        if not self._asked or not self._asked.isdisjoint(numbers):  # none asks twice for the same
+            self._asked = set()
+            self._passes += 1
+        self._asked.update(numbers)
+        return self._passes >= self._passes_before
+
+    def stepped(self) -> None:
+        """The end of a step of all parameters."""
+        self._passes_before = self._passes
+        self._begin_to_count()
+
+    def _begin_to_count(self) -> None:
+        self._passes, self._asked = 0, set()
 
     def accumulate(self, gradients: Sequence[Tensor], numbers: Sequence[int]) -> list[Tensor]:
         """The same values, in pages where that can be."""
@@ -203,6 +224,7 @@ class BackwardPager:
 
     def abandon(self) -> None:
         """The end of a backward pass that failed: what it has updated may be updated by the next one."""
+        self._begin_to_count()
         self._look_at_totals()
         self._stepped.clear()
         self._away.clear()

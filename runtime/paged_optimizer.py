@@ -131,6 +131,7 @@ class PagedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.update()
+        self.pager.stepped()
         if self.pager.planned and self.pool.budget is not None:
             self.pool.vacate()  # nothing of it is needed before the backward pass brings it back
         return loss
