@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .kernels.cpu_common import DTYPES
-from .kernels.triton_common import sent_to
 from .memory import Page
 from .paged_optimizer_layout import ParamState
 
@@ -159,17 +158,18 @@ class Table:
     def __init__(
         self, plan: Plan, tasks: Sequence[Task], windows: Sequence[Sequence[Page]], device: torch.device, late: bool
     ) -> None:
-        numbers = {task.numbers: None for task in tasks}
-        coefficients = torch.tensor([(*key, 0.0) for key in numbers], dtype=torch.float32, device="cpu")
-        self.numbers = sent_to(device, coefficients)
         self._plan, self._order, self._late = plan, plan.order(windows, late), late
+        numbers = {task.numbers: None for task in tasks}
         task, on_gpu, (rows, fields) = self._order.task, device.type == "cuda", self._order.table.shape
+        size, sent = rows * fields, rows * fields + 4 * len(numbers)  # 8 fp32 are as long as 4 of these
         # one piece of memory: the copy of the table is what keeps it from being used again before the kernels have read it
-        memory = torch.empty(rows * (fields + 2), dtype=torch.int64, device="cpu", pin_memory=on_gpu)
-        here = memory[: rows * fields].view(rows, fields)
-        self._places = memory[rows * fields :].view(rows, 2)  # two: each row begins at a multiple of 16 bytes
-        self._there = torch.empty_like(here, device=device) if on_gpu else here
-        array = here.numpy()
+        memory = torch.empty(sent + rows * 2, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
+        self._places = memory[sent:].view(rows, 2)  # two: each row begins at a multiple of 16 bytes
+        there = torch.empty_like(memory[:sent], device=device) if on_gpu else memory
+        self._there = there[:size].view(rows, fields)
+        self.numbers = there[size:sent].view(torch.float32).view(len(numbers), 8)
+        memory[size:sent].numpy().view(np.float32)[:] = [x for key in numbers for x in (*key, 0.0)]
+        array = memory[:size].numpy().reshape(rows, fields)
         array[:] = self._order.table
         row_of = {key: row for row, key in enumerate(numbers)}
         given = [(t.values.data_ptr(), t.gradient.data_ptr(), row_of[t.numbers]) for t in tasks]
@@ -185,7 +185,7 @@ class Table:
         array[:, 2] = np.where(bases == 0, 0, bases + self._order.table[:, 2])
         self._addresses = self._places.numpy()[:, 0] if late else array[:, 2]
         if on_gpu:
-            self._there.copy_(here, non_blocking=True)
+            there.copy_(memory[:sent], non_blocking=True)
         # split here, by one call: a slice costs the host more than a microsecond, and then a copy may wait for it
         sizes = [call.last - call.first for calls in self._order.calls for call in calls]
         parts = zip(self._there.split(sizes), self._places.split(sizes))

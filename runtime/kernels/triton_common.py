@@ -43,11 +43,6 @@ def scale_arguments(absmax: Tensor, absmax_scale: Tensor | None, absmax_offset: 
     return [absmax, absmax_scale, absmax_offset, device_map(absmax.device)]
 
 
-def sent_to(device: torch.device, table: Tensor) -> Tensor:
-    """A small table of the CPU's on the device, by a copy that nothing waits for."""
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
-
-
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device: make it the tensor's. (The interpreter runs on CPU tensors.)"""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
