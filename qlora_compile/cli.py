@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -53,6 +54,9 @@ def main(args: Sequence[str] | None = None) -> int:
     Errors of ours and of the command line become one sentence on standard error; other exceptions are bugs and keep
     their traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names and lines of tables may have what an old terminal does not
+            stream.reconfigure(errors="replace")
     try:
         code = app(args=list(sys.argv[1:] if args is None else args), prog_name="qlora-compile", standalone_mode=False)
     except QLoRACompileError as error:
@@ -65,7 +69,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return _fail(f"{error.strerror or error}{named}", EXIT_FAILED)
     except (KeyboardInterrupt, typer.Abort):
         code = TYPER_INTERRUPTED
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
         return _fail(f"out of memory; a smaller --batch or --seq-len needs less. ({error})", EXIT_FAILED)
@@ -87,7 +91,9 @@ def _fail(message: str, exit_code: int) -> int:
     return exit_code
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError):
+        return True
     torch: Any = sys.modules.get("torch")
     return torch is not None and isinstance(error, torch.OutOfMemoryError)
 

@@ -6,13 +6,11 @@ No weight is loaded, except with `--numerics` (cli_numerics.py).
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_common import print_json
 from .cli_options import (
     AsJson,
     Batch,
@@ -26,6 +24,7 @@ from .cli_options import (
     model_argument,
     quantization,
 )
+from .counts import check_counts
 from .errors import ConfigError, UnknownOptionError
 
 if TYPE_CHECKING:
@@ -73,7 +72,13 @@ def inspect(
     Example: qlora-compile inspect ./SmolLM2-135M --diff input group_linears
     """
     given = model_argument(path, model)
-    _check(format_, out, numerics, {"--bits": bits, "--text": text}, {"--batch": batch, "--seq-len": seq_len})
+    format_ = _format(format_, as_json, selected=bool(stage or diff or module or kernel), has_out=out is not None)
+    for option, value in (("--bits", bits), ("--text", text)):
+        if value is not None and not numerics:
+            raise ConfigError(f"{option} is for --numerics.")
+    if (run or export) and format_ != "html":
+        raise ConfigError("--run and --export are for --format html.")
+    check_counts(batch, seq_len)
     _check_stages([name for name in (stage, *(diff or ())) if name is not None])
     planned = _planned(optimizer, optimizer_budget, step_in_backward)
     config = quantization(
@@ -84,9 +89,7 @@ def inspect(
         from .cli_numerics import measure_into
 
         measure_into(report, given, bits, text, batch, seq_len)
-    if as_json:
-        print_json(report.to_dict())
-    elif format_ == "html" and out is not None:
+    if format_ == "html" and out is not None:
         report.to_html(out, run or (), export or ())
     elif kernel is not None:
         _deliver(_kernel_source(report, kernel), out)
@@ -99,20 +102,15 @@ def inspect(
         _deliver(rendered(report, format_, stage, diff, module, wide=wide), out)
 
 
-def _check(
-    format_: str, out: Path | None, numerics: bool, only_then: Mapping[str, Any], counts: Mapping[str, int]
-) -> None:
-    """Raises ConfigError for options that do not go together. `only_then`: those that need --numerics."""
-    if format_ not in FORMATS:
-        raise UnknownOptionError(format_, FORMATS, what="format")
-    if format_ == "html" and out is None:
+def _format(given: str, as_json: bool, *, selected: bool, has_out: bool) -> str:
+    """--format, or json where --json says so. Raises ConfigError for what does not go together."""
+    if given not in FORMATS:
+        raise UnknownOptionError(given, FORMATS, what="format")
+    if as_json and (given not in ("text", "json") or selected):
+        raise ConfigError("--json is the whole report as one JSON object: leave --format and what selects from it out.")
+    if given == "html" and not has_out:
         raise ConfigError("--format html needs --out FILE.")
-    for option, value in only_then.items():
-        if value is not None and not numerics:
-            raise ConfigError(f"{option} is for --numerics.")
-    for option, number in counts.items():
-        if number < 1:
-            raise ConfigError(f"{option} must be at least 1, got {number}.")
+    return "json" if as_json else given
 
 
 def _check_stages(names: list[str]) -> None:

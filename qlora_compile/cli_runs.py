@@ -150,6 +150,7 @@ def _summary(store: RunStore, run: StoredRun) -> dict[str, Any]:
         "id": run.id,
         "status": run.status,
         "started": run.started,
+        "updated": run.updated,
         "model": Path(run.config["model"]).name,
         "r": run.config["qlora"]["r"],
         "steps": run.step,

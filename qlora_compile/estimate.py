@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from .config import QLoRAConfig
+from .counts import check_counts
 from .errors import ConfigError, UnknownOptionError
 from .memory_plan import MemoryPlan, Peak
 from .positions import most_positions
@@ -163,7 +164,7 @@ class Estimator:
 
     def __call__(self, batch: int, seq_len: int, memory: int | None = None, device: str | None = None) -> Estimate:
         """The estimate; with `memory` what is the most that fits, with `device` a time from its data sheet."""
-        _check_counts(batch, seq_len)
+        check_counts(batch, seq_len)
         peaks = self.peaks_at(batch, seq_len)
         numbers = self.plans.read(batch, seq_len, _numbers)
         found = Estimate(
@@ -247,12 +248,6 @@ def _largest_layer(plan: MemoryPlan) -> int:
         if buffer.kind == "saved" and layer:
             layers[layer[0]] = layers.get(layer[0], 0) + plan.size(buffer.size)
     return max(layers.values(), default=0)
-
-
-def _check_counts(batch: int, seq_len: int) -> None:
-    for name, number in (("batch", batch), ("seq_len", seq_len)):
-        if number < 1:
-            raise ConfigError(f"{name} must be at least 1, got {number}.")
 
 
 def _with(peak: Peak, **more: int) -> Peak:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..config import QLoRAConfig, parse_dtype
+from ..counts import MOST_SEQUENCES, MOST_TOKENS
 from ..errors import ConfigError, UnknownOptionError
 from .memory import parse_bytes
 from .optimizer import OPTIMIZERS
@@ -125,15 +126,23 @@ class FinetuneConfig:
                 )
 
     def _check_counts(self) -> None:
-        for name, least in (("batch", 1), ("grad_accum", 1), ("seq_len", 2), ("keep_last", 1)):
-            _require(
-                _is_int(getattr(self, name), least), name, getattr(self, name), f"a whole number of at least {least}"
-            )
+        bounds = {
+            "batch": (1, MOST_SEQUENCES),
+            "grad_accum": (1, MOST_SEQUENCES),
+            "seq_len": (2, MOST_TOKENS),
+            "keep_last": (1, MOST_SEQUENCES),
+        }
+        for name, (least, most) in bounds.items():
+            value = getattr(self, name)
+            ok = _is_int(value, least) and value <= most
+            _require(ok, name, value, f"a whole number from {least} to {most}")
         for name in ("save_every", "eval_every"):
             _require(_is_int(getattr(self, name), 0), name, getattr(self, name), "a number of steps, 0 for never")
         for name in ("steps", "eval_batches"):
             value = getattr(self, name)
             _require(value is None or _is_int(value, 1), name, value, "a whole number of at least 1")
+        if self.eval_data is None and (self.eval_every or self.eval_batches is not None):
+            raise ConfigError("eval_every and eval_batches are for an evaluation: give eval_data, too.")
         _require(_is_number(self.epochs) and self.epochs > 0, "epochs", self.epochs, "a number above 0")
         _require(self.seed is None or _is_int(self.seed, 0), "seed", self.seed, "a whole number of at least 0")
         if self.qlora.r == 0 and not any(self.qlora.rank_pattern.values()):

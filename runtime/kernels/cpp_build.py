@@ -67,7 +67,9 @@ def compiler_version(compiler: str) -> str:
     try:
         done = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError) as error:
-        raise KernelError(f"The C++ compiler {compiler!r} does not run: {error}. Set CXX to one that does.") from error
+        raise KernelError(
+            f"The C++ compiler {compiler!r} does not run ({str(error).rstrip('.')}): set CXX to one that does."
+        ) from error
     return done.stdout.partition("\n")[0]
 
 

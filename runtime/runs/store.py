@@ -103,12 +103,14 @@ class RunStore:
         return [StoredRun(*row[:6], *(_parsed(self.path, text) for text in row[6:])) for row in rows]
 
     def find(self, name: str) -> StoredRun:
-        """The run of this folder name (the newest, where a folder was used again) or whose id begins so.
+        """The run of this folder (the newest, where a folder was used again), by its name or path, or whose id begins so.
 
         Raises UnknownOptionError naming the nearest.
         """
         runs = self.runs()
-        matching = [run for run in runs if run.folder == name]
+        folder = Path(name)
+        here = folder.name if folder.parent.resolve() == self.path.parent.resolve() else None
+        matching = [run for run in runs if run.folder in (name, here)]
         if not matching and len(name) >= SHORTEST_ID:
             matching = [run for run in runs if run.id.startswith(name)]
         if not matching:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -95,6 +98,18 @@ def test_unknown_names_name_the_nearest(
     assert words in str(error.value) and error.value.exit_code == 2
 
 
+def test_json_goes_where_out_says(config_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert _run(capsys, config_file, "--json", "--out", tmp_path / "report.json") == ""
+    written, printed = (tmp_path / "report.json").read_text(), _run(capsys, config_file, "--json")
+    assert json.loads(written)["linears"] == json.loads(printed)["linears"] != []
+
+
+def test_a_terminal_without_the_characters_gets_others(config_file: Path) -> None:
+    line = [sys.executable, "-m", "qlora_compile.cli", "inspect", str(config_file), "--seq-len", "24"]
+    done = subprocess.run(line, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, check=True)
+    assert b"q_proj + k_proj + v_proj" in done.stdout and done.stdout.isascii()
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -103,7 +118,11 @@ def test_unknown_names_name_the_nearest(
         ("--stage backwards", "Unknown stage 'backwards': did you mean 'backward'?"),  # before anything is traced
         ("--diff inptu forward", "Unknown stage 'inptu': did you mean 'input'?"),
         ("--model other", "Name one model"),
-        ("--batch 0", "--batch must be at least 1, got 0."),
+        ("--batch 0", "batch must be from 1 to 1048576, got 0."),
+        ("--seq-len 99999999999999999999", "seq_len must be from 1 to 16777216, got 99999999999999999999."),
+        ("--json --format svg", "--json is the whole report as one JSON object"),
+        ("--json --stage input", "--json is the whole report as one JSON object"),
+        ("--run somewhere", "--run and --export are for --format html."),
         ("--optimizer-budget 1GiB", "--optimizer-budget and --step-in-backward are for --optimizer paged_adamw."),
         ("--optimizer paged_adm", "Unknown paged optimizer 'paged_adm': did you mean 'paged_adamw'?"),
         ("--optimizer paged_adamw --optimizer-budget 1KiB", "the least that works is one page of 4096 bytes"),

@@ -41,6 +41,8 @@ def test_list_and_show(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert (weak["run"], weak["r"], weak["steps"]) == ("weak", 2, 6) and strong["perplexity"] < weak["perplexity"]
     shown = _run(capsys, f"show {weak['id'][:6]} --store {folder}")
     assert "qlora.quant_type" in shown and "quantized" in shown
+    assert _run(capsys, f"show {folder}/weak/ --store {folder}") == shown
+    assert "Unknown run" in _run(capsys, f"show elsewhere/weak --store {folder}", code=2)
     lines = json.loads(_run(capsys, f"show weak --store {folder} --json"))["lines"]
     assert [line["event"] for line in lines] == ["eval", "eval", *["step"] * 6, "eval"]
 

@@ -110,7 +110,7 @@ def test_the_command(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.Captu
         ("--device h200", "did you mean 'H200-SXM'?"),
         ("--optimizer adam", "Unknown optimizer 'adam': did you mean 'adamw'?"),
         ("--optimizer-budget 1GiB", "An optimizer budget is for the paged optimizers"),
-        ("--batch 0", "batch must be at least 1, got 0."),
+        ("--batch 0", "batch must be from 1 to 1048576, got 0."),
     ],
 )
 def test_wrong_use(tiny_checkpoint: Path, options: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,6 +48,10 @@ def test_total_steps(steps: int | None, epochs: float, blocks: int, wanted: int)
         ("model", ""),
         ("data", None),
         ("batch", 0),
+        ("batch", 2**63 - 1),
+        ("seq_len", 10**20),
+        ("eval_every", 5),  # without eval_data
+        ("eval_batches", 3),
         ("grad_accum", 1.5),
         ("seq_len", 1),
         ("keep_last", 0),

@@ -21,7 +21,7 @@ from qlora_compile.runtime.runs.store import STORE_NAME, RunStore
 
 MakeConfig = Callable[..., FinetuneConfig]
 # A checkpoint at step 2, and one at step 3 that training goes on from.
-BEGUN: dict[str, Any] = {"steps": 3, "save_every": 2, "eval_every": 2}
+BEGUN: dict[str, Any] = {"steps": 3, "save_every": 2}
 
 
 class Notices(SilentReporter):
@@ -101,7 +101,7 @@ def test_other_evaluation_data_leaves_no_number_of_the_old(
     make_config: MakeConfig, texts: Path, other_text: Path, change: str
 ) -> None:
     now: dict[str, Any] = {"eval_data": other_text} if change == "text" else {"eval_data": texts, "eval_batches": 1}
-    finetune(make_config(eval_data=texts, **BEGUN), SilentReporter())
+    finetune(make_config(eval_data=texts, eval_every=2, **BEGUN), SilentReporter())
     reporter = Notices()
     resumed = finetune(make_config(steps=5, resume=True, **now), reporter)
     whole = finetune(make_config("whole", steps=5, **now), SilentReporter())
@@ -128,7 +128,7 @@ def test_evaluation_may_begin_or_end_with_a_resumed_run(make_config: MakeConfig,
 
 
 def test_as_many_batches_as_there_are_is_all_of_them(make_config: MakeConfig, texts: Path) -> None:
-    finetune(make_config(eval_data=texts, **BEGUN), SilentReporter())
+    finetune(make_config(eval_data=texts, eval_every=2, **BEGUN), SilentReporter())
     reporter = Notices()
     copy = Path(shutil.copytree(texts, make_config().out.parent / "copy"))
     finetune(make_config(steps=4, resume=True, eval_data=copy, eval_batches=1000), reporter)
