@@ -72,7 +72,8 @@ def _refuse(name: str, weight: ComputedWeight) -> NoReturn:
     what = "assigning to it" if name == "__set__" else name
     raise ModelStateError(
         f"The weight of {weight.site} is computed from its stored form and adapters whenever it is read, so {what} would "
-        "be lost: to merge an adapter save it (save_adapter, or PEFT's save_pretrained) and call qlora_compile.export."
+        "be lost: to merge an adapter save it (save_adapter, or PEFT's save_pretrained) and call qlora_compile.export; one "
+        "whose start changes the weight (PiSSA, OLoRA) is to be added before the weight is quantized."
     )
 
 
