@@ -16,10 +16,10 @@ from torch import Tensor
 
 LINK_BYTES, PIECE, EXTENT = 1 << 28, 1 << 22, 1 << 26
 LAYOUTS = (
-    "",
-    "_by_pieces",
-    "_from_extents",
-)  # one piece of memory; each page pinned alone; several pages in one, as a pool
+    "",  # one piece of memory
+    "_by_pieces",  # each page pinned alone
+    "_from_extents",  # several pages in one, as a pool's
+)
 PAGES, BUFFERS, TOGETHER = 97, 12, 3  # of the step that gpu_paging.py measures: its budget is an eighth of its states
 
 

@@ -203,7 +203,7 @@ def paging(found: Found) -> Iterator[Found]:
         peaks = f"{paged['peak_mb']:,.0f} and {base['peak_mb']:,.0f} MB"
         if "reserved_mb" in paged:
             peaks += "; reserved {:,.0f} and {:,.0f}".format(*(one["reserved_mb"] for one in (paged, base)))
-            peaks += f"; {paged['alloc_retries']} times no memory was left that was not cached"
+            peaks += f"; {paged.get('alloc_retries', 0)} times no memory was left that was not cached"
         yield entry("paged optimizer's peak / resident", paged["peak_mb"] / base["peak_mb"], peaks, at_most=0.75)
         share, states = base["state_mb"] / base["peak_mb"], f"{base['state_mb']:,.0f} MB of states"
         yield entry("states / resident peak", share, states, at_least=1 / 3)

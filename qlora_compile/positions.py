@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 _NAMES = ("max_position_embeddings", "max_seq_len")  # in configurations: the most that it was made for
@@ -12,7 +14,9 @@ def most_positions(model: nn.Module) -> int | None:
 
     RoBERTa's family counts positions from behind the padding's, so that those up to it are no token's.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):  # of a model that reads images, too
+        config = config.get_text_config()
     most = next((n for name in _NAMES if isinstance(n := getattr(config, name, None), int) and n > 0), None)
     if most is None:
         return None

@@ -60,14 +60,14 @@ def _data_files(path: Path) -> list[Path]:
 
 def _visible(top: Path) -> Iterator[tuple[str, list[str]]]:
     """Folders below `top`, links to folders followed, with the names of their files; hidden ones are left out."""
-    seen: set[str] = set()  # a link may lead back
+    seen: set[str] = set()  # a link may lead back, or to a neighbour
     for folder, folders, names in os.walk(top, followlinks=True):
-        seen.add(os.path.realpath(folder))
-        folders[:] = [
-            name
-            for name in sorted(folders)
-            if not name.startswith(".") and os.path.realpath(os.path.join(folder, name)) not in seen
-        ]
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield folder, [name for name in names if not name.startswith(".")]
 
 
@@ -133,24 +133,46 @@ def _check_messages(messages: Any, where: str) -> tuple[dict[str, Any], ...]:
 
 
 def _check_message(message: Any, where: str) -> dict[str, Any]:
-    """With its content as a string: parts of text, as OpenAI's format has them, are joined."""
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+    """As chat templates read it: content is a string, and the arguments of a call are an object."""
+    called = message.get("tool_calls") if isinstance(message, dict) else None
+    if (
+        not isinstance(message, dict)
+        or not isinstance(message.get("role"), str)
+        or not ("content" in message or called)
+    ):
         raise DataError(f'{where}: each message must be an object with "role" and "content".')
-    content = message.get("content")
-    if isinstance(content, list):
-        texts = [
-            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
-        ]
-        if all(isinstance(text, str) for text in texts):
-            content = "".join(map(str, texts))
-    if content is None and "content" not in message and not message.get("tool_calls"):
-        raise DataError(f'{where}: each message must be an object with "role" and "content".')
-    if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+    content = _joined(message.get("content"))
+    if not isinstance(content, str) and not (content is None and called):
         raise DataError(
             f'{where}: the "content" of a message must be a string or a list of {{"type": "text", "text": ...}}; '
             f'it may be null beside "tool_calls" only.'
         )
-    return message | {"content": content}
+    found = message | {"content": content}
+    if called:
+        if not isinstance(called, list) or not all(isinstance(call, dict) for call in called):
+            raise DataError(f'{where}: "tool_calls" must be a list of objects.')
+        found["tool_calls"] = [_with_arguments(call) for call in called]
+    return found
+
+
+def _joined(content: Any) -> Any:
+    """Parts of text (OpenAI's format) -> one string; anything else as it is."""
+    if not isinstance(content, list):
+        return content
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+    return "".join(map(str, texts)) if all(isinstance(text, str) for text in texts) else content
+
+
+def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's format has the arguments as JSON in a string, which templates would write as one once more."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    return call | {"function": function | {"arguments": arguments}} if isinstance(arguments, dict) else call
 
 
 def _check_tools(tools: Any, where: str) -> tuple[dict[str, Any], ...] | None:

@@ -63,7 +63,7 @@ def render_chat(
     A turn starts where the prompt for it ends: the messages before it, rendered with the generation prompt. Where a
     rendering is no prefix of the whole, the template rewrites earlier turns (Qwen3's leaves out what was thought there),
     and each turn becomes a text of its own after the messages before it, as the model will be asked for it. Raises
-    DataError where a turn does not begin with the prompt for it.
+    DataError where a turn does not begin with the prompt for it, and where the template writes no tools or no calls.
     """
     if not tokenizer.chat_template:
         raise DataError(f'{where}: the model\'s tokenizer has no chat template: use "prompt" and "completion".')
@@ -78,8 +78,16 @@ def render_chat(
                     f"{where}: what the chat template writes for message {i + 1} does not begin with the prompt for it, "
                     f'so the assistant\'s words cannot be located: use "prompt" and "completion".'
                 )
+            if message.get("tool_calls"):
+                without = {key: value for key, value in message.items() if key != "tool_calls"}
+                if render([*messages[:i], without | {"content": message["content"] or ""}]) == through:
+                    raise DataError(
+                        f'{where}: the model\'s chat template does not write the "tool_calls" of message {i + 1}.'
+                    )
             turns.append((through, (len(before), len(through))))
     text = render(messages)
+    if tools and text == render(messages, tools=()):
+        raise DataError(f'{where}: the model\'s chat template does not write "tools".')
     if all(text.startswith(through) for through, _ in turns):
         return [(text, [span for _, span in turns])]
     return [(through, [span]) for through, span in turns]

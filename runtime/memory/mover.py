@@ -158,7 +158,9 @@ class Mover:
                 break
         with self.copier.coming():
             for page in there:
-                self._does(self._fill, page, failed)
+                if not self._does(self._fill, page, failed):
+                    with self._lock:
+                        self._set_aside(page)  # what its buffer holds is another page's
         for page, error in failed.items():
             if not told_later:
                 raise error
@@ -170,9 +172,10 @@ class Mover:
         """Whether the job was done; why not is put into `failed`."""
         try:
             job(page)
+            return True
         except (RuntimeError, MemoryError, ModelStateError) as error:
             failed[page] = error
-        return page not in failed
+            return False
 
     def _give_buffer(self, page: Page) -> None:
         if self._lost is not None:

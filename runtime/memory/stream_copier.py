@@ -34,7 +34,7 @@ class CudaStreams:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._in, self._out = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        # by a buffer's address: the streams whose use of it the allocator knows of, until it is free
+        # by a buffer's address: the streams whose use of it the allocator knows of; begun anew where a new one lies there
         self._known: dict[int, set[Any]] = {}
 
     def begin_thread(self) -> None:

@@ -75,6 +75,7 @@ class TestReading:
         write(tmp_path / "data" / ".a.txt", "hidden")
         write(tmp_path / "data" / ".git" / "c.txt", "hidden, too")
         (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
+        (tmp_path / "data" / "link2").symlink_to(tmp_path / "elsewhere")
         (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data")
         assert [record.text for record in read_records(tmp_path / "data")] == ["plain\n", "linked\n"]
 
@@ -96,11 +97,13 @@ class TestReading:
 
     def test_parts_of_text_are_joined_and_tools_are_kept(self, tmp_path: Path) -> None:
         parts = [{"type": "text", "text": "the lazy "}, {"type": "text", "text": "dog"}]
-        called = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
+        called = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1}'}}]}
         tools = [{"type": "function", "function": {"name": "f"}}]
         line = {"messages": [{"role": "user", "content": parts}, called], "tools": tools}
         (record,) = read_records(write(tmp_path / "a.jsonl", line))
-        assert record.messages == ({"role": "user", "content": "the lazy dog"}, called | {"content": None})
+        calls = [{"function": {"name": "f", "arguments": {"a": 1}}}]  # OpenAI's format has JSON in a string
+        answer = {"role": "assistant", "content": None, "tool_calls": calls}
+        assert record.messages == ({"role": "user", "content": "the lazy dog"}, answer)
         assert record.tools == tuple(tools)
 
     @pytest.mark.parametrize(
@@ -110,6 +113,7 @@ class TestReading:
             ({"messages": [{"role": "user", "content": None}, *CHAT]}, '"content" of a message must be a string'),
             ({"messages": [{"role": "user", "content": [{"type": "image"}]}, *CHAT]}, "must be a string or a list of"),
             ({"messages": list(CHAT), "tools": "f"}, '"tools" must be a list of objects'),
+            ({"messages": [*CHAT, {"role": "assistant", "tool_calls": "f"}]}, '"tool_calls" must be a list of objects'),
             ("{broken", "not JSON"),
             ('{"text": "a\tb"}', r"Invalid control character at column \d"),
             ("[" * 100_000, "not JSON|nested too deeply"),
@@ -234,6 +238,13 @@ class TestTemplates:
         tools = ({"type": "function", "function": {"name": "quartz"}},)
         ((text, spans),) = render_chat(CHAT, tokenizer, "f:1", tools)
         assert text.startswith("quartz <eos>") and text[slice(*spans[0])] == "the quick fox <eos>\n"
+
+    def test_tools_and_calls_that_a_template_leaves_out(self, tokenizer: Any) -> None:
+        call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "quartz"}}]}
+        with pytest.raises(DataError, match=r'f:3: .*does not write the "tool_calls" of message 2'):
+            tokenize(Record("f:3", messages=(CHAT[0], call)), tokenizer)
+        with pytest.raises(DataError, match=r'f:3: .*does not write "tools"'):
+            tokenize(Record("f:3", messages=CHAT, tools=({"function": {"name": "quartz"}},)), tokenizer)
 
     def test_turns_that_a_template_rewrites_later_are_documents_of_their_own(
         self, tokenizer: Any, template: Any

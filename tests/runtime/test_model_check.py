@@ -54,6 +54,19 @@ def test_a_model_whose_labels_are_of_the_same_token() -> None:
         check_model_reads(model(t.BartConfig, is_encoder_decoder=False, is_decoder=True, **BART), 16)
 
 
+def test_a_loss_that_routers_add_is_no_sign() -> None:
+    options = SIZES | {
+        "num_key_value_heads": 3,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.5,
+    }
+    for seed in range(8):
+        torch.manual_seed(seed)
+        config = t.OlmoeConfig(**SPECIAL | options, output_router_logits=True)
+        check_model_reads(t.AutoModelForCausalLM.from_config(config).eval(), 16)
+
+
 @pytest.mark.parametrize(
     ("config", "options", "most"),
     [
@@ -77,3 +90,11 @@ def test_how_many_positions_a_model_has(
             ConfigError, match=rf"seq_len is {most + 1}, .* at most {most} tokens: give --seq-len {most}"
         ):
             check_model_reads(found, most + 1)
+
+
+def test_positions_of_a_model_that_reads_images_too() -> None:
+    text = SIZES | SPECIAL | {"max_position_embeddings": 64, "num_key_value_heads": 3, "head_dim": 16}
+    vision = SIZES | {"image_size": 28, "patch_size": 14}
+    with torch.device("meta"):
+        found = t.AutoModelForCausalLM.from_config(t.Gemma3Config(text_config=text, vision_config=vision))
+    assert most_positions(found) == 64

@@ -273,3 +273,36 @@ def test_evict_has_waited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert optimizer.evict() > 0 and optimizer.pool._counts.device_bytes == 0
     del optimizer
     gc.collect()
+
+
+@pytest.mark.parametrize("budget", [12 * KIB, None])
+def test_a_page_whose_copy_could_not_begin_is_not_there(budget: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its buffer holds what another page left in it."""
+    pool, owner = PagePool(budget=budget, page_bytes=4 * KIB), Owner()
+    pages = pool.allocate(owner, 8 * KIB, 1).pages
+    for value, page in enumerate(pages):
+        with pool.on_device([page]):
+            buffer_of(page).fill_(value + 1)
+    pool.evict()
+    pool.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(pool._mover.copier, "read", refuse_to_read)
+        for _ in range(2):
+            with pytest.raises(MemoryBudgetError), pool.on_device(pages[:1], writes=False):
+                pass
+            assert pages[0].where is Where.HOST and pages[0].buffer is None
+    for value, page in enumerate(pages):
+        with pool.on_device([page], writes=False):
+            assert bool((buffer_of(page) == value + 1).all())
+    pool.evict()
+    pool.wait()
+    assert pool.statistics().device_bytes == 0
+
+
+def buffer_of(page: Any) -> Tensor:
+    assert page.buffer is not None
+    return page.buffer
+
+
+def refuse_to_read(*args: Any) -> None:
+    raise RuntimeError("no pinned memory is left")
