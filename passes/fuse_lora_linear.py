@@ -78,10 +78,11 @@ def _decline_reason(node: fx.Node, branches: list[Branch], ctx: PassContext) -> 
 
 
 def _is_frozen(node: Any, ctx: PassContext) -> bool:
-    """A parameter, buffer or state (through casts and transposes) that will not train."""
+    """A parameter, buffer, state or other input of the graph (through casts and transposes) that will not train."""
     root = peel_transposes(peel_casts(node))[0]
     entry = ctx.param(root)
-    return root.op == "placeholder" and not (entry is not None and ctx.edits.trains(entry))
+    trains = ctx.edits.trains(entry) if entry is not None else getattr(value(root), "requires_grad", False)
+    return root.op == "placeholder" and not trains
 
 
 def _fuse(node: fx.Node, last: fx.Node, branches: list[Branch], quantized: bool, ctx: PassContext) -> None:

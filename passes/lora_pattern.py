@@ -138,7 +138,8 @@ def read_scales(node: Any, only: Callable[[Any], Any] = lambda node: node) -> tu
 def _dropout_arguments(node: fx.Node) -> tuple[Any, float, bool]:
     names = ("input", "p", "training", "inplace")
     given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    return given["input"], float(given.get("p", 0.5)), bool(given.get("training", True))
+    p = given.get("p", 0.5)  # one that Dynamo saw change is an input: it becomes a number, guarded, for the op has one
+    return given["input"], float(value(p) if isinstance(p, fx.Node) else p), bool(given.get("training", True))
 
 
 def _single(node: Any) -> Any:

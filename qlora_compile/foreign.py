@@ -21,6 +21,12 @@ def is_peft_layer(module: nn.Module) -> bool:
     return type(module).__module__.startswith("peft.tuners.lora") and hasattr(module, "base_layer")
 
 
+def tuner_kinds(model: nn.Module) -> dict[str, str]:
+    """Layers that PEFT put in a linear's place, for an adapter of any kind: name -> the kind (lora, ia3, vera, ...)."""
+    found = {name: type(m).__module__.split(".") for name, m in model.named_modules() if hasattr(m, "base_layer")}
+    return {name: parts[2] for name, parts in found.items() if parts[:2] == ["peft", "tuners"]}
+
+
 def is_bnb_weight(param: object) -> bool:
     """A 4-bit weight of bitsandbytes (`Params4bit`), quantized already."""
     return type(param).__name__ == "Params4bit" and getattr(param, "quant_state", None) is not None

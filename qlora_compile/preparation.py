@@ -15,6 +15,7 @@ from .choices import check_choices
 from .config import QLoRAConfig, names_module
 from .equal_layers import mark_layers
 from .errors import ModelStateError, NoTargetError
+from .foreign import tuner_kinds
 from .modules import prepared_config, prepared_state
 from .param_info import ParamInfo, is_linear_module
 from .saving import save_adapters_of
@@ -143,8 +144,18 @@ def _read_directly(model: nn.Module) -> dict[str, str]:
 
 
 def require_targets(targets: Iterable[ParamInfo], found: Iterable[ParamInfo], edits: ModelEdits) -> None:
-    """Raises NoTargetError, listing what there was, if no linear is a target; and for an embedding named as one."""
+    """Raises NoTargetError, listing what there was, if no linear is a target; and for an embedding named as one.
+
+    A model that PEFT adapted may have none; it is told where it asked for 4 bits.
+    """
     if edits.is_foreign:
+        kinds = set(tuner_kinds(edits.root).values())
+        if edits.is_peft and edits.config.quantize and "lora" not in kinds:
+            warnings.warn(
+                f"quantize=True has no effect: it stores the weights under PEFT's LoRA layers in 4 bits, and this model "
+                f"has none (its adapters: {', '.join(sorted(kinds)) or 'none in layers'}).",
+                stacklevel=2,
+            )
         return
     _refuse_embeddings(edits)
     if list(targets):

@@ -16,7 +16,7 @@ from .attention import forgo_fast_path
 from .config import QLoRAConfig, names_module
 from .errors import ConfigError, InvalidWeightError, ModelStateError
 from .experts import experts_class, runs_own_experts
-from .foreign import is_bnb_weight, peft_layers
+from .foreign import is_bnb_weight, peft_layers, tuner_kinds
 from .initialization import SpectralStart, is_spectral, start_from_weight
 from .modules import AdapterInfo, AdapterSite, PreparedState, linear_class, parameter_class, prepared_state
 from .param_info import ParamInfo, is_adapter, is_conv1d, is_linear_weight, router_names, site_name
@@ -41,6 +41,7 @@ class ModelEdits:
         # a model that PEFT adapted or bitsandbytes quantized keeps the state that they gave it
         self.is_foreign = self.is_peft or any(is_bnb_weight(entry.param) for entry in self._params.values())
         self._peft_layers = peft_layers(root) if self.is_peft else {}
+        self._tuners = tuner_kinds(root) if self.is_peft else {}
         self._heads, self._routers = self._output_heads(), router_names(root)
 
     def _index(self) -> dict[int, ParamInfo]:
@@ -80,7 +81,8 @@ class ModelEdits:
             kind = "PEFT" if self.is_peft else "bitsandbytes"
             return f"a {kind} model's dense weights stay as they are (quantize={config.quantize!r})"
         if self.is_foreign and name not in self._peft_layers:
-            return "PEFT gave it no adapter"
+            tuner = self._tuners.get(name)
+            return f"its adapter is PEFT's {tuner}, no LoRA" if tuner else "PEFT gave it no adapter"
         if param.dim() == 3 and any(runs_own_experts(module) for _, module, _ in entry.owners):
             return "its module runs its experts in a way of its own"
         if param.dim() != (3 if entry.is_experts else 2):

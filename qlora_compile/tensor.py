@@ -155,6 +155,10 @@ class QuantizedTensor(torch.Tensor):
             memo[id(self)] = copy
         return memo[id(self)]
 
+    def requires_grad_(self, requires_grad: bool = True) -> QuantizedTensor:
+        """Nothing: 4 bits do not train, so that of a model `requires_grad_(True)` means the rest."""
+        return self
+
     def __setitem__(self, index: Any, value: Any) -> None:
         _refuse_write("indexed assignment", self, QuantizedTensor)  # it would write into a dense copy, and be lost
 
@@ -162,7 +166,8 @@ class QuantizedTensor(torch.Tensor):
         """Asked for by safetensors, whose files hold no such tensor. Raises ModelStateError."""
         raise ModelStateError(
             f"A 4-bit weight of shape {tuple(self.shape)} is no dense tensor that could be written to a file: save the "
-            "adapters with save_adapter, the whole state with torch.save, or a checkpoint with qlora_compile.export."
+            "adapters with save_adapter, the whole state with torch.save (in accelerate: save_state with "
+            "safe_serialization=False), or a checkpoint with qlora_compile.export."
         )
 
     def __repr__(self) -> str:  # type: ignore[override]

@@ -207,6 +207,17 @@ def test_what_is_set_to_train_after_the_edits_trains(tiny_llama: Llama, door: st
         torch.testing.assert_close(mine, expected, **TIGHT)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_4_bit_weight_does_not_train_whatever_is_asked(compiled: bool) -> None:
+    model, x = MLP(), torch.randn(5, 37)
+    qc.prepare(model, AOT_FP32)
+    model.requires_grad_(True)
+    stored = [param for param in model.parameters() if isinstance(param, qc.QuantizedTensor)]
+    assert len(stored) == 2 and not any(param.requires_grad for param in stored)
+    (compile_model(model) if compiled else model)(x).sum().backward()
+    assert all(param.grad is None for param in stored) and model.up.bias.grad is not None
+
+
 class Scaled(nn.Module):
     """Its forward reads an attribute of its class."""
 

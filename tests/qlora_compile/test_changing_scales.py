@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -135,3 +136,63 @@ def test_one_graph_serves_every_scaling(backend: Callable[..., Any], adapters: l
         graphs.append(counters["stats"]["unique_graphs"] - before)
     assert sum(graphs) <= 2 and sum(graphs[2:]) == 0
     assert set(adapters) == {3}
+
+
+class Single(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(37, 53, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("door", ["prepared", "PEFT"])
+def test_dropout_that_changes_from_model_to_model(
+    backend: Callable[..., Any], adapters: list[int], door: str, dynamic: bool | None
+) -> None:
+    """The op's probability is a number: one that Dynamo made an input is read, and guarded."""
+    for p in (0.5, 0.25, 0.75, 0.0):
+        model: Any = Single()
+        nn.init.zeros_(model.up.weight)
+        options: dict[str, Any] = {"lowering": "eager"}
+        if door == "prepared":
+            qc.prepare(model, FP32 | {"lora_dropout": p, "lora_alpha": 3})
+        else:
+            options |= FP32
+            peft = pytest.importorskip("peft")
+            config = peft.LoraConfig(r=3, lora_alpha=3, lora_dropout=p, target_modules=["up"])
+            model = peft.get_peft_model(model, config)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:  # output 0 is input 0, dropped
+                nn.init.zeros_(parameter)
+                parameter.data[0, 0] = 1.0
+        compiled = torch.compile(model.train(), backend=backend, dynamic=dynamic, options=options)
+        y = compiled(torch.ones(4000, 37))[:, 0]
+        assert set(y[y != 0].unique().tolist()) == {torch.tensor(1 / (1 - p)).item()}
+        # five standard deviations of a mean of 4000
+        assert abs(float((y == 0).float().mean()) - p) <= 5 * math.sqrt(p * (1 - p) / 4000)
+    assert set(adapters) == {1}
+
+
+def test_a_scale_and_a_weight_that_train_outside_the_model(backend: Callable[..., Any]) -> None:
+    """No parameter of the edited model's, so nothing freezes them: the op, which has no gradient for them, is not used."""
+    scale, outside = nn.Parameter(torch.tensor(0.7)), nn.Parameter(torch.randn(37, 37) / 6)
+    a, b = nn.Parameter(torch.randn(3, 37)), nn.Parameter(torch.randn(37, 3))
+    model: Any = with_peft(5)
+    for name in ("gate", "up", "down"):
+        getattr(model.base_model.model, name).scaling["default"] = scale
+
+    def call(x: Tensor) -> Tensor:
+        return model(F.linear(x, outside) + F.linear(F.linear(x, a), b) * 0.5)
+
+    grads = []
+    for function in (call, torch.compile(call, backend=backend, options=FP32 | {"lowering": "aot_eager"})):
+        function(torch.randn(5, 37, generator=torch.Generator().manual_seed(1))).square().sum().backward()
+        grads.append([p.grad for p in (scale, outside, a, b)])
+        scale.grad = outside.grad = a.grad = b.grad = None
+    for expected, mine in zip(*grads, strict=True):
+        assert expected is not None and mine is not None
+        # fp32 sums of at most 53 terms, and their gradients, added in another order
+        torch.testing.assert_close(mine, expected, atol=2e-5 * float(expected.abs().max()), rtol=1e-4)
