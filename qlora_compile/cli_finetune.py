@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_common import modules_option, pairs_option, print_json, print_table
+from .cli_common import modules_option, pairs_option, print_json, print_table, terminable
 from .errors import ConfigError
 
 if TYPE_CHECKING:
@@ -129,7 +130,9 @@ def finetune(
     from .runtime.host_memory import keep_freed_memory
 
     keep_freed_memory()
-    result = run(config)
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"  # else a lost process is looked for, and the signal is told to all
+    with terminable() if alone else contextlib.nullcontext():
+        result = run(config)
     if os.environ.get("RANK", "0") != "0":
         return  # of the processes of one run, the first answers
     if as_json:

@@ -72,7 +72,15 @@ def inspect(
     Example: qlora-compile inspect ./SmolLM2-135M --diff input group_linears
     """
     given = model_argument(path, model)
-    format_ = _format(format_, as_json, selected=bool(stage or diff or module or kernel), has_out=out is not None)
+    selected = [
+        name for name, value in (("--stage", stage), ("--diff", diff), ("--module", module)) if value is not None
+    ]
+    format_ = _format(format_, as_json, selected=bool(selected or kernel), has_out=out is not None)
+    if kernel is not None and (selected or format_ != "text" or numerics):
+        raise ConfigError("--kernel prints one source as it is: leave --format, --numerics and other selections out.")
+    if selected and (numerics or format_ == "html"):
+        whole = "--format html" if format_ == "html" else "--numerics"
+        raise ConfigError(f"{whole} is about the whole model: leave {' and '.join(selected)} out.")
     for option, value in (("--bits", bits), ("--text", text)):
         if value is not None and not numerics:
             raise ConfigError(f"{option} is for --numerics.")

@@ -68,6 +68,7 @@ def _finetune(run: _Run) -> FinetuneResult:
         raise
     finally:
         run.reporter.close()
+        run.folder.release()
 
 
 class _Run:

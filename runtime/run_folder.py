@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import tempfile
 import uuid
 from pathlib import Path
@@ -32,21 +33,56 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.run = path / "run.json"
         self.checkpoints = path / "checkpoints"
+        self._lock: int | None = None  # a descriptor of the folder, locked
 
     def open(self, config: FinetuneConfig, reporter: Reporter) -> Checkpoint | None:
-        """Make the folder and return the checkpoint to resume from (None: start at step 0).
+        """Make the folder, for this run alone, and return the checkpoint to resume from (None: start at step 0).
 
-        Raises OutputError where it is not empty (without `resume`), is not a run's or cannot be written, and
-        CheckpointError where the checkpoint asked for is damaged or was made with other settings.
+        Raises OutputError where it is not empty (without `resume`), is not a run's, is another run's now or cannot be
+        written, and CheckpointError where the checkpoint asked for is damaged or was made with other settings.
         """
+        self._check_free(config)
+        with output_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.path).close()
+        self._hold()
+        try:
+            self._check_free(config)  # again: another run may have come and gone
+            return self._start(config, reporter)
+        except BaseException:
+            self.release()
+            raise
+
+    def _check_free(self, config: FinetuneConfig) -> None:
         resumed = self.run.is_file()
         if config.resume is False or not resumed:
             if resumed:
                 raise OutputError(f"{self.path} holds a training run: resume it, or choose another output folder.")
             check_output_folder(self.path)
-        with output_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self.path).close()
+
+    def _hold(self) -> None:
+        """Lock the folder until `release`, or the end of the process, where the system has such locks."""
+        with contextlib.suppress(ImportError):
+            import fcntl
+
+            self._lock = os.open(self.path, os.O_RDONLY)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.release()
+                raise OutputError(
+                    f"Another run writes into {self.path} now: wait until it ends, or choose another output folder."
+                ) from None
+            except OSError:  # some network file systems have none
+                self.release()
+
+    def release(self) -> None:
+        """The end of the run; idempotent."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _start(self, config: FinetuneConfig, reporter: Reporter) -> Checkpoint | None:
         checkpoint = self._find_checkpoint(config, reporter)
         if checkpoint is not None:
             check_same_settings(config, checkpoint)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -17,12 +17,12 @@ HOPELESS = 4.0  # times the fastest of the nearest line of the shipped table: no
 
 
 def measure(problem: Problem) -> dict[str, float]:
-    """Microseconds by candidate, measured unless this machine's file has them. Only one candidate: nothing to measure."""
-    mine = dispatch.entry_of(problem, {})
+    """Microseconds by candidate, measured unless this machine's file has them all. Only one: nothing to measure."""
+    mine, able = dispatch.entry_of(problem, {}), _able(problem, _hopeless(problem))
     for entry in tuning.measured(problem.device):
-        if entry[:6] == mine[:6]:
-            return entry.microseconds
-    times = time_candidates(problem, _hopeless(problem))
+        if entry[:6] == mine[:6] and entry.microseconds.keys() >= {candidate.name for candidate in able}:
+            return entry.microseconds  # else it is of a version with other kernels
+    times = _times(problem, able)
     if times:
         tuning.remember([dispatch.entry_of(problem, times)], problem.device)
         dispatch.forget_choices()
@@ -38,8 +38,15 @@ def _hopeless(problem: Problem) -> set[str]:
 
 def time_candidates(problem: Problem, without: Collection[str] = ()) -> dict[str, float]:
     """Microseconds by candidate, measured now and not remembered; empty if there is only one."""
+    return _times(problem, _able(problem, without))
+
+
+def _able(problem: Problem, without: Collection[str]) -> list[Candidate]:
     known = dispatch.candidates(problem.op, problem.device)
-    able = [c for c in known if c.run and c.name not in without and c.declines(problem) is None]
+    return [c for c in known if c.run and c.name not in without and c.declines(problem) is None]
+
+
+def _times(problem: Problem, able: Sequence[Candidate]) -> dict[str, float]:
     if len(able) < 2:
         return {}
     make = {"dense_linear": _dense, "attention": _attention}.get(problem.op, _lora)

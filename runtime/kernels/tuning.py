@@ -13,12 +13,14 @@ import json
 import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from ...errors import KernelError
 from . import cpp_build, devices
 
 SECONDS_PER_PROBLEM = 1.0  # no candidate is called again once a problem has taken so long
@@ -38,6 +40,9 @@ class Entry(NamedTuple):
     def text(self, names: Sequence[str]) -> str:
         times = sorted((us, name) for name, us in self.microseconds.items() if name in names)
         return f"M={self.m} N={self.n} K={self.k}: " + ", ".join(f"{name} {us:,.0f} us" for us, name in times)
+
+
+_unwritten: dict[str, list[Entry]] = {}  # by device
 
 
 def read_entries(raw: Sequence[dict[str, Any]]) -> tuple[Entry, ...]:
@@ -71,7 +76,7 @@ def cache_file(device: str) -> Path:
 
 def measured(device: str) -> tuple[Entry, ...]:
     """What was measured on this machine; a file that cannot be read counts as none."""
-    return _read(cache_file(device))
+    return (*_unwritten.get(device, ()), *_read(cache_file(device)))
 
 
 def _read(path: Path) -> tuple[Entry, ...]:
@@ -82,14 +87,20 @@ def _read(path: Path) -> tuple[Entry, ...]:
 
 
 def remember(entries: Sequence[Entry], device: str) -> None:
-    """Adds lines to this machine's file; a line of the same problem is replaced."""
+    """Adds lines to this machine's file; a line of the same problem is replaced. Where it cannot be written (an image with
+    a complete cache is read-only), the process keeps them, with one warning."""
     path = cache_file(device)
-    with _locked(path.with_suffix(".lock")):
-        known = {entry[:6]: entry for entry in (*_read(path), *entries)}
-        lines = [entry._asdict() for _, entry in sorted(known.items())]
-        cpp_build.write_atomically(
-            path, (json.dumps({"about": about(device), "entries": lines}, indent=1) + "\n").encode()
-        )
+    try:
+        with _locked(path.with_suffix(".lock")):
+            known = {entry[:6]: entry for entry in (*_read(path), *entries)}
+            lines = [entry._asdict() for _, entry in sorted(known.items())]
+            cpp_build.write_atomically(
+                path, (json.dumps({"about": about(device), "entries": lines}, indent=1) + "\n").encode()
+            )
+    except KernelError as error:
+        if device not in _unwritten:
+            warnings.warn(f"What was measured holds for this process only: {error}", RuntimeWarning, stacklevel=2)
+        _unwritten.setdefault(device, []).extend(entries)
 
 
 @contextlib.contextmanager

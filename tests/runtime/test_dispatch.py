@@ -85,6 +85,28 @@ def test_what_the_table_knows_to_be_far_behind_is_not_measured(tmp_path: Path) -
     assert {"quick", "near", "new"} == set(called) == set(measured)
 
 
+def test_what_a_version_with_other_kernels_measured_is_measured_again() -> None:
+    dispatch.register(Candidate("dense_linear", "new", lambda x, weight, bias: None, ("cpu",)))
+    problem = Problem("dense_linear", 16, (64,), 64, 0, torch.bfloat16)
+    tuning.remember([dispatch.entry_of(problem, {"library_gemm": 1.0, "of_before": 2.0})], "cpu")
+    measured = autotune.measure(problem)
+    assert "new" in measured and "of_before" not in measured
+    assert autotune.measure(problem) == measured  # from the file
+
+
+def test_a_cache_that_cannot_be_written_holds_measurements_for_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise KernelError("The kernel cache is read-only.")
+
+    monkeypatch.setattr(tuning, "_locked", refuse)
+    monkeypatch.setattr(tuning, "_unwritten", {})
+    with pytest.warns(RuntimeWarning, match=r"holds for this process only: The kernel cache is read-only\."):
+        tuning.remember([dispatch.entry_of(BF16, {"library_gemm": 10.0, "fp32_gemm": 20.0})], "cpu")
+    tuning.remember([dispatch.entry_of(BF16._replace(k=256), {"library_gemm": 10.0, "fp32_gemm": 20.0})], "cpu")
+    dispatch.forget_choices()
+    assert dispatch.choose(BF16).why.startswith("measured here: ") and len(tuning.measured("cpu")) == 2
+
+
 def test_a_forced_kernel_wins_and_says_why_not_where_it_declines() -> None:
     for name in ("library_gemm", "fp32_gemm"):
         choice = dispatch.choose(BF16, name)

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from qlora_compile.errors import CheckpointError
+from qlora_compile.errors import CheckpointError, OutputError
 from qlora_compile.runtime import checkpoint as ck
 from qlora_compile.runtime.finetune import finetune
 from qlora_compile.runtime.finetune_config import FinetuneConfig
 from qlora_compile.runtime.metrics import read_metrics
 from qlora_compile.runtime.reporters import SilentReporter
+from qlora_compile.runtime.run_folder import RunFolder
 from qlora_compile.runtime.run_record import RunRecord
 from qlora_compile.runtime.runs.store import STORE_NAME, RunStore
 
@@ -161,3 +162,30 @@ def test_an_evaluation_that_an_interruption_kept_from_running_is_made_up_for(
     finetune(make_config("cut", resume=True, **options), SilentReporter())
     found = evaluations(make_config("cut").out)
     assert found == evaluations(make_config("whole").out) and [step for step, _ in found] == [2, 4]
+
+
+def test_a_folder_is_one_runs_at_a_time(make_config: MakeConfig) -> None:
+    """Two that found it empty would write over each other's checkpoints."""
+    config, resumed = make_config(steps=1), make_config(steps=2, resume=True)
+    second: list[OutputError] = []
+
+    class Another(SilentReporter):
+        def step(self, record: Any) -> None:
+            for other in (config, resumed):
+                with pytest.raises(OutputError) as error:
+                    finetune(other, SilentReporter())
+                second.append(error.value)
+
+    finetune(config, Another())
+    assert "holds a training run" in str(second[0])
+    assert "Another run writes into" in str(second[1]) and second[1].exit_code == 2
+    assert finetune(resumed, SilentReporter()).steps == 2  # it was let go
+
+
+def test_a_run_that_has_written_nothing_yet_holds_its_folder(make_config: MakeConfig) -> None:
+    folder = RunFolder(make_config().out)
+    folder.open(make_config(), SilentReporter())
+    with pytest.raises(OutputError, match="Another run writes into"):
+        finetune(make_config(steps=1), SilentReporter())
+    folder.release()
+    assert finetune(make_config(steps=1), SilentReporter()).steps == 1
