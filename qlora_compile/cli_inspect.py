@@ -231,10 +231,19 @@ def _only(report: CompileReport, pattern: str) -> CompileReport:
 
 
 def _kernel_source(report: CompileReport, name: str) -> str:
-    """Raises UnknownOptionError naming the nearest kernel that this machine generates."""
-    if name not in report.kernels:
-        raise UnknownOptionError(name, report.kernels, what="kernel")
-    return report.kernels[name]
+    """Several kernels may stand in one file. Raises UnknownOptionError naming the nearest that this machine generates."""
+    from .runtime.kernels import source_name
+
+    named = {part for choice in report.choices for part in choice.parts} | set(report.kernels)
+    known = {
+        part: text
+        for kernel, text in report.kernels.items()
+        for part in named
+        if source_name(part) == source_name(kernel)
+    }
+    if name not in known:
+        raise UnknownOptionError(name, known, what="kernel")
+    return known[name]
 
 
 def _deliver(text: str, out: Path | None) -> None:
