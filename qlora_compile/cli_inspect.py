@@ -6,6 +6,7 @@ No weight is loaded, except with `--numerics` (cli_numerics.py).
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -72,20 +73,15 @@ def inspect(
     Example: qlora-compile inspect ./SmolLM2-135M --diff input group_linears
     """
     given = model_argument(path, model)
-    selected = [
-        name for name, value in (("--stage", stage), ("--diff", diff), ("--module", module)) if value is not None
-    ]
-    format_ = _format(format_, as_json, selected=bool(selected or kernel), has_out=out is not None)
-    if kernel is not None and (selected or format_ != "text" or numerics):
-        raise ConfigError("--kernel prints one source as it is: leave --format, --numerics and other selections out.")
-    if selected and (numerics or format_ == "html"):
-        whole = "--format html" if format_ == "html" else "--numerics"
-        raise ConfigError(f"{whole} is about the whole model: leave {' and '.join(selected)} out.")
-    for option, value in (("--bits", bits), ("--text", text)):
-        if value is not None and not numerics:
-            raise ConfigError(f"{option} is for --numerics.")
-    if (run or export) and format_ != "html":
-        raise ConfigError("--run and --export are for --format html.")
+    values: dict[str, Any] = {
+        "--stage": stage,
+        "--diff": diff,
+        "--module": module,
+        "--kernel": kernel,
+        "--numerics": numerics or None,
+    }
+    values |= {"--bits": bits, "--text": text, "--run": run or None, "--export": export or None, "--out": out}
+    format_ = _format(format_, as_json, [option for option, value in values.items() if value is not None])
     check_counts(batch, seq_len)
     _check_stages([name for name in (stage, *(diff or ())) if name is not None])
     planned = _planned(optimizer, optimizer_budget, step_in_backward)
@@ -110,15 +106,26 @@ def inspect(
         _deliver(rendered(report, format_, stage, diff, module, wide=wide), out)
 
 
-def _format(given: str, as_json: bool, *, selected: bool, has_out: bool) -> str:
-    """--format, or json where --json says so. Raises ConfigError for what does not go together."""
-    if given not in FORMATS:
-        raise UnknownOptionError(given, FORMATS, what="format")
-    if as_json and (given not in ("text", "json") or selected):
+def _format(asked: str, as_json: bool, given: Sequence[str]) -> str:
+    """--format, or json where --json says so. Raises ConfigError for options, of those `given`, that do not go together."""
+    if asked not in FORMATS:
+        raise UnknownOptionError(asked, FORMATS, what="format")
+    selected = [option for option in given if option in ("--stage", "--diff", "--module")]
+    whole = "--numerics" if "--numerics" in given else "--format html" if asked == "html" else ""
+    if as_json and (asked not in ("text", "json") or selected or "--kernel" in given):
         raise ConfigError("--json is the whole report as one JSON object: leave --format and what selects from it out.")
-    if given == "html" and not has_out:
+    if "--kernel" in given and (selected or whole or asked != "text"):
+        raise ConfigError("--kernel prints one source as it is: leave --format, --numerics and other selections out.")
+    if whole and selected:
+        raise ConfigError(f"{whole} is about the whole model: leave {' and '.join(selected)} out.")
+    for option in ("--bits", "--text"):
+        if option in given and "--numerics" not in given:
+            raise ConfigError(f"{option} is for --numerics.")
+    if asked != "html" and ("--run" in given or "--export" in given):
+        raise ConfigError("--run and --export are for --format html.")
+    if asked == "html" and "--out" not in given:
         raise ConfigError("--format html needs --out FILE.")
-    return "json" if as_json else given
+    return "json" if as_json else asked
 
 
 def _check_stages(names: list[str]) -> None:
