@@ -68,11 +68,11 @@ def _decline_reason(node: fx.Node, branches: list[Branch], ctx: PassContext) -> 
     # the op has no gradient for these
     if not is_call(weight, _DEQUANTIZE) and not _is_frozen(weight, ctx):
         return "its weight trains or is computed"
-    if not all(_is_frozen(scale, ctx) for branch in branches for scale in branch.weights):
+    if not all(_is_frozen(scale, ctx) for branch in branches for scale in branch.scales.weights):
         return "an adapter is scaled by a tensor that trains or is computed"
     if len({branch.dropout for branch in branches}) > 1:
         return "its adapters drop with different probabilities"
-    if any(len(branch.weights) > 1 for branch in branches):
+    if any(len(branch.scales.weights) > 1 for branch in branches):
         return "an adapter is scaled by more than one tensor"
     return None
 
@@ -112,7 +112,7 @@ def _fuse(node: fx.Node, last: fx.Node, branches: list[Branch], quantized: bool,
         [branch.a for branch in branches],
         [branch.b for branch in branches],
         _scaling(branches, before, node),
-        [branch.alpha for branch in branches],
+        [branch.scales.alpha for branch in branches],
         [len(branches)],
         [_seed(before, node) for _ in branches] if dropout else [],
         dropout,
@@ -133,13 +133,16 @@ def _fuse(node: fx.Node, last: fx.Node, branches: list[Branch], quantized: bool,
 
 def _scaling(branches: list[Branch], before: fx.Node, like: fx.Node) -> list[fx.Node]:
     """A 0-dim tensor for each adapter, or none if numbers alone scale them. A number that is an input goes into it."""
-    if not any(branch.weights or branch.factors for branch in branches):
+    if not any(branch.scales.weights or branch.scales.factors for branch in branches):
         return []
     found = []
     for branch in branches:
-        scale = branch.weights[0] if branch.weights else _one(before, branch.a, like)
-        for factor in branch.factors:
-            scale = _like(emit(before, operator.mul, (scale, factor), like), scale)
+        _, weights, factors = branch.scales
+        scale = weights[0] if weights else _one(before, branch.a, like)
+        for factor in factors:
+            example = value(scale)
+            scale = emit(before, operator.mul, (scale, factor), like)
+            scale.meta["example_value"] = example
         found.append(scale)
     return found
 
@@ -148,11 +151,6 @@ def _one(before: fx.Node, adapter: fx.Node, like: fx.Node) -> fx.Node:
     node = emit(before, torch.ones, ((),), like)
     node.kwargs = {"dtype": torch.float32, "device": value(adapter).device}
     node.meta["example_value"] = torch.empty((), dtype=torch.float32, device="meta")
-    return node
-
-
-def _like(node: fx.Node, other: fx.Node) -> fx.Node:
-    node.meta["example_value"] = value(other)
     return node
 
 

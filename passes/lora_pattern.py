@@ -21,24 +21,22 @@ from torch import fx
 from ..fx_utils import ADD, LINEAR, MUL, dtype_of, emit, is_call, is_linear, peel_casts, rank_of, value
 
 
-@dataclass
-class Branch:
-    """One adapter's term: A and B placeholders, what scales it (see `Scales`), its dropout probability."""
-
-    a: fx.Node
-    b: fx.Node
-    alpha: float
-    weights: list[fx.Node]
-    factors: list[fx.Node]
-    dropout: float = 0.0
-
-
 class Scales(NamedTuple):
     """What a term is multiplied by: the product of the numbers, 0-dim tensors, and numbers that are inputs (SymFloat)."""
 
     alpha: float
     weights: list[fx.Node]
     factors: list[fx.Node]
+
+
+@dataclass
+class Branch:
+    """One adapter's term: A and B placeholders, what scales it, its dropout probability."""
+
+    a: fx.Node
+    b: fx.Node
+    scales: Scales
+    dropout: float = 0.0
 
 
 def write_branch(
@@ -111,7 +109,7 @@ def read_branch(node: Any, x: fx.Node) -> Branch | None:
         source = peel_casts(source.args[0])
     if source is not x or any(not isinstance(n, fx.Node) or n.op != "placeholder" for n in (a, b)):
         return None
-    return Branch(a, b, *scales, dropout)
+    return Branch(a, b, scales, dropout)
 
 
 def read_scales(node: Any, only: Callable[[Any], Any] = lambda node: node) -> tuple[Any, Scales] | None:

@@ -64,8 +64,9 @@ def _rewrite(node: fx.Node, weight: fx.Node, odd: bool, branches: list[Branch]) 
     x, y = node.args[0], node
     dtype = dtype_of(x) or torch.float32
     for branch in branches:
+        alpha, weights, factors = branch.scales
         a, b = (cast(node, n, dtype, node) for n in (branch.a, branch.b))
-        y = write_branch(y, x, a, b, [branch.alpha, *branch.weights, *branch.factors], 0.0, dtype)
+        y = write_branch(y, x, a, b, [alpha, *weights, *factors], 0.0, dtype)
 
 
 def _read_adapted(node: Any, odd: bool) -> tuple[fx.Node, list[Branch]] | None:
@@ -97,4 +98,4 @@ def _read_delta(node: Any, odd: bool) -> Branch | None:
     if not is_call(node, *_MATMUL) or len(scales.weights) != 1:
         return None
     b, a = (peel_casts(n) for n in node.args)
-    return Branch(a, b, *scales)
+    return Branch(a, b, scales)

@@ -6,7 +6,6 @@ No weight is loaded, except with `--numerics` (cli_numerics.py).
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -72,16 +71,9 @@ def inspect(
 
     Example: qlora-compile inspect ./SmolLM2-135M --diff input group_linears
     """
+    options = dict(locals())
     given = model_argument(path, model)
-    values: dict[str, Any] = {
-        "--stage": stage,
-        "--diff": diff,
-        "--module": module,
-        "--kernel": kernel,
-        "--numerics": numerics or None,
-    }
-    values |= {"--bits": bits, "--text": text, "--run": run or None, "--export": export or None, "--out": out}
-    format_ = _format(format_, as_json, [option for option, value in values.items() if value is not None])
+    format_ = _format(options)
     check_counts(batch, seq_len)
     _check_stages([name for name in (stage, *(diff or ())) if name is not None])
     planned = _planned(optimizer, optimizer_budget, step_in_backward)
@@ -106,8 +98,10 @@ def inspect(
         _deliver(rendered(report, format_, stage, diff, module, wide=wide), out)
 
 
-def _format(asked: str, as_json: bool, given: Sequence[str]) -> str:
-    """--format, or json where --json says so. Raises ConfigError for options, of those `given`, that do not go together."""
+def _format(options: dict[str, Any]) -> str:
+    """The command's parameters by name -> the format. Raises ConfigError for options that do not go together."""
+    asked, as_json = options["format_"], options["as_json"]
+    given = [f"--{name}" for name, value in options.items() if value not in (None, []) and value is not False]
     if asked not in FORMATS:
         raise UnknownOptionError(asked, FORMATS, what="format")
     selected = [option for option in given if option in ("--stage", "--diff", "--module")]
@@ -241,13 +235,9 @@ def _kernel_source(report: CompileReport, name: str) -> str:
     """Several kernels may stand in one file. Raises UnknownOptionError naming the nearest that this machine generates."""
     from .runtime.kernels import source_name
 
+    by_source = {source_name(kernel): text for kernel, text in report.kernels.items()}
     named = {part for choice in report.choices for part in choice.parts} | set(report.kernels)
-    known = {
-        part: text
-        for kernel, text in report.kernels.items()
-        for part in named
-        if source_name(part) == source_name(kernel)
-    }
+    known = {part: by_source[source_name(part)] for part in named if source_name(part) in by_source}
     if name not in known:
         raise UnknownOptionError(name, known, what="kernel")
     return known[name]

@@ -142,7 +142,10 @@ def guard_replacements(replaced: list[torch.Tensor]) -> None:
 def guards_classes_of(modules: Iterable[nn.Module]) -> bool:
     """Whether a guard looks into the class of one of these, at its bases, attributes or the defaults of its forward: built
     after the backend returns, it would look into a class that the module was given meanwhile."""
-    ids, scopes = {id(module) for module in modules}, dict(_frame_scopes() or {})
+    ids = {id(module) for module in modules}
+    if not ids:  # as for every graph of a prepared model
+        return False
+    scopes = dict(_frame_scopes() or {})
     expressions = set()
     for guard in TracingContext.get().guards_context.dynamo_guards:
         source: Any = guard.originating_source

@@ -15,7 +15,6 @@ from .choices import check_choices
 from .config import QLoRAConfig, names_module
 from .equal_layers import mark_layers
 from .errors import ModelStateError, NoTargetError
-from .foreign import tuner_kinds
 from .modules import prepared_config, prepared_state
 from .param_info import ParamInfo, is_linear_module
 from .saving import save_adapters_of
@@ -149,7 +148,7 @@ def require_targets(targets: Iterable[ParamInfo], found: Iterable[ParamInfo], ed
     A model that PEFT adapted may have none; it is told where it asked for 4 bits.
     """
     if edits.is_foreign:
-        kinds = set(tuner_kinds(edits.root).values())
+        kinds = set(edits.tuners.values())
         if edits.is_peft and edits.config.quantize and "lora" not in kinds:
             warnings.warn(
                 f"quantize=True has no effect: it stores the weights under PEFT's LoRA layers in 4 bits, and this model "

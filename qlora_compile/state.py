@@ -41,7 +41,7 @@ class ModelEdits:
         # a model that PEFT adapted or bitsandbytes quantized keeps the state that they gave it
         self.is_foreign = self.is_peft or any(is_bnb_weight(entry.param) for entry in self._params.values())
         self._peft_layers = peft_layers(root) if self.is_peft else {}
-        self._tuners = tuner_kinds(root) if self.is_peft else {}
+        self.tuners = tuner_kinds(root) if self.is_peft else {}
         self._heads, self._routers = self._output_heads(), router_names(root)
 
     def _index(self) -> dict[int, ParamInfo]:
@@ -81,7 +81,7 @@ class ModelEdits:
             kind = "PEFT" if self.is_peft else "bitsandbytes"
             return f"a {kind} model's dense weights stay as they are (quantize={config.quantize!r})"
         if self.is_foreign and name not in self._peft_layers:
-            tuner = self._tuners.get(name)
+            tuner = self.tuners.get(name)
             return f"its adapter is PEFT's {tuner}, no LoRA" if tuner else "PEFT gave it no adapter"
         if param.dim() == 3 and any(runs_own_experts(module) for _, module, _ in entry.owners):
             return "its module runs its experts in a way of its own"

@@ -62,19 +62,20 @@ class RunFolder:
 
     def _hold(self) -> None:
         """Lock the folder until `release`, or the end of the process, where the system has such locks."""
-        with contextlib.suppress(ImportError):
+        try:
             import fcntl
-
-            self._lock = os.open(self.path, os.O_RDONLY)
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self.release()
-                raise OutputError(
-                    f"Another run writes into {self.path} now: wait until it ends, or choose another output folder."
-                ) from None
-            except OSError:  # some network file systems have none
-                self.release()
+        except ImportError:
+            return
+        self._lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise OutputError(
+                f"Another run writes into {self.path} now: wait until it ends, or choose another output folder."
+            ) from None
+        except OSError:  # some network file systems have none
+            self.release()
 
     def release(self) -> None:
         """The end of the run; idempotent."""
