@@ -131,7 +131,9 @@ def test_a_cache_folder_that_cannot_be_written_is_named(
                 cpp_build.load("dequantize_4bit")
         assert not list(tmp_path.iterdir())
     tuning.cache_file("cpu").with_suffix(".lock").mkdir()
-    with pytest.raises(KernelError, match=r"cannot be written: .*Is a directory.*Set QLORA_COMPILE_CACHE_DIR"):
+    monkeypatch.setattr(tuning, "_unwritten", {})
+    expected = r"for this process only: .* cannot be written: .*Is a directory.*Set QLORA_COMPILE_CACHE_DIR"
+    with pytest.warns(RuntimeWarning, match=expected):
         tuning.remember((), "cpu")
 
 
