@@ -103,7 +103,7 @@ def read_branch(node: Any, x: fx.Node) -> Branch | None:
         return None
     a, source = peel_casts(h.args[1]), peel_casts(h.args[0])
     dropout = 0.0
-    if is_call(source, F.dropout):
+    if source is not x and is_call(source, F.dropout):  # x itself may be a dropout's result, which all branches read
         _, probability, training = _dropout_arguments(source)
         dropout = probability if training else 0.0
         source = peel_casts(source.args[0])

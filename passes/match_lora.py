@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..foreign import expected_adapters, why_not_plain
+from ..foreign import expected_adapters, special_adapter
 from ..fx_utils import ADD, dtype_of, emit, is_call, is_linear, peel_casts, peel_transposes
 from ..pass_manager import PassContext
 from .bnb_products import rewrite_products
@@ -28,6 +28,10 @@ _MATMUL = (operator.matmul, torch.matmul, torch.mm, "matmul", "mm")
 def match_lora(gm: fx.GraphModule, ctx: PassContext) -> int:
     """Returns the number of products and linears rewritten."""
     count = rewrite_products(gm, ctx)
+    if ctx.graph_number == 0:  # also those that no graph will have: their code breaks it
+        for name, layer in ctx.edits.peft_layers.items():
+            if reason := special_adapter(layer):
+                ctx.decline(name, reason)
     for node in list(gm.graph.nodes):
         if not is_linear(node):
             continue
@@ -43,11 +47,12 @@ def match_lora(gm: fx.GraphModule, ctx: PassContext) -> int:
 
 
 def _check_peft(node: fx.Node, ctx: PassContext) -> None:
-    """Record why a layer that PEFT adapted has other branches than those that the passes find."""
+    """Record a layer that PEFT adapted with plain adapters, where the passes find others beside the product."""
     name = _site(node, ctx)
-    layer = ctx.edits.peft_layer(name) if name else None
-    if layer is not None and len(find_branches(node)[1]) != len(expected_adapters(layer)):
-        ctx.decline(name, why_not_plain(layer))
+    layer = ctx.edits.peft_layers.get(name)
+    if layer is None or len(find_branches(node)[1]) == len(expected_adapters(layer)) or special_adapter(layer):
+        return
+    ctx.decline(name, "its adapters were not found beside its product, and run as traced")
 
 
 def _site(node: fx.Node, ctx: PassContext) -> str:

@@ -2,7 +2,8 @@
 
     x @ W.T, torch.matmul(x, W.t()), torch.mm    ->  F.linear(x, W)
     x @ W               (W is [in, out])         ->  F.linear(x, W.t())
-    torch.addmm(b, x, W) (GPT-2's Conv1D)        ->  F.linear(x, W.t(), b)
+    torch.addmm(b, x, W)                         ->  F.linear(x, W.t(), b)
+    addmm(b, x.view(-1, K), W).view(..., N)      ->  F.linear(x, W.t(), b)        (GPT-2's Conv1D)
     F.linear(x, weight=W, bias=b)                ->  F.linear(x, W, b)
 
 W is a 2-D parameter, or an expression over parameters only (an adapted weight); x is not.
@@ -20,6 +21,7 @@ from ..fx_utils import LINEAR, emit, is_call, is_linear, peel_casts, peel_transp
 from ..pass_manager import PassContext
 
 _PRODUCTS = (operator.matmul, torch.matmul, torch.mm, "matmul", "mm")
+_VIEWS = (torch.reshape, "view", "reshape")
 
 
 def normalize_linear(gm: fx.GraphModule, ctx: PassContext) -> int:
@@ -81,8 +83,23 @@ def _rewrite(node: fx.Node, x: fx.Node, weight: fx.Node, bias: Any) -> int:
         inner = emit(node, "t", (weight,), node, method=True)
         shape = value(weight)
         inner.meta["example_value"] = shape.t() if isinstance(shape, torch.Tensor) else None
-    replace(node, emit(node, LINEAR, (x, inner, bias), node))
+    old, x = _without_views(node, x)
+    replace(old, emit(node, LINEAR, (x, inner, bias), node))
     return 1
+
+
+def _without_views(product: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """What the linear takes the place of, and its input: (view(product(view(x0))), x0) where the views only fold the leading
+    dimensions of x0 for the product and unfold them again (Conv1D), so that adapters beside it read the same x0."""
+    users = list(product.users)
+    if len(users) != 1 or not is_call(x, *_VIEWS) or not is_call(users[0], *_VIEWS) or users[0].args[0] is not product:
+        return product, x
+    shapes = [getattr(value(n), "shape", ()) for n in (x.args[0], x, product, users[0])]
+    if not all(shapes):
+        return product, x
+    before, folded, multiplied, after = shapes
+    same = len(folded) == 2 and before[:-1] == after[:-1] and before[-1] == folded[-1] and multiplied[-1] == after[-1]
+    return (users[0], x.args[0]) if same else (product, x)  # type: ignore[return-value]
 
 
 def is_weight(node: Any, ctx: PassContext) -> bool:

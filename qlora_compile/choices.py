@@ -9,7 +9,8 @@ from collections.abc import Callable, Container, Iterator
 
 from .config import names_module, pattern_names
 from .errors import ConfigError
-from .param_info import ParamInfo, is_adapter, site_name
+from .foreign import is_bnb_weight
+from .param_info import ParamInfo, is_adapter, is_linear_weight, site_name
 from .state import ModelEdits
 
 Names = Callable[[str], bool]
@@ -19,6 +20,7 @@ def check_choices(edits: ModelEdits, targets: Container[str] | None = None) -> N
     """Warn of each entry that has no effect, before anything is changed. `targets`: the sites that will be adapted, where
     that is known (else those that nothing declines). Raises ConfigError for modules_to_save that name no module."""
     if edits.is_foreign:
+        _check_peft(edits)
         return
     modules = [name for name, _ in edits.root.named_modules()]
     for item in edits.config.modules_to_save:
@@ -38,6 +40,31 @@ def check_choices(edits: ModelEdits, targets: Container[str] | None = None) -> N
         else:
             continue
         warnings.warn(f"{option} names {item!r}, {why}; the entry has no effect.", UserWarning, stacklevel=3)
+
+
+def _check_peft(edits: ModelEdits) -> None:
+    """Warn of weights under PEFT's adapters that `quantize=True` leaves as they are; of tools that store them in 4 bits
+    themselves none is left."""
+    if not edits.is_peft or not edits.quantizes():
+        return
+    adapted = [entry for entry in edits.all() if not is_adapter(entry) and _is_adapted_linear(entry, edits)]
+    dense = [(entry.name, edits.decline_reason(entry)) for entry in adapted if not is_bnb_weight(entry.param)]
+    dense = [(name, reason) for name, reason in dense if reason is not None]
+    if adapted and not dense:
+        return
+    which = f"{dense[0][0]}: {dense[0][1]}" if dense else "none of its adapters is one of a linear layer"
+    if len(dense) == len(adapted):
+        said = f"quantize=True has no effect: it stores the weights under PEFT's LoRA layers in 4 bits ({which})."
+    else:
+        said = f"quantize=True leaves {len(dense)} of {len(adapted)} adapted weights as they are ({which})."
+    warnings.warn(said, UserWarning, stacklevel=3)
+
+
+def _is_adapted_linear(entry: ParamInfo, edits: ModelEdits) -> bool:
+    """Whether it is the weight of a linear layer, or of experts, that PEFT put an adapter on."""
+    names = entry.name, entry.name.partition(".base_layer")[0]
+    linear = all(is_linear_weight(module, key) for _, module, key in entry.owners)
+    return (linear or entry.param.dim() == 3) and any(name in edits.tuners for name in names)
 
 
 def _choices(edits: ModelEdits) -> Iterator[tuple[str, str, Names, bool]]:

@@ -6,6 +6,7 @@ of theirs keeps the state that they gave it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -44,16 +45,22 @@ def expected_adapters(layer: Any) -> list[str]:
     return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
-def why_not_plain(layer: Any) -> str:
-    """What makes a layer's branch another one than B A x, in PEFT's own words."""
-    for name in expected_adapters(layer):
-        variant = getattr(layer, "lora_variant", {}).get(name)
-        if variant is not None:
+def variant_of(layer: Any, names: Iterable[str]) -> str:
+    """Which of these adapters is more than B A x, in PEFT's own words: DoRA, aLoRA, ...; "" where none is."""
+    for name in names:
+        if (variant := getattr(layer, "lora_variant", {}).get(name)) is not None:
             kind = type(variant).__name__.removesuffix("Variant").removesuffix("Linear")
-            return f"its adapter {name!r} is {kind}, which runs as traced"
-        if getattr(layer.lora_B[name], "bias", None) is not None:
-            return f"its adapter {name!r} has a bias (lora_bias), which runs as traced"
-    return "its adapters are not the branch that PEFT's LoRA writes: they run as traced"
+            return f"its adapter {name!r} is {kind}"
+    return ""
+
+
+def special_adapter(layer: Any) -> str:
+    """Why an adapter in use here runs as traced, or "" where it can be read as a branch B A x."""
+    names = expected_adapters(layer)
+    if kind := variant_of(layer, names):
+        return f"{kind}, which runs as traced"
+    biased = next((name for name in names if getattr(layer.lora_B[name], "bias", None) is not None), None)
+    return f"its adapter {biased!r} has a bias (lora_bias), which runs as traced" if biased else ""
 
 
 class Unpacked(NamedTuple):

@@ -145,16 +145,9 @@ def _read_directly(model: nn.Module) -> dict[str, str]:
 def require_targets(targets: Iterable[ParamInfo], found: Iterable[ParamInfo], edits: ModelEdits) -> None:
     """Raises NoTargetError, listing what there was, if no linear is a target; and for an embedding named as one.
 
-    A model that PEFT adapted may have none; it is told where it asked for 4 bits.
+    A model of PEFT's or bitsandbytes' may have none.
     """
     if edits.is_foreign:
-        kinds = set(edits.tuners.values())
-        if edits.is_peft and edits.config.quantize and "lora" not in kinds:
-            warnings.warn(
-                f"quantize=True has no effect: it stores the weights under PEFT's LoRA layers in 4 bits, and this model "
-                f"has none (its adapters: {', '.join(sorted(kinds)) or 'none in layers'}).",
-                stacklevel=2,
-            )
         return
     _refuse_embeddings(edits)
     if list(targets):

@@ -16,7 +16,7 @@ from .attention import forgo_fast_path
 from .config import QLoRAConfig, names_module
 from .errors import ConfigError, InvalidWeightError, ModelStateError
 from .experts import experts_class, runs_own_experts
-from .foreign import is_bnb_weight, peft_layers, tuner_kinds
+from .foreign import is_bnb_weight, peft_layers, tuner_kinds, variant_of
 from .initialization import SpectralStart, is_spectral, start_from_weight
 from .modules import AdapterInfo, AdapterSite, PreparedState, linear_class, parameter_class, prepared_state
 from .param_info import ParamInfo, is_adapter, is_conv1d, is_linear_weight, router_names, site_name
@@ -40,7 +40,7 @@ class ModelEdits:
         self._was_frozen = before is not None  # what trains since then is the caller's decision
         # a model that PEFT adapted or bitsandbytes quantized keeps the state that they gave it
         self.is_foreign = self.is_peft or any(is_bnb_weight(entry.param) for entry in self._params.values())
-        self._peft_layers = peft_layers(root) if self.is_peft else {}
+        self.peft_layers = peft_layers(root) if self.is_peft else {}
         self.tuners = tuner_kinds(root) if self.is_peft else {}
         self._heads, self._routers = self._output_heads(), router_names(root)
 
@@ -80,9 +80,8 @@ class ModelEdits:
         if self.is_foreign and not self.quantizes():
             kind = "PEFT" if self.is_peft else "bitsandbytes"
             return f"a {kind} model's dense weights stay as they are (quantize={config.quantize!r})"
-        if self.is_foreign and name not in self._peft_layers:
-            tuner = self.tuners.get(name)
-            return f"its adapter is PEFT's {tuner}, no LoRA" if tuner else "PEFT gave it no adapter"
+        if self.is_foreign and (reason := self._foreign_reason(entry)):
+            return reason
         if param.dim() == 3 and any(runs_own_experts(module) for _, module, _ in entry.owners):
             return "its module runs its experts in a way of its own"
         if param.dim() != (3 if entry.is_experts else 2):
@@ -103,6 +102,21 @@ class ModelEdits:
         if self._complete:
             return "prepare() left it as it is: its example_inputs find linears that are no modules"
         return None
+
+    def _foreign_reason(self, entry: ParamInfo) -> str | None:
+        """Why a weight of another tool's model is not under a LoRA layer that can have it in 4 bits, or None."""
+        name = entry.name
+        if entry.param.requires_grad:
+            return "it trains (requires_grad)"
+        if name in self.peft_layers:
+            return variant_of(self.peft_layers[name], self.peft_layers[name].lora_A) or None
+        if name in self.tuners:
+            return f"its adapter is PEFT's {self.tuners[name]}, no LoRA"
+        parts = name.split(".")
+        inside = next((i for i in range(len(parts)) if ".".join(parts[:i]) in self.tuners), None)
+        if inside is None:
+            return "modules_to_save trains a copy of it" if "original_module" in parts else "PEFT gave it no adapter"
+        return "PEFT's target_parameters adapts it" if parts[inside] == "base_layer" else "it is an adapter's own"
 
     def saved_in_full(self, entry: ParamInfo) -> bool:
         """Whether `modules_to_save` names a module that holds this parameter, directly or further down (PEFT's rule)."""
@@ -204,10 +218,6 @@ class ModelEdits:
 
     def _keeps_training(self) -> bool:
         return self.is_foreign or self._was_frozen
-
-    def peft_layer(self, name: str) -> nn.Module | None:
-        """PEFT's LoRA layer of that name, or None."""
-        return self._peft_layers.get(name)
 
     def remember(self) -> PreparedState:
         """Leave the configuration on the root, unless it has one already, and on the adapted modules: a layer of the

@@ -100,6 +100,23 @@ def test_twice_is_the_same_as_once(traced: Callable[..., Any], name: str) -> Non
     assert t.text() == once
 
 
+@pytest.mark.parametrize(
+    ("shape", "views"), [((2, 5, OUT), 0), ((5, 2, OUT), 2), ((10, OUT), 2)], ids=["as before", "swapped", "folded"]
+)
+def test_views_that_fold_the_leading_dimensions_for_the_product_go(
+    traced: Callable[..., Any], shape: tuple[int, ...], views: int
+) -> None:
+    t = traced(
+        Spelled(lambda x, w, b: torch.addmm(b, x.reshape(-1, IN), w).view(shape), TRANSPOSED), torch.randn(2, 5, IN)
+    )
+    wrt = [value for value in t.values.values() if value.requires_grad]
+    before = t.numbers(*wrt)
+    assert t.count(normalize_linear) == 1
+    assert [name for name in t.targets() if name in ("view", "reshape")] == ["reshape", "view"][:views]
+    for was, now in zip(before, t.numbers(*wrt), strict=True):
+        torch.testing.assert_close(now, was, atol=2e-5, rtol=2e-5)  # as above
+
+
 UNCHANGED: dict[str, tuple[Spelling, tuple[int, ...]]] = {
     "activations only": (lambda x, w, b: x @ x.t(), NORMAL),
     "weight on the left": (lambda x, w, b: w @ x.t(), NORMAL),
