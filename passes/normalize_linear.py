@@ -94,7 +94,7 @@ def _without_views(product: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node]:
     users = list(product.users)
     if len(users) != 1 or not is_call(x, *_VIEWS) or not is_call(users[0], *_VIEWS) or users[0].args[0] is not product:
         return product, x
-    shapes = [getattr(value(n), "shape", ()) for n in (x.args[0], x, product, users[0])]
+    shapes: list[Any] = [getattr(value(n), "shape", ()) for n in (x.args[0], x, product, users[0])]
     if not all(shapes):
         return product, x
     before, folded, multiplied, after = shapes
