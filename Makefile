@@ -102,10 +102,12 @@ format: $(VENV)/.stamp-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-BENCHMARKS := codec attention decode merge paging moe train_step compile_time perplexity long_sequences estimate_peaks
+BENCHMARKS := codec attention decode merge paging moe train_step "train_step --llama-shape --seq-len 512" \
+	compile_time perplexity long_sequences estimate_peaks
 
 bench: $(VENV)/.stamp-dev
-	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
+	@for each in $(BENCHMARKS); do echo "== $$each"; set -- $$each; file=$$1; shift; \
+	$(BIN)/python benchmarks/$$file.py "$$@" || exit 1; done
 
 clean:
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,6 +7,7 @@ Dequantize writes bf16 into a reused buffer on both sides, which for bitsandbyte
 directly (its public call always allocates); and bitsandbytes gets its scales already decoded, ours decodes them.
 Each table ends with what bounds it on this machine, measured in the same run: its bytes (read and written once) at the
 speed of a copy or of a read, its operations at the speed of the library's largest bf16 product; and how near we are.
+Below it are the ratios with a limit, which are meant for two cores with AVX-512 BF16.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from bitsandbytes.cextension import lib
 from bitsandbytes.nn import Linear4bit, Params4bit
 from bounds import Speeds, Work, best_of
 from common import Times, alternate, hold_peer, write_results
+from limits import Found, entry, show_limits
 
 from qlora_compile import nf4
 from qlora_compile.runtime.kernels import devices, find, lora_kernels
@@ -121,6 +123,25 @@ def work_of(title: str) -> Work:
     return Work(2 * rows * columns, packed) if op == "quantize" else Work.of_linears(int(rest[0]), rows, columns)
 
 
+def limits(title: str, times: Times) -> list[Found]:
+    """What is wanted of a table made of large matrices (one that fits a cache has no limit): the others' time over ours."""
+    op, shape, *rest = title.replace(",", "").split()
+    if int(shape.split("x")[0]) < 4096:
+        return []
+    theirs = {name: median / times["ours"][0] for name, (median, _) in times.items()}
+    dense = next((name for name in theirs if name.endswith("linear")), "")
+    wanted: dict[str, float]
+    if op == "dequantize":
+        wanted = {"bitsandbytes": 2.0, "copy of the same bytes": 0.85}
+    elif op == "quantize":
+        wanted = {"bitsandbytes": 10.0}
+    elif rest[0] == "1":
+        wanted = {dense: 3.0, "bitsandbytes": 1.2}
+    else:
+        wanted = {dense: 1.8 if int(rest[0]) <= 16 else 1 / 1.1}
+    return [entry(f"{name} / ours", theirs[name], at_least=least) for name, least in wanted.items()]
+
+
 def show(title: str, times: Times, speeds: Speeds) -> None:
     print(f"{title} (nf4, block 64, double quantization, bf16)")
     ours = times["ours"]
@@ -129,6 +150,7 @@ def show(title: str, times: Times, speeds: Speeds) -> None:
         print(f"  {name:<24}{median * 1e6:>9.0f} us (best {best * 1e6:>9.0f}) {ratios}")
     seconds, what = speeds.bound(work_of(title))
     print(f"  bound by {what}: {seconds * 1e6:.0f} us, {seconds / ours[0]:.2f} of ours, best {seconds / ours[1]:.2f}")
+    show_limits(limits(title, times))
 
 
 def main() -> None:

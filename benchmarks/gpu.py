@@ -43,7 +43,8 @@ THREADS = torch.get_num_threads()
 torch.set_num_threads(1)
 
 import gpu_jobs  # noqa: E402
-from gpu_summary import line, summary  # noqa: E402
+from gpu_summary import summary  # noqa: E402
+from limits import line  # noqa: E402
 
 PARTS = ("kernels", "paging", "model")
 LLAMA, PEFT, BOTH = ("transformers",), ("transformers", "peft"), ("transformers", "peft", "bitsandbytes")

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 from bounds import BEATEN, NEAR, explained
 from gpu_floors import step_operations, token_bytes
 from gpu_kernels import TOLERANCE
 from gpu_linears import DX, MANY
+from limits import Found, entry
 
-Found = dict[str, Any]
 WORDS = {
     "ours": "qlora-compile",
     "ours_without_logits": "qlora-compile, keep_logits=False",
@@ -31,23 +30,6 @@ def summary(found: Found) -> list[Found]:
     """All entries that what was found so far allows."""
     parts = (checks, dequantize, few_rows, one_token, many_rows, training, decoding, paging, paged_steps)
     return [entry for part in parts for entry in part(found)]
-
-
-def entry(
-    what: str, measured: float, bound: str, *, at_least: float | None = None, at_most: float | None = None
-) -> Found:
-    limit, met = None, None
-    if at_least is not None:
-        limit, met = f"at least {at_least:.3g}", measured >= at_least
-    elif at_most is not None:
-        limit, met = f"at most {at_most:.3g}", measured <= at_most
-    return {"what": what, "measured": measured, "limit": limit, "met": met, "bound": bound}
-
-
-def line(one: Found) -> str:
-    met = {None: "", True: ": met", False: ": NOT MET"}[one["met"]]
-    limit = f" (limit: {one['limit']}{met})" if one["limit"] else ""
-    return f"{one['what']}: {one['measured']:.4g}{limit}" + (f"; {one['bound']}" if one["bound"] else "")
 
 
 def _of(share: float, bound: str) -> str:

@@ -35,10 +35,13 @@ from typing import Any
 
 from bounds import best_of, product_speed
 from common import cut, llama_shape, load_ours, load_peer, resident_bytes, smollm2, write_results
+from limits import Found, entry, show_limits
 
 OURS = ("ours", "ours_no_logits")
 PEERS = ("bitsandbytes", "bitsandbytes_bf16_adapters", "bitsandbytes_fp32", "drop-in")
 CONTENDERS = ("ours", "ours_no_logits", *PEERS, "floor", "floor_fp32")
+LIMITS = {"bitsandbytes": 0.70, "floor": 1.15}  # our step over theirs, SmolLM2, two cores with AVX-512 BF16
+LLAMA_LIMITS = {"bitsandbytes": 0.82, "bitsandbytes_bf16_adapters": 0.92, "floor": 1.10}
 
 
 def build(contender: str, model_dir: str, rank: int) -> tuple[Any, list[Any]]:
@@ -210,7 +213,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=4, help="steps that count in each turn")
     parser.add_argument("--turns", type=int, default=4)
-    parser.add_argument("--contenders", default="ours,bitsandbytes,floor", help=f"of {', '.join(CONTENDERS)}")
+    parser.add_argument("--contenders", help=f"of {', '.join(CONTENDERS)} (default: ours and those with a limit)")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -218,7 +221,7 @@ def main() -> None:
         worker(arguments.worker, arguments)
         return
     arguments.model = llama_shape() if arguments.llama_shape else cut(smollm2(arguments.model), arguments.layers)
-    names = arguments.contenders.split(",")
+    names = arguments.contenders.split(",") if arguments.contenders else default_contenders(arguments.llama_shape)
     argv = ["--model", arguments.model, "--batch", str(arguments.batch), "--seq-len", str(arguments.seq_len)]
     argv += ["--rank", str(arguments.rank)]
     contenders = [Contender(name, argv) for name in names]
@@ -233,10 +236,32 @@ def main() -> None:
     profiles = {contender.name: contender.ask("profile") for contender in contenders}
     results = {contender.name: contender.result() for contender in contenders}
     report(results, arguments)
+    show_limits(limits(results, arguments))
     bounds = bounds_of(results, profiles, arguments)
     setting = {key: getattr(arguments, key) for key in ("batch", "seq_len", "rank", "steps", "turns")}
     setting["model"] = Path(arguments.model).name
     write_results(arguments.json, setting, {name: r | {"bound": bounds[name]} for name, r in results.items()})
+
+
+def default_contenders(llama: bool) -> list[str]:
+    """Ours and what has a limit; the others in fp32 where that is what a user of theirs would run."""
+    import torch
+
+    from qlora_compile.runtime.kernels import devices
+
+    if devices.multiplies_natively(torch.bfloat16):
+        return ["ours", *(LLAMA_LIMITS if llama else LIMITS)]
+    return ["ours", "bitsandbytes_fp32", "floor_fp32"]
+
+
+def limits(results: dict[str, dict[str, float]], arguments: argparse.Namespace) -> Iterator[Found]:
+    """Our step's time over that of each contender with a limit: of whole models in the sizes that it was set for."""
+    wanted = LLAMA_LIMITS if arguments.llama_shape else LIMITS
+    whole = arguments.layers is None and arguments.batch * arguments.seq_len == (1024 if arguments.llama_shape else 512)
+    for name, most in wanted.items() if whole and "ours" in results else ():
+        other = name if name in results else f"{name}_fp32"
+        if other in results:
+            yield entry(f"ours / {other}", results["ours"]["step_s"] / results[other]["step_s"], at_most=most)
 
 
 def bounds_of(

@@ -204,7 +204,7 @@ def test_an_optimizer_alone_and_what_fails_costs_nothing_else(
     for times in (first, second):
         assert 0 < times["optimizer_host_s"] <= times["optimizer_stream_s"] <= times["optimizer_s"]
     assert jobs.os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
-    lines = [module("gpu_summary").line(one) for one in module("gpu_summary").paged_steps(kept)]
+    lines = [module("limits").line(one) for one in module("gpu_summary").paged_steps(kept)]
     assert len(lines) == 2 and lines[0].startswith("paged optimizer alone, 32 connections, priority 0, ms: ")
 
 
