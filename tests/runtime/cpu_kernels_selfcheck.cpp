@@ -5,8 +5,11 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <fstream>
 #include <initializer_list>
+#include <iterator>
 #include <memory>
+#include <vector>
 
 extern "C" int qlora_best_isa();
 extern "C" void qlora_dequantize_4bit(
@@ -74,11 +77,12 @@ struct Product {
 extern "C" int qlora_has_wide_gemm() __attribute__((weak));
 extern "C" void qlora_wide_gemm(const Product*) __attribute__((weak));
 extern "C" void qlora_quantize_4bit(const void*, uint8_t*, float*, int64_t, int64_t, int, int, int, int);
+extern "C" void qlora_paged_step(const int64_t*, int64_t, const float*, const void*, const void*, int, int, int, int);
 
 namespace {
 
-uint32_t state = 1;
-uint32_t random_bits() { return state = state * 1664525u + 1013904223u; }
+uint32_t random_state = 1;
+uint32_t random_bits() { return random_state = random_state * 1664525u + 1013904223u; }
 
 template <typename T>
 std::unique_ptr<T[]> buffer(int64_t size) {
@@ -299,9 +303,57 @@ bool check_gemm(int64_t M, int64_t N, int64_t K, int64_t block_size, int dtype) 
     return true;
 }
 
+std::vector<char> read(const char* path) {
+    std::ifstream file(path, std::ios::binary);
+    return {std::istreambuf_iterator<char>(file), {}};
+}
+
+// A sweep over two parameters on buffers of exactly their sizes, twice, so that the second reads the states of the first: 1 and
+// 3 threads give the same bytes. That they are the right ones is what tests/runtime/test_paged_optimizer.py checks.
+bool check_paged_step(
+    int64_t count, int dtype, bool lion, bool narrow, int isa, const std::vector<char>& first, const std::vector<char>& second
+) {
+    const int64_t counts[] = {count, 300}, states = lion ? 1 : 2, item = size_of(dtype);
+    const float numbers[] = {0.99f, 0.1f, 0.999f, 0.001f, 0.9f, 1e-8f, -0.01f, 0.0f};
+    std::unique_ptr<uint8_t[]> param[2][2], state[2][2], grad[2];
+    for (int i = 0; i < 2; ++i) grad[i] = weights(counts[i], dtype);
+    const uint32_t seed = random_state;
+    for (int run = 0; run < 2; ++run) {
+        int64_t pieces[2][6];
+        random_state = seed;
+        for (int i = 0; i < 2; ++i) {
+            const int64_t blocks = (counts[i] + 255) / 256;
+            const int64_t bytes = states * (narrow ? blocks * 260 : counts[i] * 4) + (dtype == 0 ? 0 : counts[i] * 4);
+            param[run][i] = weights(counts[i], dtype);
+            state[run][i] = buffer<uint8_t>(bytes);
+            const auto at = [](const void* p) { return static_cast<int64_t>(reinterpret_cast<intptr_t>(p)); };
+            const int64_t piece[] = {at(param[run][i].get()), at(grad[i].get()), at(state[run][i].get()), counts[i], 0, dtype};
+            std::copy(piece, piece + 6, pieces[i]);
+        }
+        for (int step = 0; step < 2; ++step)
+            qlora_paged_step(pieces[0], 2, numbers, first.data(), second.data(), lion, narrow, isa, 1 + 2 * run);
+    }
+    for (int i = 0; i < 2; ++i)
+        if (std::memcmp(param[0][i].get(), param[1][i].get(), static_cast<size_t>(counts[i] * item)) != 0) return false;
+    return true;
+}
+
 }  // namespace
 
-int main() {
+// The two files are the code maps of 8-bit states.
+int main(int argc, char** argv) {
+    if (argc != 3) return 2;
+    const auto first = read(argv[1]), second = read(argv[2]);
+    for (int isa = qlora_best_isa(); isa >= -1; --isa)
+        for (int dtype = 0; dtype < 3; ++dtype)
+            for (const bool lion : {false, true})
+                for (const bool narrow : {false, true})
+                    for (const int64_t count : {1, 97, 256, 769})
+                        if (!check_paged_step(count, dtype, lion, narrow, isa, first, second)) {
+                            std::printf("paged step, isa %d dtype %d, %d elements: threads differ\n", isa, dtype,
+                                        static_cast<int>(count));
+                            return 1;
+                        }
     if (qlora_has_wide_gemm && qlora_has_wide_gemm())
         for (const int64_t M : {0, 1, 7, 110})
             for (const int64_t N : {1, 16, 37, 530})
