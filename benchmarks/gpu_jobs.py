@@ -7,9 +7,11 @@ import itertools
 import math
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from typing import Any
 
 import gpu_copies
@@ -169,7 +171,9 @@ def keep_table(child: Child, rows: list[dict[str, Any]]) -> None:
     """The dispatch table to ship, and this machine's own: the models of later jobs run by what was measured."""
     device = child.settings.device
     entries = gpu_linears.table_entries(rows, device)
-    body = {"about": tuning.about(device), "entries": [entry._asdict() for entry in entries]}
+    versions = {package: metadata.version(package) for package in ("torch", "triton")}
+    facts = tuning.about(device) | {"versions": versions, "date": time.strftime("%Y-%m-%d")}
+    body = {"about": facts, "entries": [entry._asdict() for entry in entries]}
     write_atomically(child.file.parents[1] / f"table-{devices.kind(device)}.json", body)
     if not child.settings.small:
         tuning.remember(entries, device)
