@@ -59,6 +59,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gemma2": ("Gemma2Config", LLAMA | {"num_hidden_layers": 8, "head_dim": 32}),
+    "gpt2": (
+        "GPT2Config",
+        COMMON
+        | {"n_embd": WIDTH, "n_head": HEADS, "n_layer": 6, "resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0},
+    ),
 }
 
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from .. import linear_cross_entropy as _op  # noqa: F401  defines the op
-from ..fx_utils import dtype_of, emit, is_call, replace, value
+from ..fx_utils import dtype_of, emit, is_call, is_linear, replace, value
 from ..pass_manager import KeptLogits, PassContext
 from .loss_chain import DeclinedError, LossChain, loss_chain
 
@@ -34,9 +34,10 @@ from .loss_chain import DeclinedError, LossChain, loss_chain
 def chunk_cross_entropy(gm: fx.GraphModule, ctx: PassContext) -> int:
     """Returns the number of losses rewritten."""
     count = 0
-    for node in list(gm.graph.nodes):
-        if not is_call(node, F.cross_entropy):
-            continue
+    losses = [node for node in gm.graph.nodes if is_call(node, F.cross_entropy)]
+    if not losses and not ctx.config.keep_logits:
+        _look_for_logits(gm, ctx)
+    for node in losses:
         try:
             given, chain = loss_chain(node)
             if ctx.config.keep_logits:
@@ -45,11 +46,43 @@ def chunk_cross_entropy(gm: fx.GraphModule, ctx: PassContext) -> int:
                 _drop(node, given, chain)
         except DeclinedError as reason:
             if not ctx.config.keep_logits:
-                ctx.decline(node.name, str(reason))
-                warnings.warn(f"keep_logits=False has no effect on {node.name}: {reason}.", UserWarning, stacklevel=2)
+                _say(node, str(reason), ctx)
         else:
             count += 1
     return count
+
+
+def _say(node: fx.Node, reason: str, ctx: PassContext) -> None:
+    ctx.decline(node.name, reason)
+    warnings.warn(f"keep_logits=False has no effect on {node.name}: {reason}.", UserWarning, stacklevel=2)
+
+
+def _look_for_logits(gm: fx.GraphModule, ctx: PassContext) -> None:
+    """Say so where a step that trains returns logits and has no loss: it is computed outside, and needs them."""
+    for node in gm.graph.nodes:
+        owner = ctx.param(node.args[1]) if is_linear(node) else None
+        if owner is not None and ctx.edits.is_output_head(owner) and _is_differentiated(node) and _is_returned(node):
+            _say(node, "the loss is not computed in its graph (labels=... has a transformers model compute it)", ctx)
+
+
+def _is_differentiated(node: fx.Node) -> bool:
+    example = value(node)
+    return isinstance(example, torch.Tensor) and example.requires_grad
+
+
+def _is_returned(logits: fx.Node) -> bool:
+    """Whether the graph returns the logits, or what is made of them and still has a number for each class."""
+    classes, found, waiting = value(logits).shape[-1:], set(), [logits]
+    while waiting:
+        node = waiting.pop()
+        found.add(node)
+        waiting += [user for user in node.users if user not in found and _last_size(user) == classes]
+    return any(user.op == "output" for node in found for user in node.users)
+
+
+def _last_size(node: fx.Node) -> Any:
+    example = value(node)
+    return example.shape[-1:] if isinstance(example, torch.Tensor) else None
 
 
 def _drop(loss: fx.Node, given: dict[str, Any], chain: LossChain) -> None:
@@ -66,14 +99,14 @@ def _drop(loss: fx.Node, given: dict[str, Any], chain: LossChain) -> None:
 def _keep(loss: fx.Node, given: dict[str, Any], chain: LossChain, ctx: PassContext) -> None:
     """The logits, which the graph returns, without the gradient of them that nobody asks for."""
     x, weight, bias = chain.head.args
-    example, output = value(x), loss.graph.output_node()
+    output = loss.graph.output_node()
     if _trains(weight, ctx) or (bias is not None and _trains(bias, ctx)):
         raise DeclinedError("the head trains")
     if not any(output in node.users for node in chain.nodes):
         return _drop(loss, given, chain)
     if bias is not None and chain.soft_cap:
         raise DeclinedError("the head has a bias below a soft cap")
-    if not isinstance(example, torch.Tensor) or not example.requires_grad:
+    if not _is_differentiated(x):
         raise DeclinedError("nothing is differentiated")
     kept, changed = _returned(chain, output)
     if ctx.kept_logits:

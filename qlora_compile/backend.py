@@ -37,6 +37,7 @@ from .preparation import choose_root, edit_modules, require_targets
 from .report import CompileReport
 from .state import ModelEdits, check_not_wrapped, check_one_device, check_same_config, expert_targets, linear_entries
 from .tensor import QuantizedTensor
+from .transformers_loss import name_losses
 
 
 def qlora(
@@ -95,6 +96,8 @@ def _compile(
     if experts:  # their forward, however it was written, gives way to one that a graph can hold
         edit_modules(edits, experts)
         raise traced_again("the model's experts were quantized")
+    if name_losses(root):
+        raise traced_again("the model's loss got a name")
     original = real_inputs(gm)
     work = copy_graph(gm)
     nodes = placeholders(work.graph)

@@ -17,6 +17,7 @@ from torch._dynamo.exc import ShortenTraceback, UnspecializeRestartAnalysis
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import AttrSource, TypeSource
 from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import fake_tensor_tls
 from torch.utils.weak import TensorWeakRef
 
 from .errors import QLoRACompileError
@@ -188,6 +189,17 @@ def surfaced(error: _Error) -> _Error:
     new._torch_dynamo_tracer_output = None
     new.frame_exec_strategy = None
     return new
+
+
+@contextlib.contextmanager
+def real_scalars() -> Iterator[None]:
+    """Fake ops take real tensors: in a model on the meta device `torch.tensor(0.5, device=x.device)` is one."""
+    before = fake_tensor_tls.allow_non_fake_inputs_override
+    fake_tensor_tls.allow_non_fake_inputs_override = True
+    try:
+        yield
+    finally:
+        fake_tensor_tls.allow_non_fake_inputs_override = before
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from .state import (
     expert_targets,
     linear_entries,
 )
+from .transformers_loss import name_losses
 from .weight_reads import weights_read_directly
 
 
@@ -129,6 +130,7 @@ def _complete(model: nn.Module) -> None:
     assert state is not None
     state.complete = True
     mark_layers(model)
+    name_losses(model)
     save_adapters_of(model)
 
 
@@ -192,7 +194,9 @@ def _trace_edits(model: nn.Module, config: QLoRAConfig, example_inputs: Any) -> 
 
     args, kwargs = call_arguments(model, example_inputs)
     tracer = torch.compile(model, backend=backend.state_only(config))
-    tracer(*args, **kwargs)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "keep_logits=False has no effect")  # of this trace, which is thrown away
+        tracer(*args, **kwargs)
     torch._dynamo.reset_code(type(model).forward.__code__)
     if prepared_config(model) is None:
         raise NoTargetError(

@@ -61,6 +61,10 @@ class ModelEdits:
         heads += [getattr(self.root, name, None) for name in names]
         return {id(head.weight) for head in heads if isinstance(head, nn.Module) and hasattr(head, "weight")}
 
+    def is_output_head(self, entry: ParamInfo) -> bool:
+        """Whether it is the weight that makes a model's logits."""
+        return id(entry.param) in self._heads
+
     def find(self, param: object) -> ParamInfo | None:
         """The parameter's entry, by identity; None where it is none of the root's parameters, or an adapter of ours."""
         entry = self._params.get(id(param))
@@ -93,7 +97,7 @@ class ModelEdits:
         other = [owner for owner in entry.owners if isinstance(owner[1], (nn.Embedding, nn.EmbeddingBag))]
         if other:
             return f"its weight is tied to the embedding {other[0][0]!r}"
-        if config.is_excluded(name, is_output_head=id(param) in self._heads):
+        if config.is_excluded(name, is_output_head=self.is_output_head(entry)):
             return "it is the output head" if config.exclude_modules is None else "exclude_modules names it"
         if not config.is_target(name):
             return "target_modules does not name it"

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 
 from .backend import _compile, local_device
 from .config import QLoRAConfig
-from .dynamo import quiet_fakes, surfaced
+from .dynamo import quiet_fakes, real_scalars, surfaced
 from .errors import ModelStateError, NoTargetError, QLoRACompileError
 from .fx_utils import copy_graph
 from .kernel_report import KernelReport
@@ -172,7 +172,7 @@ def _run(model: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]], co
         backend = _backend(dataclasses.replace(config, dump_dir=folder), keep)
         torch._dynamo.reset_code(type(model).forward.__code__)
         try:
-            with quiet_fakes():
+            with quiet_fakes(), real_scalars():
                 torch.compile(model, backend=backend, dynamic=False)(*args, **kwargs)
         except (RuntimeError, torch._dynamo.exc.Unsupported) as error:
             if isinstance(error, QLoRACompileError) or "meta" not in f"{type(error).__name__} {error}".lower():

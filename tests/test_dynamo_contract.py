@@ -417,3 +417,18 @@ def test_a_backend_that_swaps_a_class_may_have_the_frame_traced_again(breaks):
     for _ in range(2):
         torch.testing.assert_close(compiled(x), expected)
     assert set(classes) == {New}
+
+
+def test_a_trace_on_the_meta_device_takes_a_tensor_made_of_a_number():
+    """`torch.tensor(0.5, device=x.device)` is no fake tensor there, and the fake ops refuse it (Falcon, GPT-Neo)."""
+
+    def function(x: Tensor) -> Tensor:
+        return torch.where(x > 0, x, torch.tensor(0.5, dtype=x.dtype, device=x.device))
+
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
+    x = torch.empty(3, 5, device="meta")
+    with pytest.raises(RuntimeError, match="convert all Tensors to FakeTensors"), dynamo.quiet_fakes():
+        compiled(x)
+    torch._dynamo.reset()
+    with dynamo.real_scalars():
+        assert compiled(x).shape == (3, 5)

@@ -234,6 +234,33 @@ def test_a_quantized_head_is_named(traced: Callable[..., Any]) -> None:
         graph.declined(*PIPELINE)
 
 
+NO_LOSS: dict[str, Loss] = {
+    "logits": lambda z, t: z,
+    "changed": lambda z, t: torch.tanh(z.float() / 3.0) * 3.0,
+    "sliced": lambda z, t: z[:, 1:].contiguous(),
+}
+
+
+@pytest.mark.parametrize("name", NO_LOSS)
+def test_logits_for_a_loss_outside_of_the_graph_are_said(traced: Callable[..., Any], name: str) -> None:
+    graph = traced(Model(NO_LOSS[name]), *inputs(), keep_logits=False)
+    with pytest.warns(
+        UserWarning, match="keep_logits=False has no effect on .*: the loss is not computed in its graph"
+    ):
+        assert len(graph.declined(chunk_cross_entropy)) == 1
+
+
+@pytest.mark.parametrize("case", ["kept", "not trained", "not returned"])
+def test_nothing_is_said_of_other_graphs_without_a_loss(
+    traced: Callable[..., Any], case: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    model = Model((lambda z, t: z.argmax(-1)) if case == "not returned" else NO_LOSS["logits"])
+    with torch.set_grad_enabled(case != "not trained"):
+        graph = traced(model, *inputs(), keep_logits=case == "kept")
+    assert not graph.declined(chunk_cross_entropy)
+    assert not [w for w in recwarn if "keep_logits" in str(w.message)]
+
+
 # --- whole models ---
 
 

@@ -43,6 +43,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "lfm2": HEADS | {"layer_types": ["conv", "full_attention"]},
     "bert": HEADS | {"is_decoder": True, "max_position_embeddings": 512},
     "mpt": {"d_model": 96, "n_heads": 6, "n_layers": 2, "max_seq_len": 512},
+    "gpt2": {"n_head": 6, "n_layer": 2, "n_positions": 512, "resid_pdrop": 0, "attn_pdrop": 0, "embd_pdrop": 0},
+    "falcon": {"num_attention_heads": 6, "num_hidden_layers": 2},
+    "gpt_neo": {
+        "num_heads": 6,
+        "num_layers": 2,
+        "attention_types": [[["global", "local"], 1]],
+        "max_position_embeddings": 512,
+    },
 }
 CONFIG = qc.QLoRAConfig(r=3, block_size=32, lowering="aot_eager", keep_logits=False)
 
@@ -61,10 +69,15 @@ def test_which_models_are_formulas_of_their_length() -> None:
         "lfm2": None,  # a convolution pads the sequence by two
         "bert": Symbols(SYMBOLS.batch, 509, slack=0),  # a buffer of 512 positions
         "mpt": Symbols(SYMBOLS.batch, 509, slack=0),  # a bias of as many
+        "gpt2": SYMBOLS,
+        "falcon": SYMBOLS,
+        "gpt_neo": Symbols(SYMBOLS.batch, 509, slack=0),
     }
 
 
-@pytest.mark.parametrize("name", [pytest.param("mamba2", marks=pytest.mark.slow), "lfm2", "mpt"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("mamba2", marks=pytest.mark.slow), "lfm2", "mpt", "gpt2", "falcon", "gpt_neo"]
+)
 def test_the_peak_is_what_is_measured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # as on a machine that multiplies bf16, see test_tracing.py
     both = {"lora_linear": lora_group.forward, "lora_linear_backward": lora_gradients.backward}
@@ -72,7 +85,7 @@ def test_the_peak_is_what_is_measured(name: str, monkeypatch: pytest.MonkeyPatch
     model, batch, length = build(name), 3, 448  # between the lengths that were traced
     estimator = Estimator(model, CONFIG)
     planned = estimator.plans.read(batch, length, lambda plan: {"peak": plan.peak().bytes})["peak"]
-    assert estimator(batch, length).fitted == (() if name == "mpt" else LENGTHS)
+    assert estimator(batch, length).fitted == (LENGTHS if name in ("mamba2", "lfm2") else ())
     qc.prepare(model, CONFIG, {"input_ids": torch.ones(1, 8, dtype=torch.long)})
     compiled = torch.compile(model, backend="qlora")
     tokens = torch.randint(3, 3999, (batch, length))

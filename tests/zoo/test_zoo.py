@@ -186,7 +186,7 @@ def test_architecture(
     grads_eager = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     breaks = _breaks(lambda: _loss(compiled, inputs).backward())
-    assert breaks == plain_breaks, "a graph break of ours"
+    assert breaks.items() <= plain_breaks.items(), "a graph break of ours"
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert grads.keys() == grads_eager.keys()
     for key, grad in grads.items():
@@ -218,7 +218,7 @@ def test_architecture(
     record_property("quantized", len(sites))
     record_property("dense", _by_reason(dense))
     record_property("experts", ", ".join(_dense_three_dimensional(model)))
-    record_property("breaks", sum(plain_breaks.values()))
+    record_property("breaks", sum(breaks.values()))
 
     qc.export(model, tmp_path / "merged", None, "dequantized", base=tmp_path / "base")
     merged = type(plain).from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
