@@ -1,6 +1,9 @@
 """transformers' Trainer with a paged optimizer: `optimizers=(optimizer, None)`, and a callback that shows its pages.
 
 Trainer(model, args, train_dataset=..., optimizers=(optimizer, None), callbacks=[PagingCallback(optimizer)])
+
+Trainer calls the reporters (TensorBoard, W&B) before its `callbacks`, so they see the numbers only where this one stands
+before them: `trainer.callback_handler.callbacks.insert(0, PagingCallback(optimizer))`, and not in `callbacks`.
 """
 
 from __future__ import annotations
@@ -14,10 +17,10 @@ from .paged_optimizer import PagedOptimizer
 
 
 class PagingCallback(TrainerCallback):
-    """Adds to every log line what moved since the one before; `history` keeps the same numbers.
+    """Adds to every log line, and to its copy in `log_history`, what moved since the one before; `history` keeps it too.
 
     `paging_resident_bytes` and `paging_paged_bytes` of state now, `paging_moved_bytes` in both directions,
-    `paging_hit_rate` (None: nothing was asked for) and `paging_stall_ms` since the last line. With `step_in_backward`
+    `paging_hit_rate` (in `history` None, in the log left out, where nothing was asked for) and `paging_stall_ms` since the last line. With `step_in_backward`
     the start raises ConfigError for arguments that need all gradients before an update.
     """
 
@@ -37,7 +40,7 @@ class PagingCallback(TrainerCallback):
                 )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Add the numbers to the line."""
+        """Add the numbers to the line, and to what Trainer has kept of it already."""
         now, before = self.optimizer.statistics(), self._before
         asked = now.hits + now.misses - before.hits - before.misses
         moved = now.moved_in_bytes + now.moved_out_bytes - before.moved_in_bytes - before.moved_out_bytes
@@ -50,5 +53,8 @@ class PagingCallback(TrainerCallback):
         }
         self._before = now
         self.history.append(line)
+        known = {name: number for name, number in line.items() if number is not None}
         if logs is not None:
-            logs.update(line)
+            logs.update(known)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(known)

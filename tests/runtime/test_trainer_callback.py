@@ -53,6 +53,35 @@ def test_what_the_pages_did_is_logged(
     assert len(state) == len(trainable_parameters(model)) and all(int(s["step"]) == 4 for s in state.values())
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_who_sees_the_numbers(
+    tiny_llama: Callable[..., nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    import transformers
+
+    seen: list[str] = []
+
+    class Reporter(transformers.TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            seen.extend(name for name in logs if name.startswith("paging"))
+
+    monkeypatch.setattr(transformers.trainer, "get_reporting_integration_callbacks", lambda report_to: [Reporter])
+    model = qc.prepare(tiny_llama(num_hidden_layers=1), {"r": 3, "compute_dtype": "float32"})
+    optimizer = qc.PagedAdamW(trainable_parameters(model).values(), lr=1e-3, device_budget="16KiB")
+    run, callback = trainer(model, tmp_path, optimizer, save_strategy="steps", save_steps=4)
+    if first:
+        run.remove_callback(callback)
+        run.callback_handler.callbacks.insert(0, callback)
+    run.train()
+    assert bool(seen) == first
+    lines = [line for line in run.state.log_history if "loss" in line]
+    assert len(lines) == 2
+    for line, numbers in zip(lines, callback.history):
+        assert {name: line[name] for name in numbers if numbers[name] is not None}.items() <= numbers.items()
+        assert "paging_moved_bytes" in line
+    assert "paging_stall_ms" in (tmp_path / "checkpoint-4/trainer_state.json").read_text(encoding="utf-8")
+
+
 def test_arguments_that_need_all_gradients_are_refused(tiny_llama: Callable[..., nn.Module], tmp_path: Path) -> None:
     model = qc.prepare(tiny_llama(num_hidden_layers=1), {"r": 3, "compute_dtype": "float32"})
     optimizer = qc.PagedAdamW(trainable_parameters(model).values(), step_in_backward=True)
