@@ -6,6 +6,7 @@ configuration only, so both doors leave bit-identical state.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -19,11 +20,16 @@ from .experts import experts_class, runs_own_experts
 from .foreign import is_bnb_weight, peft_layers, tuner_kinds, variant_of
 from .initialization import SpectralStart, is_spectral, start_from_weight
 from .modules import AdapterInfo, AdapterSite, PreparedState, linear_class, parameter_class, prepared_state
+from .page_ops import pager_of
 from .param_info import ParamInfo, is_adapter, is_conv1d, is_linear_weight, router_names, site_name
 from .tensor import QuantizedTensor, quantize_4bit
 
 # What may differ between the configuration that a model was prepared with and the one that it is compiled with.
 COMPILE_ONLY = ("lowering", "outline_layers", "activation_budget", "keep_logits", "dump_dir", "kernels", "autotune")
+STALE_OPTIMIZER = (
+    "A paged optimizer was made of dense weights that are quantized now: it does not train the adapters beside them. "
+    "Make it after qlora_compile.prepare(model, config), or after the first call of a compiled model."
+)
 
 
 class ModelEdits:
@@ -42,6 +48,7 @@ class ModelEdits:
         self.is_foreign = self.is_peft or any(is_bnb_weight(entry.param) for entry in self._params.values())
         self.peft_layers = peft_layers(root) if self.is_peft else {}
         self.tuners = tuner_kinds(root) if self.is_peft else {}
+        self._warned = False
         self._heads, self._routers = self._output_heads(), router_names(root)
 
     def _index(self) -> dict[int, ParamInfo]:
@@ -187,6 +194,9 @@ class ModelEdits:
         return start_from_weight(entry.name, param, self.config, maker, transposed=fan_in_fan_out)
 
     def _replace(self, entry: ParamInfo, new: nn.Parameter) -> None:
+        if pager_of(entry.param) is not None and not self._warned:
+            self._warned = True
+            warnings.warn(STALE_OPTIMIZER, UserWarning, stacklevel=2)
         for _, module, key in entry.owners:
             module._parameters[key] = new
         self._params[id(new)] = entry

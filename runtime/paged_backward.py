@@ -222,6 +222,11 @@ class BackwardPager:
         skipped, self.skipped = self.skipped, []
         return {number: self._parameter(number) for number in skipped}
 
+    @property
+    def has_stepped(self) -> bool:
+        """Whether the pass that has ended reached a parameter."""
+        return bool(self._order)
+
     def abandon(self) -> None:
         """The end of a backward pass that failed: what it has updated may be updated by the next one."""
         self._begin_to_count()

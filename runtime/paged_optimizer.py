@@ -25,9 +25,11 @@ from .paged_optimizer_checks import (
     check_group,
     check_numbers,
     check_one_process,
+    check_options,
     check_place,
     check_unchanged,
     trainable,
+    warn_of_no_gradient,
 )
 from .paged_optimizer_plan import Numbers, Task
 from .paged_optimizer_state import StateView, from_dict
@@ -78,6 +80,7 @@ class PagedOptimizer(torch.optim.Optimizer):
         self.states = StateTable(self.pool, lion=self.lion, state_bits=state_bits)
         self.skipped: dict[int, Tensor] = {}  # in the last step, by number: gradients not finite
         self.step_in_backward = step_in_backward
+        self._warned = False  # of a step without gradients
         if step_in_backward:
             check_one_process(type(self).__name__)
         self.pager = BackwardPager(self)
@@ -145,6 +148,7 @@ class PagedOptimizer(torch.optim.Optimizer):
         self.pager.catch_up()
         self.states.generation += 1
         self.skipped = self.pager.finish()
+        self._look_for_updates(self.pager.has_stepped)
         if self.skipped:
             raise NonFiniteError(
                 f"The gradients of {len(self.skipped)} parameters were not finite, number {min(self.skipped)} among them: "
@@ -172,6 +176,12 @@ class PagedOptimizer(torch.optim.Optimizer):
         groups = self.param_groups
         pairs = [(g, p, p.grad) for g in groups for p in g["params"] if p.grad is not None]
         self.update_some(pairs)
+        self._look_for_updates(bool(pairs))
+
+    def _look_for_updates(self, found: bool) -> None:
+        if not found and not self._warned:
+            self._warned = True
+            warn_of_no_gradient(type(self).__name__)
 
     @torch.no_grad()
     def update_some(
@@ -204,6 +214,7 @@ class PagedOptimizer(torch.optim.Optimizer):
             check_unchanged(mine, state.dtype, state.numel)
             key = (id(group), state.step + 1)
             if key not in known:
+                check_options(group, type(self).__name__)
                 known[key] = Numbers.of(group, state.step + 1, lion=self.lion)
             written.append(mine)
             if not mine.is_contiguous():

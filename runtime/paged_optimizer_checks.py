@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,16 +36,43 @@ def check_numbers(defaults: dict[str, Any]) -> None:
 
 
 REFUSED = ("amsgrad", "maximize")  # what torch's AdamW can do and ours cannot
+OF_ALL = ("state_bits", "device_budget", "host_budget", "page_folder", "step_in_backward")  # no group has its own
 
 
 def check_group(group: dict[str, Any], name: str) -> None:
     """Raises ConfigError for a group that asks for what the optimizer `name` does not do, or a number out of range."""
     check_numbers({option: group[option] for option in ("lr", "betas", "eps", "weight_decay") if option in group})
+    check_options(group, name)
+    params = group["params"]
+    if len({id(parameter) for parameter in params}) < len(params):
+        raise ConfigError(
+            f"A parameter group of {name} has a parameter twice, which would be updated twice: give it once."
+        )
+    if group.get("decoupled_weight_decay") is False and group.get("weight_decay"):
+        raise ConfigError(f"{name} decays weights apart from the gradient: leave out decoupled_weight_decay=False.")
+
+
+def check_options(group: dict[str, Any], name: str) -> None:
+    """Raises ConfigError for an option that the optimizer `name` does not know, or has for all groups alike."""
     for option in REFUSED:
         if group.get(option):
             raise ConfigError(f"{name} does not know {option}=True: leave it out of the parameter group.")
-    if group.get("decoupled_weight_decay") is False and group.get("weight_decay"):
-        raise ConfigError(f"{name} decays weights apart from the gradient: leave out decoupled_weight_decay=False.")
+    for option in OF_ALL:
+        if option in group:
+            raise ConfigError(
+                f"{option} is of the whole optimizer: give it to {name}(...), and not to a parameter group."
+            )
+
+
+def warn_of_no_gradient(name: str) -> None:
+    """Of a step that changed nothing."""
+    warnings.warn(
+        f"No parameter of this {name} has a gradient, so its step changed nothing. Call backward() before step(), and make "
+        "the optimizer after qlora_compile.prepare(model, config): an unprepared model gets its adapters, which are new "
+        "parameters, only when it is compiled, at its first call.",
+        UserWarning,
+        stacklevel=3,
+    )
 
 
 def _is_number(value: Any) -> bool:

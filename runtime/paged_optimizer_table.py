@@ -8,8 +8,9 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from ..errors import MemoryBudgetError
+from ..errors import MemoryBudgetError, QLoRACompileError
 from .memory import PagePool
+from .paged_optimizer_checks import check_place
 from .paged_optimizer_layout import ParamState, Views, layout_for
 from .paged_optimizer_plan import Plan, Task
 from .sharded import local_part
@@ -31,11 +32,12 @@ class StateTable:
         return self._states.get(id(parameter))
 
     def add(self, parameter: Tensor, group: object) -> ParamState:
-        """A new state, of zeros and where there is one of the master. Raises MemoryBudgetError."""
+        """A new state, of zeros and where there is one of the master. Raises MemoryBudgetError, ModelStateError."""
         state = self._states[id(parameter)] = self._made(parameter, group)
         return state
 
     def _made(self, parameter: Tensor, group: object) -> ParamState:
+        check_place(parameter, self._pool.device)
         mine = local_part(parameter)  # of a parameter that FSDP2 split, each rank keeps the state of its rows
         layout = layout_for(mine, lion=self._lion, state_bits=self._bits)
         items = -(-mine.numel() // layout.unit)
@@ -58,22 +60,22 @@ class StateTable:
 
     @contextmanager
     def undone(self) -> Iterator[None]:
-        """What was added in this block is taken away again where it ends with MemoryBudgetError."""
+        """What was added in this block is taken away again where it ends with one of our errors."""
         known = set(self._states)
         try:
             yield
-        except MemoryBudgetError:
+        except QLoRACompileError:
             self.free(set(self._states) - known)
             raise
 
     def fill(self, loaded: dict[Tensor, tuple[int, Views]]) -> None:
-        """These (step, values) in the place of everything. Raises MemoryBudgetError, with nothing changed."""
+        """These (step, values) in the place of everything. Raises as `add`, with nothing changed."""
         states: dict[Tensor, ParamState] = {}
         try:
             for parameter in loaded:
                 states[parameter] = self._of_its_form(parameter) or self._made(parameter, 0)
             self._pool.reserve([span.page for state in states.values() for span in state.spans])
-        except MemoryBudgetError:
+        except QLoRACompileError:
             for parameter, state in states.items():
                 if state is not self.get(parameter):
                     self._pool.free(state.allocation)

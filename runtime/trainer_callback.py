@@ -20,8 +20,9 @@ class PagingCallback(TrainerCallback):
     """Adds to every log line, and to its copy in `log_history`, what moved since the one before; `history` keeps it too.
 
     `paging_resident_bytes` and `paging_paged_bytes` of state now, `paging_moved_bytes` in both directions,
-    `paging_hit_rate` (in `history` None, in the log left out, where nothing was asked for) and `paging_stall_ms` since the last line. With `step_in_backward`
-    the start raises ConfigError for arguments that need all gradients before an update.
+    `paging_hit_rate` (where nothing was asked for left out of the log, and None in `history`) and `paging_stall_ms` since
+    the last line. With `step_in_backward` the start raises ConfigError for arguments that need all gradients before an
+    update.
     """
 
     def __init__(self, optimizer: PagedOptimizer) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from toy_models import AOT_FP32, MLP, compile_model
 
 import qlora_compile as qc
 from qlora_compile.errors import CheckpointError, ConfigError, MemoryBudgetError, ModelStateError
@@ -141,6 +142,89 @@ def test_groups_ask_for_nothing_that_is_ignored() -> None:
     optimizer.add_param_group({"params": params[1:2]})
     optimizer.step()
     assert len(optimizer.state) == 2
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"state_bits": 8},
+        {"device_budget": "1MiB"},
+        {"host_budget": 1},
+        {"page_folder": None},
+        {"step_in_backward": True},
+    ],
+)
+def test_what_is_of_the_whole_optimizer_is_no_groups(option: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=rf"{next(iter(option))} is of the whole optimizer: give it to PagedLion\("):
+        qc.PagedLion([{"params": make_params(), **option}])
+
+
+@pytest.mark.parametrize("step_in_backward", [False, True])
+def test_an_option_that_a_group_gets_later_is_refused_at_the_step(step_in_backward: bool) -> None:
+    params = make_params()
+    optimizer = qc.PagedAdamW(params, step_in_backward=step_in_backward)
+    optimizer.param_groups[0]["maximize"] = True
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(ConfigError, match="maximize=True"):
+        sum(p.square().sum() for p in params).backward()
+        optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True)) and not optimizer.state
+
+
+def test_a_parameter_is_once_in_its_group() -> None:
+    params = make_params()
+    with pytest.raises(ConfigError, match="has a parameter twice"), pytest.warns(UserWarning, match="duplicate"):
+        qc.PagedAdamW([*params, params[1]])
+    optimizer = qc.PagedAdamW(params[:1])
+    with pytest.raises(ConfigError, match="has a parameter twice"), pytest.warns(UserWarning, match="duplicate"):
+        optimizer.add_param_group({"params": [params[1], params[1]]})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+def test_a_frozen_parameter_of_a_type_without_a_layout_cannot_train_later(dtype: torch.dtype) -> None:
+    params = [*make_params()[:1], nn.Parameter(torch.zeros(4, dtype=dtype), requires_grad=False)]
+    optimizer = qc.PagedAdamW(params)
+    params[1].requires_grad_(True)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    before = params[0].detach().clone()
+    with pytest.raises(ModelStateError, match=f"for fp32, bf16 and fp16 parameters, not {dtype}"):
+        optimizer.step()
+    assert torch.equal(params[0], before) and not optimizer.state
+    if dtype.is_complex:
+        return
+    saved = torch.optim.AdamW(params)
+    saved.step()
+    with pytest.raises(ModelStateError, match=f"not {dtype}"):
+        optimizer.load_state_dict(saved.state_dict())
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("step_in_backward", [False, True])
+def test_a_step_without_any_gradient_is_said_once(step_in_backward: bool, recwarn: pytest.WarningsRecorder) -> None:
+    params = make_params()
+    optimizer = qc.PagedAdamW(params, step_in_backward=step_in_backward)
+    params[0].sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    assert not recwarn.list
+    optimizer.step()
+    optimizer.step()
+    (said,) = recwarn.list
+    assert "No parameter of this PagedAdamW has a gradient, so its step changed nothing" in str(said.message)
+
+
+@pytest.mark.parametrize("door", ["prepare", "compile"])
+def test_an_optimizer_of_weights_that_are_quantized_later_is_said(door: str) -> None:
+    model, x = MLP(), torch.randn(5, 37)
+    optimizer = qc.PagedAdamW(model.parameters())
+    with pytest.warns(UserWarning, match="made of dense weights that are quantized now") as said:
+        compiled = compile_model(qc.prepare(model, AOT_FP32) if door == "prepare" else model)
+        compiled(x).sum().backward()
+    assert len(said) == 1
+    with pytest.warns(UserWarning, match="an unprepared model gets its adapters"):
+        optimizer.step()
 
 
 def test_states_of_other_optimizers_are_refused() -> None:
