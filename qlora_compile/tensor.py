@@ -166,8 +166,9 @@ class QuantizedTensor(torch.Tensor):
         """Asked for by safetensors, whose files hold no such tensor. Raises ModelStateError."""
         raise ModelStateError(
             f"A 4-bit weight of shape {tuple(self.shape)} is no dense tensor that could be written to a file: save the "
-            "adapters with save_adapter, the whole state with torch.save (in accelerate: save_state with "
-            "safe_serialization=False), or a checkpoint with qlora_compile.export."
+            "adapters with save_adapter or a transformers model's save_pretrained (in accelerate in the place of "
+            "accelerator.save_model, of the unwrapped model), the whole state with torch.save (in accelerate: save_state "
+            "with safe_serialization=False), or a checkpoint with qlora_compile.export."
         )
 
     def __repr__(self) -> str:  # type: ignore[override]

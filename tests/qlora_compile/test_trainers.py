@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import qlora_compile as qc
+from qlora_compile.errors import ModelStateError
 from qlora_compile.modules import adapter_sites
 
 transformers = pytest.importorskip("transformers")
@@ -101,3 +102,19 @@ def test_generate(tiny_llama: Callable[..., Any], options: dict[str, Any]) -> No
     model.compile(backend="qlora")
     assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False, **options), expected)
     assert qc.explain(model).graphs > 0
+
+
+def test_accelerate_saves_by_save_pretrained(compiled: Any, tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    with pytest.raises(ValueError, match="not a valid DynamoBackend"):
+        accelerate.Accelerator(cpu=True, dynamo_backend="qlora")
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = accelerator.prepare(compiled)
+    tokens = torch.randint(0, 211, (2, 12))
+    accelerator.backward(model(input_ids=tokens, labels=tokens).loss)
+    with pytest.raises(
+        ModelStateError, match=r"save_pretrained \(in accelerate in the place of accelerator\.save_model"
+    ):
+        accelerator.save_model(model, str(tmp_path / "base"))
+    accelerator.unwrap_model(model).save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
