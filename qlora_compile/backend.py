@@ -28,6 +28,7 @@ from .dynamo import (
 )
 from .errors import ConfigError, ModelStateError, QLoRACompileError
 from .fx_utils import copy_graph, is_linear, peel_transposes, placeholders
+from .interruption import check
 from .lowering import Lowering, bind, lowering
 from .modules import prepared_config, prepared_state
 from .param_info import ParamInfo, is_linear_module
@@ -80,7 +81,10 @@ def _compile(
     options: Mapping[str, Any] | QLoRAConfig | None,
     lower: Lowering | None,
     pipeline: Sequence[Pass] = PIPELINE,
+    code: dict[tuple[int, int, str], str] | None = None,
 ) -> Callable[..., Any]:
+    """`code`: where each stage's code is put, by graph, number and name."""
+    check()
     root = choose_root(root_modules(gm))
     if root is None:  # a piece of a model without parameters, or a function of tensors: nothing of ours to do
         config = QLoRAConfig.from_options(options)
@@ -104,7 +108,7 @@ def _compile(
     before = prepared_state(root)
     if before is None and not edits.is_foreign:
         check_not_wrapped(root)
-    ctx = PassContext(config, edits, graph_number=len(before.reports) if before is not None else 0)
+    ctx = PassContext(config, edits, graph_number=len(before.reports) if before is not None else 0, code=code)
     ctx.params = {node.name: entry for node, param in zip(nodes, original) if (entry := edits.find(param)) is not None}
     ctx.codes = {node.name: entry for node, t in zip(nodes, original) if (entry := edits.find_codes(t)) is not None}
     ctx.chooser = _chooser(config)

@@ -1,101 +1,52 @@
-"""The command line, `qlora-compile`. Commands import torch only when they run, so that `--help` answers at once."""
+"""The command line's entry, `qlora-compile`: a signal ends any command in one sentence, also while it is imported."""
 
 from __future__ import annotations
 
-import io
+import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
 
-import typer
-from typer.exceptions import TyperException
+from . import interruption
 
-from . import __version__
-from .cli_combine import combine
-from .cli_convert import convert
-from .cli_doctor import doctor
-from .cli_estimate import estimate
-from .cli_export import export
-from .cli_finetune import finetune
-from .cli_inspect import inspect
-from .cli_runs import runs_app
-from .errors import QLoRACompileError
-
-EXIT_FAILED = 1
-TYPER_INTERRUPTED = 130  # what typer returns for Ctrl-C
-
-app = typer.Typer(name="qlora-compile", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (finetune, export, combine, convert, inspect, estimate, doctor):
-    app.command()(command)
-app.add_typer(runs_app)
-
-
-def _print_version(value: bool) -> None:
-    if value:
-        print(f"qlora-compile {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    """Fine-tune language models with QLoRA: 4-bit base weights, trained adapters, one ordinary checkpoint.
-
-    Each command has an example: `qlora-compile finetune --help`.
-    """
+EXIT_INTERRUPTED = 1
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command line (None: the process's own) and return its exit code: 0 done, 1 failed, 2 wrong use.
 
     Errors of ours and of the command line become one sentence on standard error; other exceptions are bugs and keep
-    their traceback.
+    their traceback. After a signal nothing is: what it interrupted may have made any exception of it, or none.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names and lines of tables may have what an old terminal does not
-            stream.reconfigure(errors="replace")
+    _open_missing_streams()
+    with interruption.listening():
+        try:
+            with interruption.deferred():
+                from .cli_app import run
+            code, message = run(sys.argv[1:] if args is None else args)
+        except BaseException as error:
+            if not (interruption.heard() or isinstance(error, KeyboardInterrupt)):
+                raise
+            code, message = EXIT_INTERRUPTED, "interrupted."
+        if interruption.heard():
+            code, message = EXIT_INTERRUPTED, "interrupted."
+    if message:
+        _say(f"error: {' '.join(message.split())}\n")  # whole: other processes of a run write there too
+    return code
+
+
+def _open_missing_streams() -> None:
+    """A stream that the caller closed (`>&-`) is None: what is written there goes nowhere."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115  # as long as we run
+
+
+def _say(line: str) -> None:
     try:
-        code = app(args=list(sys.argv[1:] if args is None else args), prog_name="qlora-compile", standalone_mode=False)
-    except QLoRACompileError as error:
-        return _fail(str(error), error.exit_code)
-    except TyperException as error:
-        message = _usage_message(error)
-        return _fail(message, error.exit_code) if message else error.exit_code
-    except OSError as error:
-        named = f": {error.filename}" if error.filename else ""
-        return _fail(f"{error.strerror or error}{named}", EXIT_FAILED)
-    except (KeyboardInterrupt, typer.Abort):
-        code = TYPER_INTERRUPTED
-    except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        return _fail(f"out of memory; a smaller --batch or --seq-len needs less. ({error})", EXIT_FAILED)
-    if code == TYPER_INTERRUPTED:
-        return _fail("interrupted.", EXIT_FAILED)
-    return code if isinstance(code, int) else 0
-
-
-def _usage_message(error: TyperException) -> str:
-    """One sentence, with the nearest option where one was mistyped; empty where the help was printed instead."""
-    nearest = getattr(error, "possibilities", None)
-    if nearest:
-        return f"No such option {getattr(error, 'option_name', '')!r}: did you mean {nearest[0]!r}?"
-    return error.format_message()
-
-
-def _fail(message: str, exit_code: int) -> int:
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")  # whole: other processes of a run write there too
-    return exit_code
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError):
-        return True
-    torch: Any = sys.modules.get("torch")
-    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+        sys.stderr.write(line)
+        sys.stderr.flush()
+    except OSError:  # a terminal that is gone: the exit code says it, if no stream fails when Python ends
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 if __name__ == "__main__":

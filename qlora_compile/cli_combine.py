@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_common import adapter_weights, print_json
+from .cli_common import adapter_weights, import_torch, print_json
 from .errors import ConfigError
 
 
@@ -37,6 +37,7 @@ def combine(
     Example: qlora-compile combine --adapter law=0.7 --adapter medicine=0.3 --method svd --rank 16 --out both
     """
     weights = module_weights(adapter_weights(adapter), module_weight or [])
+    import_torch()
     from .runtime.combine_folders import combine_folders
 
     report = combine_folders(

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from .errors import ConfigError, OutputError
+from .interruption import check, deferred
 
 _PLAIN_NAME = re.compile(r"[\w.\-]+")
 
@@ -66,21 +64,10 @@ def check_page(page: Path, out: Path) -> None:
         raise OutputError(f"The page {page} cannot be written; choose another file.")
 
 
-@contextmanager
-def terminable() -> Iterator[None]:
-    """Within it SIGTERM acts as Ctrl-C: what is half-written is removed."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to that one alone
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def import_torch() -> None:
+    """Import torch, not interrupted within it: its C++ code imports numpy, and goes on without where that is interrupted."""
+    with deferred():
+        import torch  # noqa: F401
 
 
 @contextmanager
@@ -95,6 +82,7 @@ def byte_progress(what: str) -> Iterator[Callable[[int, int], None]]:
 
         def line(done_bytes: int, total_bytes: int) -> None:
             nonlocal tenths
+            check()
             if done_bytes * 10 // max(1, total_bytes) > tenths:
                 tenths = done_bytes * 10 // total_bytes
                 unit, size = ("kB", 1e3) if total_bytes < 10e6 else ("MB", 1e6)
@@ -106,7 +94,12 @@ def byte_progress(what: str) -> Iterator[Callable[[int, int], None]]:
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=None)
-        yield lambda done_bytes, total_bytes: bar.update(task, completed=done_bytes, total=total_bytes)
+
+        def update(done_bytes: int, total_bytes: int) -> None:
+            check()
+            bar.update(task, completed=done_bytes, total=total_bytes)
+
+        yield update
 
 
 def print_json(answer: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_common import byte_progress, print_json, terminable
+from .cli_common import byte_progress, import_torch, print_json
 from .errors import ConfigError, UnknownOptionError
 
 FORMATS = {"nf4": "nf4", "dense": "safetensors", "gguf": "gguf"}
@@ -40,10 +40,11 @@ def convert(
     quant = {name: value for name, value in given.items() if value is not None}
     if quant and to != "nf4":
         raise ConfigError(f"--{next(iter(quant)).replace('_', '-')} is for --to nf4, and --to is {to}.")
+    import_torch()
     from .runtime.export import export
     from .runtime.quantized_source import is_quantized_folder
 
-    with terminable(), byte_progress("converting") as progress:
+    with byte_progress("converting") as progress:
         done = export(
             model,
             out,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_common import print_json, print_table
+from .cli_common import import_torch, print_json, print_table
 from .errors import KernelError, MissingDependencyError
 
 PACKAGES = ("torch", "triton", "safetensors", "transformers", "accelerate", "gguf", "peft", "bitsandbytes")
@@ -36,6 +36,7 @@ def doctor(
 
     Example: qlora-compile doctor --json
     """
+    import_torch()
     found = examine()
     if as_json:
         print_json(found)

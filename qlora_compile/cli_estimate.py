@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cli_common import print_json
+from .cli_common import import_torch, print_json
 from .cli_options import (
     AsJson,
     Batch,
@@ -54,6 +54,7 @@ def estimate(
 
     Example: qlora-compile estimate ./Llama-3.1-8B --device-memory 24GiB --batch 4 --seq-len 2048
     """
+    import_torch()
     from .estimate import Estimator, devices, find_device, parse_bytes
     from .runtime.models import empty_model
 

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_common import adapter_weights, byte_progress, check_page, print_json, terminable
+from .cli_common import adapter_weights, byte_progress, check_page, import_torch, print_json
 from .errors import ConfigError
 
 
@@ -49,10 +49,11 @@ def export(
     weights = adapter_weights(adapter)
     if html is not None:
         check_page(html, out)
+    import_torch()
     from .runtime.export import export as run
 
     made = one_adapter(weights, combine, rank, allow_pickle)
-    with terminable(), made as adapters, byte_progress("exporting") as progress:
+    with made as adapters, byte_progress("exporting") as progress:
         done = run(
             base,
             out,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_common import modules_option, pairs_option, print_json, print_table, terminable
+from .cli_common import import_torch, modules_option, pairs_option, print_json, print_table
 from .errors import ConfigError
 
 if TYPE_CHECKING:
@@ -125,14 +124,14 @@ def finetune(
 
     On several GPUs: torchrun --nproc-per-node 8 -m -- qlora_compile.cli finetune --fsdp ...
     """
-    config = finetune_config(dict(locals()))
+    options = dict(locals())
+    import_torch()
+    config = finetune_config(options)
     from .runtime.finetune import finetune as run
     from .runtime.host_memory import keep_freed_memory
 
     keep_freed_memory()
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"  # else a lost process is looked for, and the signal is told to all
-    with terminable() if alone else contextlib.nullcontext():
-        result = run(config)
+    result = run(config)
     if os.environ.get("RANK", "0") != "0":
         return  # of the processes of one run, the first answers
     if as_json:

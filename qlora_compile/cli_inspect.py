@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .cli_common import import_torch
 from .cli_options import (
     AsJson,
     Batch,
@@ -75,6 +76,7 @@ def inspect(
     given = model_argument(path, model)
     format_ = _format(options)
     check_counts(batch, seq_len)
+    import_torch()
     _check_stages([name for name in (stage, *(diff or ())) if name is not None])
     planned = _planned(optimizer, optimizer_budget, step_in_backward)
     config = quantization(

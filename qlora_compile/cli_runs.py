@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_common import print_json, print_table
+from .cli_common import import_torch, print_json, print_table
 from .errors import UnknownOptionError
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def compare_runs(
 
     Example: qlora-compile runs compare run1 run2
     """
+    import_torch()
     from .runtime.runs.compare import compare, in_words
 
     stages = ("dense", "quantized", "training", "final")
@@ -118,6 +119,7 @@ def export_runs(
 
     Example: qlora-compile runs export --table steps --format jsonl --out steps.jsonl
     """
+    import_torch()
     from .runtime.formats.atomic import write_file
     from .runtime.runs import tables
 
@@ -134,6 +136,7 @@ def export_runs(
 
 
 def _open(place: Path) -> RunStore:
+    import_torch()
     from .runtime.runs.store import find_store
 
     return find_store(place)

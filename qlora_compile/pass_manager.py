@@ -19,6 +19,7 @@ from .config import QLoRAConfig
 from .errors import ConfigError, PassError, QLoRACompileError, UnknownOptionError
 from .flops import node_flops
 from .fx_utils import add_placeholder, any_value, called_graph, module_path, source_line
+from .interruption import check
 from .page_plan import PageLink, PageTimeline
 from .param_info import ParamInfo, StateRef
 from .state import ModelEdits
@@ -53,6 +54,7 @@ class PassContext:
     kept_logits: tuple[KeptLogits, ...] = ()
     phase: str = ""  # "backward": a graph of AOTAutograd's
     graph_number: int = 0  # how many graphs of this model were compiled before: names the dump's folder
+    code: dict[tuple[int, int, str], str] | None = None  # (graph, stage, its name) -> its code, where it is kept
 
     def param(self, node: Any) -> ParamInfo | None:
         """The parameter that a placeholder stands for, or None."""
@@ -135,6 +137,7 @@ def run_passes(gm: fx.GraphModule, ctx: PassContext, pipeline: Sequence[Pass]) -
     result = PipelineResult([], {"input": snapshot(gm.graph)})
     _dump(ctx, 0, "input", gm)
     for number, run in enumerate(pipeline, start=1):
+        check()
         name, before, size_before = run.__name__, set(gm.graph.nodes), _size(gm)
         ctx.declined = []
         start = time.perf_counter()
@@ -220,10 +223,17 @@ def target_name(node: fx.Node) -> str:
 
 
 def _dump(ctx: PassContext, number: int, name: str, gm: fx.GraphModule) -> None:
-    """`dump_dir/graph_GG/NN_name.py`: the graph as Python, with shapes where they are known; a folder for each graph."""
+    """`dump_dir/graph_GG/NN_name.py`: the graph as Python, with shapes where they are known; a folder for each graph.
+
+    Also into `ctx.code`.
+    """
+    if ctx.config.dump_dir is None and ctx.code is None:
+        return
+    text = gm.print_readable(print_output=False)
+    if ctx.code is not None:
+        ctx.code[ctx.graph_number, number, name] = text
     if ctx.config.dump_dir is None:
         return
     folder = Path(ctx.config.dump_dir) / "_".join(filter(None, (f"graph_{ctx.graph_number:02d}", ctx.phase)))
     folder.mkdir(parents=True, exist_ok=True)
-    text = gm.print_readable(print_output=False)
     (folder / f"{number:02d}_{name}.py").write_text(text, encoding="utf-8")

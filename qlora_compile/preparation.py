@@ -15,6 +15,7 @@ from .choices import check_choices
 from .config import QLoRAConfig, names_module
 from .equal_layers import mark_layers
 from .errors import ModelStateError, NoTargetError
+from .interruption import deferred
 from .modules import prepared_config, prepared_state
 from .param_info import ParamInfo, is_linear_module
 from .saving import save_adapters_of
@@ -194,7 +195,7 @@ def _trace_edits(model: nn.Module, config: QLoRAConfig, example_inputs: Any) -> 
 
     args, kwargs = call_arguments(model, example_inputs)
     tracer = torch.compile(model, backend=backend.state_only(config))
-    with warnings.catch_warnings():
+    with deferred(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "keep_logits=False has no effect")  # of this trace, which is thrown away
         tracer(*args, **kwargs)
     torch._dynamo.reset_code(type(model).forward.__code__)

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from . import nf4
 from .flops import partitioner_settings
+from .interruption import check
 from .tensor import QuantizedTensor
 
 
@@ -39,6 +40,7 @@ def capture_step(
 
     With `inductor` they are those that Inductor gets: in its decompositions, after its passes over the joint graph.
     """
+    check()
     for node in gm.graph.nodes:
         node.args = fx.node.map_aggregate(node.args, _on_cpu)  # type: ignore[assignment]
         node.kwargs = fx.node.map_aggregate(node.kwargs, _on_cpu)  # type: ignore[assignment]
@@ -50,6 +52,7 @@ def capture_step(
         return graph
 
     def partition(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **options: Any) -> Any:
+        check()
         if inductor:
             from torch._inductor.fx_passes.joint_graph import joint_graph_passes
             from torch._inductor.virtualized import V

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from .config import QLoRAConfig
 from .dynamo import quiet_fakes
 from .errors import ModelStateError
+from .interruption import deferred
 from .memory_plan import MemoryPlan
 from .positions import most_positions
 from .step_plan import Symbols
@@ -137,6 +138,7 @@ class _Sizes(TorchDispatchMode):
         return out
 
 
+@deferred()
 def _sizes(model: nn.Module, length: int) -> list[int]:
     with torch.no_grad(), quiet_fakes(), FakeTensorMode(allow_non_fake_inputs=True) as mode, _Sizes() as sizes:
         # fake, so that transformers asks no values of them

@@ -10,9 +10,7 @@ import copy
 import dataclasses
 import math
 import re
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from .config import QLoRAConfig
 from .dynamo import quiet_fakes, real_scalars, surfaced
 from .errors import ModelStateError, NoTargetError, QLoRACompileError
 from .fx_utils import copy_graph
+from .interruption import check, deferred
 from .kernel_report import KernelReport
 from .lowering import Lowering
 from .memory_plan import MemoryPlan, unroll
@@ -50,6 +49,7 @@ class _Traced:
     code: dict[str, str]
 
 
+@deferred()
 def trace(
     model: nn.Module,
     example_inputs: Any,
@@ -168,37 +168,35 @@ def _run(model: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]], co
         return gm.forward
 
     args, kwargs = arguments
-    with tempfile.TemporaryDirectory(prefix="qlora_trace_") as folder:
-        backend = _backend(dataclasses.replace(config, dump_dir=folder), keep)
+    code: dict[tuple[int, int, str], str] = {}
+    backend = _backend(dataclasses.replace(config, dump_dir=None), keep, code)
+    torch._dynamo.reset_code(type(model).forward.__code__)
+    try:
+        with quiet_fakes(), real_scalars():
+            torch.compile(model, backend=backend, dynamic=False)(*args, **kwargs)
+    except (RuntimeError, torch._dynamo.exc.Unsupported) as error:
+        if isinstance(error, QLoRACompileError) or "meta" not in f"{type(error).__name__} {error}".lower():
+            raise  # torch's errors about a missing value all name the meta device
+        said = re.search(r"""got \w+\(["'](.+?)(?:\. |["']\))""", str(error), re.DOTALL)  # of Dynamo's own wording
+        reason = said[1] if said else next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+        raise ModelStateError(
+            f"{type(model).__name__} cannot be traced without its weights: {reason}. Compile the real model "
+            "and use explain(model)."
+        ) from error
+    finally:
         torch._dynamo.reset_code(type(model).forward.__code__)
-        try:
-            with quiet_fakes(), real_scalars():
-                torch.compile(model, backend=backend, dynamic=False)(*args, **kwargs)
-        except (RuntimeError, torch._dynamo.exc.Unsupported) as error:
-            if isinstance(error, QLoRACompileError) or "meta" not in f"{type(error).__name__} {error}".lower():
-                raise  # torch's errors about a missing value all name the meta device
-            said = re.search(r"""got \w+\(["'](.+?)(?:\. |["']\))""", str(error), re.DOTALL)  # of Dynamo's own wording
-            reason = said[1] if said else next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
-            raise ModelStateError(
-                f"{type(model).__name__} cannot be traced without its weights: {reason}. Compile the real model "
-                "and use explain(model)."
-            ) from error
-        finally:
-            torch._dynamo.reset_code(type(model).forward.__code__)
-        code = {
-            path.stem[3:]: path.read_text(encoding="utf-8") for path in sorted(Path(folder).rglob("*.py"), reverse=True)
-        }
+    check()
     if prepared_state(model) is None:
         raise NoTargetError(f"No linear layer was found while tracing {type(model).__name__}: check target_modules.")
     report = explain(model)
     report.config = config
-    return _Traced(model, report, graphs, code)
+    return _Traced(model, report, graphs, {stage[-1]: text for stage, text in sorted(code.items(), reverse=True)})
 
 
-def _backend(config: QLoRAConfig, lower: Lowering) -> Callable[..., Any]:
+def _backend(config: QLoRAConfig, lower: Lowering, code: dict[tuple[int, int, str], str]) -> Callable[..., Any]:
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         try:
-            return _compile(gm, list(example_inputs), config, lower)
+            return _compile(gm, list(example_inputs), config, lower, code=code)
         except QLoRACompileError as error:
             raise surfaced(error) from error.__cause__
 

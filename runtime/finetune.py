@@ -11,6 +11,7 @@ from torch import nn
 
 from ..config import QLoRAConfig
 from ..errors import CheckpointError, ConfigError
+from ..interruption import check
 from ..preparation import prepare
 from .adapters import save_adapter
 from .checkpoint import Checkpoint, prune, save_checkpoint
@@ -42,8 +43,8 @@ def finetune(config: FinetuneConfig, reporter: Reporter | None = None) -> Finetu
     """Train adapters on `config.data` and write `config.out`: adapter/, metrics.jsonl, run.json and checkpoints/.
 
     `reporter` None reports to standard error: a progress bar on a terminal, plain lines elsewhere. The output folder
-    and the data are checked before the model is loaded. SIGINT and SIGTERM end the run after the step in progress, with
-    a checkpoint. Raises QLoRACompileError's subclasses, InterruptedRunError among them.
+    and the data are checked before the model is loaded. SIGINT, SIGTERM and SIGHUP end the run after the step in
+    progress, with a checkpoint. Raises QLoRACompileError's subclasses, InterruptedRunError among them.
 
     Under torchrun every process takes its part of each batch, and the first one writes (runtime/distributed.py).
     """
@@ -233,6 +234,7 @@ class _Run:
         return self.config.batch * self.config.grad_accum * self.config.seq_len * self.processes.count
 
     def _one_step(self, clock: Clock) -> None:
+        check()
         config = self.config
         warmup = warmup_steps(config.warmup, self.total_steps)
         lr = learning_rate(
@@ -271,6 +273,7 @@ class _Run:
         )
 
     def _evaluate(self, stage: str) -> None:
+        check()
         record = self.evaluations.measure(self.model, stage, self.step)
         if record is not None:
             self.record.line(record.to_dict())

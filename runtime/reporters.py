@@ -1,7 +1,11 @@
-"""Who is told about a training run's progress: a terminal's progress bar, plain lines, or nobody."""
+"""Who is told about a training run's progress: a terminal's progress bar, plain lines, or nobody.
+
+What cannot be written (the terminal was closed, the log's disk is full) is not said: it is no reason to end a run.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -115,7 +119,8 @@ class PlainReporter(SilentReporter):
         self._last_line_at = -float("inf")
 
     def notice(self, message: str) -> None:
-        print(message, file=self.stream, flush=True)
+        with contextlib.suppress(OSError):
+            print(message, file=self.stream, flush=True)
 
     def start(self, first_step: int, total_steps: int) -> None:
         self._first_step = first_step
@@ -143,24 +148,28 @@ class ProgressReporter(SilentReporter):
         self._task = TaskID(0)
 
     def notice(self, message: str) -> None:
-        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+        with contextlib.suppress(OSError):
+            self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def start(self, first_step: int, total_steps: int) -> None:
         columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
         self._progress = Progress(*columns, console=self.console)
         self._task = self._progress.add_task("train", total=total_steps, completed=first_step, state="")
-        self._progress.start()
+        with contextlib.suppress(OSError):
+            self._progress.start()
 
     def step(self, record: StepRecord) -> None:
         if self._progress is not None:
-            self._progress.update(self._task, completed=record.step, state=describe(record))
+            with contextlib.suppress(OSError):
+                self._progress.update(self._task, completed=record.step, state=describe(record))
 
     def evaluated(self, record: EvalRecord) -> None:
         self.notice(describe_eval(record))
 
     def close(self) -> None:
         if self._progress is not None:
-            self._progress.stop()
+            with contextlib.suppress(OSError):
+                self._progress.stop()
             self._progress = None
 
 

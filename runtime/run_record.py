@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..errors import OutputError, QLoRACompileError
+from ..interruption import heard
 from .interrupts import InterruptedRunError
 from .metrics import MetricsLog, read_metrics, write_run
 from .run_folder import RunFolder
@@ -69,7 +70,8 @@ class RunRecord:
 
 def _how_it_ended(error: BaseException) -> tuple[str, str]:
     """-> the status of a run, and why in words."""
-    status = "interrupted" if isinstance(error, (InterruptedRunError, KeyboardInterrupt)) else "failed"
+    interrupted = heard() or isinstance(error, (InterruptedRunError, KeyboardInterrupt))
+    status = "interrupted" if interrupted else "failed"
     text = str(error)
     if not isinstance(error, QLoRACompileError):  # its text alone may say little, or nothing
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__

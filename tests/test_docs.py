@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import typer
 
-from qlora_compile.cli import app
+from qlora_compile.cli_app import app
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -108,7 +108,7 @@ def test_unknown_public_name_is_an_attribute_error() -> None:
 
 
 def test_importing_the_package_and_the_command_line_does_not_import_torch() -> None:
-    code = "import sys, qlora_compile.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, qlora_compile.cli_app; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -119,7 +119,7 @@ def test_version_is_the_same_in_both_places() -> None:
 def test_make_targets_and_commands_in_documents_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
-    from qlora_compile.cli import app
+    from qlora_compile.cli_app import app
 
     commands = {command.callback.__name__ for command in app.registered_commands if command.callback}
     groups = [group.typer_instance for group in app.registered_groups]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_compile import cli, cli_doctor
+from qlora_compile import cli, cli_app, cli_doctor
 from qlora_compile.errors import CheckpointError, ConfigError
 
 COMMANDS = ("finetune", "export", "combine", "inspect", "estimate", "doctor")
@@ -43,7 +43,7 @@ def data(tmp_path: Path) -> Path:
 def test_help_has_an_example_that_parses(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([command, "--help"]) == 0
     words = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    example = getattr(cli, command).__doc__.split("Example: qlora-compile ")[1].split()
+    example = getattr(cli_app, command).__doc__.split("Example: qlora-compile ")[1].split()
     assert f"Example: qlora-compile {command}" in words
     assert example[0] == command
     assert all(option in words for option in example if option.startswith("--"))
