@@ -21,7 +21,7 @@ from .export_resume import fingerprint
 from .export_sources import FolderSource, ModelSource, WeightSource, unwrap
 from .export_write import ExportJob, Progress, write_export
 from .fold_plan import FoldPlan, WeightedAdapter, plan_fold
-from .formats.atomic import check_output_folder
+from .formats.atomic import check_output_folder, check_output_name
 from .formats.checkpoint_dir import parse_size
 from .quantized_base import QuantizedBase, common_base, read_side_file
 from .quantized_source import QuantizedFolderSource, is_quantized_folder
@@ -83,6 +83,8 @@ def export(
     weighted = read_adapters(model, adapters, allow_pickle, plain=folder is not None)
     check_not_an_input(out, [p for p in (folder, *(adapter.folder for adapter in weighted)) if p is not None])
     (check_gguf_output if format == "gguf" else check_output_folder)(out, overwrite=overwrite)
+    if verify or format == "nf4":  # which read what they wrote
+        check_output_name(out)
     output = _quantization_of(weighted, model, quant) if format == "nf4" else None
     options = [format, base_precision, dtype, size, report, quant, correction_rank, repr(output)]
     mark = fingerprint(folder, weighted, options) if resume and folder is not None else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from .formats.checkpoint_dir import Checkpoint, TensorSpec, open_checkpoint
 from .formats.peft_files import PREFIX
 
 Produce = Callable[[str], torch.Tensor]
-PARTS_FOLDER = ".parts"  # of a resumable export
+PARTS_FOLDER = ".parts"  # of the output, until it is finished
 
 
 @dataclass(frozen=True)
@@ -92,15 +91,15 @@ def quantized_tensors(
     *,
     resumable: bool,
 ) -> Iterator[tuple[dict[str, TensorSpec], Produce]]:
-    """Quantize each of `keys` once into files beside the output -> (specs to write, where to get each tensor).
+    """Quantize each of `keys` once into files in `folder` -> (specs to write, where to get each tensor).
 
     The header of a safetensors file comes before its tensors and needs their sizes, one of which (the JSON) depends on
-    the values; so the parts wait on the disk rather than in memory, and are gone at the end. With `resumable` they lie
-    in `folder`, and those that are there already are kept. `found` is called for each weight, kept or new.
+    the values; so the parts wait on the disk rather than in memory, and are gone at the end. With `resumable` those that
+    are there already are kept. `found` is called for each weight, kept or new.
     """
     out = {key: spec for key, spec in specs.items() if key not in keys}
     parts: dict[str, Checkpoint] = {}
-    with _parts_folder(folder, resumable) as place:
+    with _parts_folder(folder) as place:
         for number, (key, linear) in enumerate(sorted(keys.items())):
             file = place / f"{number}.safetensors"
             if resumable and file.is_file():
@@ -126,14 +125,11 @@ def quantized_tensors(
 
 
 @contextmanager
-def _parts_folder(folder: Path, resumable: bool) -> Iterator[Path]:
-    if not resumable:
-        with tempfile.TemporaryDirectory(prefix=f"{folder.name}.parts.", dir=folder.parent) as temporary:
-            yield Path(temporary)
-        return
-    (folder / PARTS_FOLDER).mkdir(exist_ok=True)
-    yield folder / PARTS_FOLDER
-    shutil.rmtree(folder / PARTS_FOLDER)  # not after an error: the next run goes on from it
+def _parts_folder(folder: Path) -> Iterator[Path]:
+    place = folder / PARTS_FOLDER
+    place.mkdir(exist_ok=True)
+    yield place
+    shutil.rmtree(place)  # not after an error: the next run goes on from it
 
 
 def _part(tensors: Mapping[str, torch.Tensor], findings: Findings) -> bytes:

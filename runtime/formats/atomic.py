@@ -18,6 +18,7 @@ from typing import IO, Self
 from safetensors import SafetensorError
 
 from ...errors import OutputError
+from .temporary import temporary_folder
 
 
 @contextmanager
@@ -81,9 +82,9 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False, durable
     """Yield an empty temporary folder beside `path` that becomes `path` when the block ends without an error.
 
     After an error (or Ctrl-C) the temporary folder is removed and `path` is as it was. What a killed process leaves is
-    a hidden folder `.NAME.*.tmp` beside `path`, never a half-written `path`. Without `durable`, what is new may still be
-    in the system's cache when the block has ended (a power failure in the next seconds leaves files cut short, which
-    their readers refuse); what it replaces is removed only after it is on the disk.
+    a hidden folder `.NAME.*.tmp` beside `path`, never a half-written `path`; the next one of `path` removes it. Without
+    `durable`, what is new may still be in the system's cache when the block has ended (a power failure in the next
+    seconds leaves files cut short, which their readers refuse); what it replaces is removed only after it is on the disk.
     A link stays one: the folder that it leads to is written. Without `overwrite`, what came to lie at `path` during the
     block stays there, and the new folder beside it.
     Raises OutputError where `path` exists and is not an empty folder (with `overwrite`: is not a folder), where it
@@ -91,14 +92,9 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False, durable
     """
     path = Path(os.path.realpath(path))
     check_output_folder(path, overwrite=overwrite)
-    with output_errors(path), made_folder(path.parent):
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-        try:
-            yield temporary
-            install_folder(temporary, path, overwrite=overwrite, durable=durable)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    with output_errors(path), made_folder(path.parent), temporary_folder(path) as temporary:
+        yield temporary
+        install_folder(temporary, path, overwrite=overwrite, durable=durable)
 
 
 @contextmanager
@@ -109,13 +105,9 @@ def new_file(path: str | os.PathLike[str], *, overwrite: bool = False, durable: 
     """
     path = Path(os.path.realpath(path))
     check_output_file(path, overwrite=overwrite)
-    with output_errors(path), made_folder(path.parent):
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-        try:
-            yield temporary / path.name
-            install_file(temporary / path.name, path, overwrite=overwrite, durable=durable)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with output_errors(path), made_folder(path.parent), temporary_folder(path) as temporary:
+        yield temporary / path.name
+        install_file(temporary / path.name, path, overwrite=overwrite, durable=durable)
 
 
 @contextmanager
@@ -191,6 +183,14 @@ def check_output_folder(path: str | os.PathLike[str], *, overwrite: bool = False
         raise OutputError(f"The output {path} exists and is not a folder; choose another one.")
 
 
+def check_output_name(path: str | os.PathLike[str]) -> None:
+    """Raise OutputError where the path is not UTF-8: safetensors reads no file there."""
+    try:
+        os.path.realpath(path).encode()
+    except UnicodeEncodeError:
+        raise OutputError(f"The output {path} has a name that is not UTF-8; choose another one.") from None
+
+
 class BackgroundWriter:
     """Writes to a file in a thread of its own, one piece at a time.
 
@@ -263,15 +263,14 @@ def _replace_folder(temporary: Path, path: Path) -> None:
     old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
     try:
         os.replace(path, old)
-    except OSError:
-        old.rmdir()
-        raise
-    try:
         os.replace(temporary, path)
-    except OSError:
-        os.replace(old, path)
+    except BaseException:  # a signal's, too, which comes right after the first
+        if not os.path.lexists(path):
+            os.replace(old, path)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if os.path.lexists(path):  # or `old` is all there is
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync_tree(folder: Path) -> None:

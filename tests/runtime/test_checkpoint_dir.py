@@ -276,6 +276,61 @@ class TestAtomic:
             (folder / "new").write_text("new")
         assert [f.name for f in out.iterdir()] == ["old"]
 
+    @pytest.mark.parametrize("renames", [1, 2])
+    def test_an_interrupt_after_a_rename_leaves_a_whole_folder(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int
+    ) -> None:
+        out = tmp_path / "out"
+        out.mkdir()
+        (out / "old").write_text("old")
+        replace, done = atomic.os.replace, 0
+
+        def interrupted(source: Path, target: Path) -> None:
+            nonlocal done
+            replace(source, target)
+            done += 1
+            if done == renames:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(atomic.os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt), new_folder(out, overwrite=True) as folder:
+            (folder / "new").write_text("new")
+        assert [f.name for f in tmp_path.iterdir()] == ["out"]
+        assert [f.name for f in out.iterdir()] == [("old", "new")[renames - 1]]
+
+    def test_what_a_killed_process_left_goes_and_what_is_being_written_stays(self, tmp_path: Path) -> None:
+        out, file = tmp_path / "o.ut", tmp_path / "file.gguf"
+        names = (".o.ut.abcd1234.tmp", ".o.ut.abcd1234.old", ".file.gguf.abcd1234.tmp", ".oxut.abcd1234.tmp")
+        left, replaced, of_a_file, another = (tmp_path / name for name in names)
+        for folder in (left, replaced, of_a_file, another):
+            folder.mkdir()
+            (folder / "half").write_text("half")
+        with new_folder(out) as first:
+            assert not left.exists() and replaced.exists()  # which is all that there is of that output
+            (first / "a").write_text("1")
+            with new_folder(out) as second:
+                assert first.exists() and second != first
+                (second / "b").write_text("2")
+            with new_file(file) as place:
+                place.write_text("new")
+                assert not of_a_file.exists() and first.exists()
+            for path in out.iterdir():
+                path.unlink()
+        assert [f.name for f in out.iterdir()] == ["a"] and another.exists()
+        with new_folder(out, overwrite=True):
+            assert not replaced.exists()
+
+    def test_a_file_system_without_locks(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def none(descriptor: int, operation: int) -> None:
+            raise OSError(9, "Bad file descriptor")
+
+        monkeypatch.setattr("fcntl.flock", none)
+        left = tmp_path / ".out.abcd1234.tmp"
+        left.mkdir()
+        with new_folder(tmp_path / "out"):
+            pass
+        assert sorted(f.name for f in tmp_path.iterdir()) == [left.name, "out"]
+
     @pytest.mark.parametrize("overwrite", [False, True])
     def test_a_link_stays_one(self, tmp_path: Path, overwrite: bool) -> None:
         real, link = tmp_path / "real", tmp_path / "link"
