@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import resource
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -259,6 +260,17 @@ def test_ties_stay_on_the_copy(tiny_llama: Callable[..., Any]) -> None:
     copied = meta_copy(tiny_llama())
     assert copied.lm_head.weight is copied.model.embed_tokens.weight  # type: ignore[union-attr]
     assert {parameter.device.type for parameter in copied.parameters()} == {"meta"}
+
+
+def test_the_code_of_each_stage_needs_no_temporary_folder(
+    tiny_llama: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be full. The stages are those of the first graph, in their order from the last on."""
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    report = qc.trace(tiny_llama(), _tokens(), dataclasses.replace(CONFIG, dump_dir="/nowhere/either"))
+    names = [result.name for result in report.passes]
+    assert list(report.code) == [*reversed(names), "input", "forward", "backward"]
+    assert "linear" in report.code["input"] and "lora_linear" in report.code[names[-1]]
 
 
 def test_a_model_with_dropout_is_traced_as_inductor_gets_it(tiny_llama: Callable[..., nn.Module]) -> None:

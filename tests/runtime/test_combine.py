@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from qlora_compile.errors import (
     NoAdapterError,
     OutputError,
 )
+from qlora_compile.runtime import combine_folders as combine_module
 from qlora_compile.runtime.combine_folders import combine_folders
 from qlora_compile.runtime.combine_methods import METHODS
 from qlora_compile.runtime.formats.peft_files import PREFIX, LoraLayer, read_adapter
@@ -290,6 +292,18 @@ def test_the_default_rank_is_each_layers_largest(tmp_path: Path, two: tuple[Path
         "down_proj": 4,
         "v_proj": 3,
     }
+
+
+def test_sigterm_leaves_nothing(
+    tmp_path: Path, two: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def terminated(*arguments: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(combine_module, "write_adapter", terminated)
+    line = ["combine", "--adapter", str(two[0]), "--adapter", str(two[1]), "--out", str(tmp_path / "new" / "out")]
+    assert cli.main(line) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "error: interrupted." and not (tmp_path / "new").exists()
 
 
 def test_command_line(tmp_path: Path, two: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:

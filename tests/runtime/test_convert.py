@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -157,6 +158,16 @@ def terminate(key, tensor, dtype):
 export_write._rounded = terminate
 sys.exit(main(["convert", "--model", sys.argv[1], "--out", sys.argv[2], "--to", "dense"]))
 """
+
+
+def test_a_4_bit_output_s_name_is_utf_8(
+    tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """safetensors opens no other file, and the parts of a 4-bit output are read again."""
+    out = os.fsdecode(os.fsencode(tmp_path) + b"/o\xff")
+    assert main(["convert", "--model", str(tiny_checkpoint), "--to", "nf4", "--out", out]) == 2
+    assert "has a name that is not UTF-8" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+    assert main(["convert", "--model", str(tiny_checkpoint), "--to", "dense", "--out", out]) == 0
 
 
 def test_sigterm_leaves_nothing(tmp_path: Path, tiny_checkpoint: Path) -> None:

@@ -131,11 +131,11 @@ class TestResume:
             whole.perplexity_quantized,
         )
 
-    def test_sigterm_and_twice_in_a_row(self, make_config: Any) -> None:
+    def test_sigterm_and_sighup_in_a_row(self, make_config: Any) -> None:
         with pytest.raises(InterruptedRunError, match="SIGTERM after step 2"):
             run(make_config(), Recorder(at=2, signal_number=signal.SIGTERM))
-        with pytest.raises(InterruptedRunError, match="after step 4"):
-            run(make_config(resume=True), Recorder(at=4))
+        with pytest.raises(InterruptedRunError, match="SIGHUP after step 4"):
+            run(make_config(resume=True), Recorder(at=4, signal_number=signal.SIGHUP))
         assert run(make_config(resume=True)).losses == run(make_config("whole")).losses
 
     def test_the_handlers_are_put_back(self, make_config: Any) -> None:

@@ -27,6 +27,26 @@ def test_the_first_signal_is_noted_and_the_second_acts_as_before(number: signal.
         signal.signal(number, before)
 
 
+def test_a_closed_terminal_is_one_signal_and_nohup_none() -> None:
+    """The terminal says so itself, and the shell that it ran in does."""
+    acted: list[int] = []
+    before = signal.signal(signal.SIGHUP, lambda n, frame: acted.append(n))
+    try:
+        said: list[str] = []
+        with SignalWatch(said.append) as watch:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert watch.signal_name == "SIGHUP" and said == ["SIGHUP"]
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert acted == [signal.SIGHUP]
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with SignalWatch(said.append) as watch:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert watch.signal_name is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_handlers_come_back_after_an_error() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(RuntimeError), SignalWatch(print):

@@ -6,6 +6,7 @@ import dataclasses
 import io
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from qlora_compile.runtime.reporters import (
@@ -87,3 +88,22 @@ def test_the_stream_decides() -> None:
 
     assert isinstance(make_reporter(io.StringIO()), PlainReporter)
     assert isinstance(make_reporter(Terminal()), ProgressReporter)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_stream_that_is_gone_ends_no_run(terminal: bool) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(5, "Input/output error")
+
+        def isatty(self) -> bool:
+            return terminal
+
+    reporter = make_reporter(Gone())
+    assert isinstance(reporter, ProgressReporter) == terminal
+    reporter.notice("loading model")
+    reporter.start(0, 9)
+    reporter.step(RECORD)
+    reporter.evaluated(EVAL)
+    reporter.saved(Path("out/step-9"), 9)
+    reporter.close()
