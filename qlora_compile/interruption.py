@@ -8,11 +8,12 @@ where an exception can be raised. All of this holds while the command line liste
 from __future__ import annotations
 
 import _thread
+import functools
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,8 @@ def listening() -> Iterator[None]:
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     numbers = [number for number in (signal.SIGINT, signal.SIGTERM, SIGHUP) if number is not None]
     _heard, _deferrals = False, 0
-    hook, sys.unraisablehook = sys.unraisablehook, _unraisable
+    hook = sys.unraisablehook
+    sys.unraisablehook = functools.partial(_unraisable, hook)
     for number in numbers if alone else numbers[:1]:
         if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: not Python's
             _before[number] = signal.getsignal(number)
@@ -52,10 +54,11 @@ def listening() -> Iterator[None]:
         while _before:
             signal.signal(*_before.popitem())
         sys.unraisablehook = hook
+        _heard = False
 
 
 def heard() -> bool:
-    """Whether a signal came since the command began, whatever became of its exception."""
+    """Whether a signal came since the command began, whatever became of its exception; False in a library."""
     return _heard
 
 
@@ -101,10 +104,10 @@ def _handle(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
 
-def _unraisable(what: UnraisableHookArgs) -> None:
+def _unraisable(hook: Callable[[UnraisableHookArgs], Any], what: UnraisableHookArgs) -> None:
     """A finalizer lost the exception: it is raised again a moment later, and nothing is said of it."""
     if not (_heard and issubclass(what.exc_type, KeyboardInterrupt)):
-        sys.__unraisablehook__(what)
+        hook(what)
         return
     again = threading.Timer(AGAIN_S, _raise_again)
     again.daemon = True

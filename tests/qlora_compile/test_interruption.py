@@ -32,6 +32,7 @@ def _handlers_stay() -> Iterator[None]:
     hook = sys.unraisablehook
     yield
     assert [signal.getsignal(number) for number in SIGNALS] == before and sys.unraisablehook is hook
+    assert not interruption.heard()
 
 
 # What is listened to
