@@ -165,7 +165,7 @@ def _splits(programs: int, blocks: int, numel: int, like: Tensor, most_each: int
     wanted = most_each * multiprocessors(like.device)
     if programs * 2 > wanted or numel >= 2**24:
         return 1
-    most = max(1, min(wanted // programs, blocks // 2, 32))
+    most = max(1, min(wanted // max(programs, 1), blocks // 2, 32))  # no programs: of an empty batch
     return 1 << most.bit_length() - 1
 
 

@@ -276,6 +276,15 @@ def test_a_wrong_gradient_is_found(monkeypatch: pytest.MonkeyPatch, module: Call
     assert all("backward library_gemm" in line and f": {part} is off by" in line for line in wrong)
 
 
+def test_an_empty_batch_is_compared_by_what_is_left(module: Callable[[str], Any]) -> None:
+    gpu_kernels, wrong = module("gpu_kernels"), list[str]()
+    errors = gpu_kernels.check("cpu", [(0, *ODD[1:])], wrong.append)
+    assert wrong == [] and errors and not any(errors)
+    zeros = torch.zeros(3, 2, dtype=torch.float64)
+    assert gpu_kernels.error_of(torch.full((3, 2), 1e-3), zeros) > 1
+    assert math.isnan(gpu_kernels.error_of(torch.full((3, 2), math.nan), zeros))
+
+
 def test_a_candidate_that_raises_costs_only_its_own_numbers(
     monkeypatch: pytest.MonkeyPatch, module: Callable[[str], Any]
 ) -> None:

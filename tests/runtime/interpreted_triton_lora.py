@@ -97,9 +97,10 @@ def _close(got: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("m", [M, 0])
 @pytest.mark.parametrize("name", FORWARD)
-def test_forward(name: str, dropout: float, with_bias: bool) -> None:
-    group, x = _group(dropout, double_quant=with_bias), _randn(M, K + 5)[:, :K]
+def test_forward(name: str, m: int, dropout: float, with_bias: bool) -> None:
+    group, x = _group(dropout, double_quant=with_bias), _randn(m, K + 5)[:, :K]
     bias = [_randn(n) for n in OUT] if with_bias else []
     ys, h = FORWARD[name](group, x, bias)
     expected = _expected(group, x, bias)[0]
@@ -109,7 +110,7 @@ def test_forward(name: str, dropout: float, with_bias: bool) -> None:
     _close(h, torch.cat([p.double() @ a.double().t() for p, a in zip(parts, group.lora_a)], dim=1))
 
 
-@pytest.mark.parametrize("m", [1, 2])
+@pytest.mark.parametrize("m", [0, 1, 2])
 def test_a_few_rows(m: int) -> None:
     group = _group(0.0, quant_type="fp4")
     wide = _randn(m, K + 3)[:, 3:]
@@ -126,10 +127,11 @@ def test_a_few_rows(m: int) -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("m", [M, 0])
 @pytest.mark.parametrize("name", BACKWARD)
-def test_backward(name: str, dropout: float) -> None:
-    group, x = _group(dropout), _randn(M, K)
-    dys = [_randn(M, n) for n in OUT]
+def test_backward(name: str, m: int, dropout: float) -> None:
+    group, x = _group(dropout), _randn(m, K)
+    dys = [_randn(m, n) for n in OUT]
     h = triton_lora.low_rank(group, x)
     ys, factors, wide = _expected(group, x, [])
     torch.autograd.backward(ys, [dy.double() for dy in dys])
