@@ -237,9 +237,10 @@ def _kernel_source(report: CompileReport, name: str) -> str:
     """Several kernels may stand in one file. Raises UnknownOptionError naming the nearest that this machine generates."""
     from .runtime.kernels import source_name
 
-    by_source = {source_name(kernel): text for kernel, text in report.kernels.items()}
+    by_source = {source_name(kernel, report.device): text for kernel, text in report.kernels.items()}
     named = {part for choice in report.choices for part in choice.parts} | set(report.kernels)
-    known = {part: by_source[source_name(part)] for part in named if source_name(part) in by_source}
+    file_of = {part: source_name(part, report.device) for part in named}
+    known = {part: by_source[file] for part, file in file_of.items() if file in by_source}
     if name not in known:
         raise UnknownOptionError(name, known, what="kernel")
     return known[name]

@@ -6,7 +6,7 @@ import operator
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
@@ -16,20 +16,23 @@ from .fx_utils import module_path
 
 @dataclass
 class KernelReport:
-    """One op at one size: the kernel that was chosen, why, the generated parts it calls (keys of `report.kernels`)
-    with their source files, and the modules that use it."""
+    """One op at one size: the kernel that was chosen, why, the generated parts it calls (keys of `report.kernels`), the
+    modules that use it, and the source files of each part: on a GPU one for each form in which it was launched, none
+    before."""
 
     op: str
     sizes: str
     kernel: str
     why: str
     parts: tuple[str, ...]
-    sources: tuple[str, ...]
-    modules: tuple[str, ...]
+    device: str
+    modules: tuple[str, ...] = ()
+    sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def kernel_reports(gm: fx.GraphModule) -> list[KernelReport]:
-    """The choices on the graph's nodes, equal ones joined, in the graph's order."""
+    """The choices on the graph's nodes, equal ones joined, in the graph's order; `with_sources` adds the files, since a
+    GPU's kernels are generated when they first run."""
     from .runtime.kernels import dispatch
 
     found: dict[tuple[str, str, str], KernelReport] = {}
@@ -39,11 +42,20 @@ def kernel_reports(gm: fx.GraphModule) -> list[KernelReport]:
         for op, choice in node.meta.get("qlora_kernels", ()):
             key = (op, str(choice.problem), choice.name)
             if key not in found:
-                sources = dispatch.sources(choice.candidate, choice.problem.device)
-                paths = tuple(map(str, sources.values()))
-                found[key] = KernelReport(*key, choice.why, tuple(sources), paths, ())
+                device = choice.problem.device
+                found[key] = KernelReport(*key, choice.why, dispatch.generated(choice.candidate, device), device)
             found[key].modules += tuple(where)
     return list(found.values())
+
+
+def with_sources(reports: Sequence[KernelReport], *, of_others: bool = False) -> list[KernelReport]:
+    """The reports with the source files that there are by now (`of_others`: see `kernels.source_files`)."""
+    from .runtime.kernels import source_files
+
+    def files(part: str, device: str) -> tuple[str, ...]:
+        return tuple(map(str, source_files(part, device, of_others=of_others)))
+
+    return [replace(r, sources={p: f for p in r.parts if (f := files(p, r.device))}) for r in reports]
 
 
 def print_kernels(reports: list[KernelReport], console: Any) -> None:
@@ -56,8 +68,8 @@ def print_kernels(reports: list[KernelReport], console: Any) -> None:
     for r in reports:
         table.add_row(r.op, r.sizes, f"{r.kernel}\n[dim]{' + '.join(r.parts)}[/dim]", r.why, places(r.modules))
     console.print(table)
-    found = {part: path for r in reports for part, path in zip(r.parts, r.sources)}
-    for part, path in found.items():
+    found = {part: paths for r in reports for part, paths in r.sources.items()}
+    for part, path in [(part, path) for part, paths in found.items() for path in paths]:
         console.print(f"source of {part}: {path}", soft_wrap=True, highlight=False)
 
 

@@ -15,7 +15,7 @@ from torch import fx, nn
 from .config import QLoRAConfig
 from .errors import ModelStateError, UnknownOptionError
 from .foreign import ForeignLinear, foreign_linears
-from .kernel_report import KernelReport, kernel_reports
+from .kernel_report import KernelReport, kernel_reports, with_sources
 from .memory_plan import MemoryPlan
 from .modules import AdapterSite, adapter_sites, prepared_state
 from .page_plan import PageTimeline
@@ -102,6 +102,11 @@ class CompileReport:
         report.choices = kernel_reports(gm)
         return report
 
+    @property
+    def device(self) -> str:
+        """The type of device that its kernels were chosen for."""
+        return next((choice.device for choice in self.choices), "cpu")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready values, without the graphs of the stages."""
         return {
@@ -181,7 +186,7 @@ def explain(model: nn.Module) -> CompileReport:
             best.stages,
             len(state.reports),
         )
-        report.choices = best.choices
+        report.choices = with_sources(best.choices)
         report.paging = best.paging
     groups: dict[str, tuple[str, ...]] = {}
     for stages in [*(r.stages for r in state.reports), report.stages]:  # a piece after a graph break has other sites
@@ -289,17 +294,20 @@ def used_kernels(report: CompileReport) -> list[str]:
     if report.paging:
         found["paged_step"] = None
     wanted = [*_CODEC, *(part for part in found if part not in _CODEC)]
-    return list({kernels.source_name(op): op for op in reversed(wanted)}.values())[::-1]  # one of those in one file
+    return list({kernels.source_name(op, report.device): op for op in reversed(wanted)}.values())[
+        ::-1
+    ]  # one of those in one file
 
 
 def device_kernel_sources(device: str, ops: Sequence[str], *, build: bool = True) -> dict[str, str]:
-    """Source text of generated kernels of a kind of device; `build` leaves out those that cannot run here."""
+    """Source text of generated kernels of a kind of device, its forms one after the other; `build` leaves out those that
+    cannot run here or did not run yet."""
     from .runtime import kernels
 
     found = {}
     for op in ops:
-        if not build or kernels.find(op, device) is not None:
-            path = kernels.kernel_source(op, device)
-            if path is not None:
-                found[op] = path.read_text(encoding="utf-8")
+        if not build or kernels.runs(op, device):
+            paths = kernels.source_files(op, device, of_others=not build)
+            if paths:
+                found[op] = "\n\n".join(path.read_text(encoding="utf-8") for path in paths)
     return found

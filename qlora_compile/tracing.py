@@ -23,7 +23,7 @@ from .dynamo import quiet_fakes, real_scalars, surfaced
 from .errors import ModelStateError, NoTargetError, QLoRACompileError
 from .fx_utils import copy_graph
 from .interruption import check, deferred
-from .kernel_report import KernelReport
+from .kernel_report import KernelReport, with_sources
 from .lowering import Lowering
 from .memory_plan import MemoryPlan, unroll
 from .modules import prepared_state
@@ -94,6 +94,7 @@ def trace(
     if outlined:
         report.passes = [_left_apart(p) if p.name == "outline_layers" else p for p in report.passes]
     _add_step(report, traced, repeats, symbols, optimizer, device, outlined)
+    report.choices = with_sources(report.choices, of_others=True)
     report.kernels = device_kernel_sources(local_device(), used_kernels(report), build=False)
     return report
 

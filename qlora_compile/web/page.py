@@ -93,9 +93,10 @@ def _highlight_style() -> str:
 
 def articles(report: CompileReport) -> dict[str, str]:
     """Each generated part -> the name under which its source stands on the page: several kernels share one file."""
-    by_file = {source_name(op): op for op in report.kernels}
+    by_file = {source_name(op, report.device): op for op in report.kernels}
     parts = dict.fromkeys(part for choice in report.choices for part in choice.parts)
-    return {part: by_file[source_name(part)] for part in parts if source_name(part) in by_file}
+    file_of = {part: source_name(part, report.device) for part in parts}
+    return {part: by_file[file] for part, file in file_of.items() if file in by_file}
 
 
 def _linears_by_lowering(report: CompileReport) -> dict[str, int]:

@@ -24,9 +24,10 @@ __all__ = [
     "devices",
     "dispatch",
     "find",
-    "kernel_source",
     "lora_kernel",
     "lora_kernels",
+    "runs",
+    "source_files",
 ]
 
 
@@ -56,20 +57,33 @@ def _warn_no_compiler() -> None:
     )
 
 
-def kernel_source(op: str, device_type: str) -> Path | None:
-    """The generated source file of a kernel, for the report; None where `find` has no kernel."""
-    if device_type == "cuda" and gpu.is_available():
-        from . import triton_build
-
-        return triton_build.latest_source(op)
-    if device_type != "cpu" or op not in cpu.KERNELS or cpp_build.find_compiler() is None:
-        return None
-    return cpp_build.write_source(cpu.TEMPLATES[op])
+def is_generated(op: str, device_type: str) -> bool:
+    """Whether a kernel has, or at its first launch will have, a generated source on a device type."""
+    if device_type == "cuda":
+        return gpu.is_available()
+    return device_type == "cpu" and op in cpu.KERNELS and cpp_build.find_compiler() is not None
 
 
-def source_name(op: str) -> str:
-    """The name that kernels which one generated file holds share."""
-    return cpu.TEMPLATES.get(op, op)
+def runs(op: str, device_type: str) -> bool:
+    """Whether a kernel works here. `find` knows, but for those that only a GPU's candidates call: they declined then."""
+    return (device_type == "cuda" and op not in gpu.OPS) or find(op, device_type) is not None
+
+
+def source_files(op: str, device_type: str, *, of_others: bool = False) -> tuple[Path, ...]:
+    """The generated source files of a kernel, for the report. A GPU's kernel has one for each spec that this process has
+    launched; `of_others`: before the first launch, the newest that any process wrote."""
+    if not is_generated(op, device_type):
+        return ()
+    if device_type == "cpu":
+        return (cpp_build.write_source(cpu.TEMPLATES[op]),)
+    from . import triton_build
+
+    return triton_build.loaded(op) or (triton_build.latest(op) if of_others else ())
+
+
+def source_name(op: str, device_type: str) -> str:
+    """The name that kernels which one generated file holds share: on a CPU several do."""
+    return cpu.TEMPLATES.get(op, op) if device_type == "cpu" else op
 
 
 def choose_kernel(

@@ -18,7 +18,7 @@ To add a kernel (for CUDA too), register it when its module is imported, and imp
                            `lower_attention` puts it in; M queries, N keys, K the size of a head)
 
 `declines(problem)` says in a few words why it cannot, or returns None; `kernels` names generated sources, which
-`kernel_source` finds for the report. Where nothing was measured, the first one registered whose `prefers(problem)` holds
+`source_files` finds for the report. Where nothing was measured, the first one registered whose `prefers(problem)` holds
 runs. `tuning.measure` times all that do not decline.
 """
 
@@ -187,9 +187,8 @@ def nearest(problem: Problem, entries: Sequence[Entry], *, exact: bool) -> Entry
     return min(same, key=distance, default=None)
 
 
-def sources(candidate: Candidate, device: str) -> dict[str, Path]:
-    """The generated source files of a candidate's kernels, by kernel."""
-    from . import kernel_source
+def generated(candidate: Candidate, device: str) -> tuple[str, ...]:
+    """Those of a candidate's kernels that are generated on a device type."""
+    from . import is_generated
 
-    found = {name: kernel_source(name, device) for name in candidate.kernels}
-    return {name: path for name, path in found.items() if path is not None}
+    return tuple(name for name in candidate.kernels if is_generated(name, device))

@@ -94,9 +94,18 @@ def write_source(op: str, **spec: Any) -> Path:
     return path
 
 
-def latest_source(op: str) -> Path | None:
-    """The newest generated file of an op, for the report: a file is written when its spec is first launched."""
-    return max(cpp_build.cache_dir().glob(f"{op}-*.py"), key=lambda path: path.stat().st_mtime, default=None)
+_loaded: dict[str, list[Path]] = {}  # by op, in order: each spec is loaded when it is first launched
+
+
+def loaded(op: str) -> tuple[Path, ...]:
+    """The generated files of an op that this process loaded, one for each spec; those that are still there."""
+    return tuple(path for path in dict.fromkeys(_loaded.get(op, ())) if path.exists())
+
+
+def latest(op: str) -> tuple[Path, ...]:
+    """The newest generated file of an op in the cache, of whichever process and spec; none if there is none."""
+    newest = max(cpp_build.cache_dir().glob(f"{op}-*.py"), key=lambda path: path.stat().st_mtime, default=None)
+    return () if newest is None else (newest,)
 
 
 @functools.cache
@@ -111,4 +120,5 @@ def load(op: str, **spec: Any) -> ModuleType:
     module = importlib.util.module_from_spec(found)
     sys.modules[name] = module  # Triton reads the functions' source through it
     found.loader.exec_module(module)
+    _loaded.setdefault(op, []).append(path)
     return module

@@ -159,8 +159,10 @@ def test_which_kernel_runs_a_layers_backward_and_its_source(
         return  # no compiler here
     (path,) = re.findall(r"^source of dequantize_4bit: (.*)$", text, re.MULTILINE)
     assert _run(capsys, config_file, "--kernel", "dequantize_4bit") == Path(path).read_text()
-    for part in {part for choice in report.choices for part in choice.parts if source_name(part) != part}:
-        assert source_name(part) in _kernel_source(report, part)  # several in one file: each by its name
+    for part in {
+        part for choice in report.choices for part in choice.parts if source_name(part, report.device) != part
+    }:
+        assert source_name(part, report.device) in _kernel_source(report, part)  # several in one file: each by its name
     assert cli.main(["inspect", str(config_file), "--kernel", "dequantise"]) == 2
     assert "did you mean 'dequantize_4bit'?" in capsys.readouterr().err
     backward = report.to_networkx("backward").nodes(data=True)

@@ -14,13 +14,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from toy_models import MLP, compile_model, seeded
 
 import qlora_compile as qc
 from qlora_compile.adapter_edits import add_adapter
 from qlora_compile.errors import ModelStateError, UnknownOptionError
+from qlora_compile.kernel_report import kernel_reports
+from qlora_compile.modules import prepared_state
 from qlora_compile.passes import PIPELINE
+from qlora_compile.report import device_kernel_sources, used_kernels
 
 OPTIONS: dict[str, Any] = {"lowering": "eager", "block_size": 32, "r": 3}
 
@@ -254,6 +257,47 @@ def test_kernels_are_source_text() -> None:
 
     if kernels.find("dequantize_4bit", "cpu") is not None:
         assert "dequantize_4bit" in report.kernels
+
+
+def test_a_gpus_kernels_are_those_launched_by_when_it_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At compile time nothing is generated yet; and the newest file of a cache may be another model's."""
+    pytest.importorskip("triton", reason="triton is not installed: `pip install triton` (Linux)")
+    from qlora_compile.runtime import kernels
+    from qlora_compile.runtime.kernels import dispatch, triton_build
+
+    monkeypatch.setenv("QLORA_COMPILE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton_build, "_loaded", {})
+    triton_build.load.cache_clear()
+    triton_build.write_source.cache_clear()
+    parts = ("lora_down", "lora_up", "lora_linear_gemm")
+    problem = dispatch.Problem("lora_linear", 64, (21,), 96, 8, torch.bfloat16, "nf4", 32, "cuda")
+    choice = dispatch.Choice(problem, dispatch.Candidate("lora_linear", "triton_gemm", None, kernels=parts), "forced")
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta |= {"qlora_kernels": [("lora_linear", choice)], "qlora_sites": ("q",)}
+    graph.output(x)
+    model = _compiled()
+    state = prepared_state(model)
+    assert state is not None
+    state.reports[0].choices = kernel_reports(fx.GraphModule(nn.Module(), graph))
+    (report,) = qc.explain(model).choices
+    assert report.parts == parts and report.sources == {} and report.modules == ("q",)
+
+    spec = {"adapters": 1, "dropout": False, "scaled": False, "scaling": False, "uses_codes": False}
+    for adapters in (1, 2):
+        triton_build.load("lora_down", **spec | {"adapters": adapters})
+    triton_build.load("lora_up", **spec, base="y", bias=False)
+    newer = tmp_path / "lora_down-of-another-process.py"
+    newer.write_text("")
+    monkeypatch.setattr(kernels, "find", lambda op, device: None)  # no GPU is here to prove a kernel on
+    (report,) = qc.explain(model).choices
+    files = report.sources["lora_down"]
+    assert report.sources.keys() == {"lora_down", "lora_up"} and len(files) == 2 and str(newer) not in files
+    texts = device_kernel_sources("cuda", used_kernels(qc.explain(model)))
+    assert texts.keys() == {"lora_down", "lora_up"} and all(f"adapters={n}," in texts["lora_down"] for n in (1, 2))
+    assert all(Path(file).read_text(encoding="utf-8") in texts["lora_down"] for file in files)
+    triton_build.load.cache_clear()  # its files go with the test's folder
+    triton_build.write_source.cache_clear()
 
 
 def test_a_llama(tiny_llama: Callable[..., nn.Module]) -> None:

@@ -38,7 +38,7 @@ def test_no_compiler_warns_once_and_finds_nothing(monkeypatch: pytest.MonkeyPatc
         warnings.simplefilter("error")
         assert kernels.find("dequantize_4bit", "cpu") is None
         assert kernels.find("quantize_4bit", "cpu") is None
-    assert kernels.kernel_source("quantize_4bit", "cpu") is None
+    assert kernels.source_files("quantize_4bit", "cpu") == ()
 
 
 def test_find_compiler_asks_inductor_then_cxx(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -54,8 +54,8 @@ def test_find_compiler_asks_inductor_then_cxx(monkeypatch: pytest.MonkeyPatch, t
 
 @needs_compiler
 def test_source_header_names_template_spec_and_flags() -> None:
-    path = kernels.kernel_source("dequantize_4bit", "cpu")
-    assert path is not None and path.suffix == ".cpp"
+    (path,) = kernels.source_files("dequantize_4bit", "cpu")
+    assert path.suffix == ".cpp"
     head = path.read_text().splitlines()[:5]
     assert "dequantize_4bit: 4-bit codes" in head[0]
     assert "runtime/kernels/dequantize_4bit.cpp.jinja" in head[1]

@@ -223,7 +223,7 @@ print([kernels.find(op, "cpu") for op in ("lora_down", "attention_forward", "cro
 def test_no_kernel_for_other_devices_and_ops() -> None:
     assert kernels.find("dequantize_4bit", "meta") is None
     assert kernels.find("no_such_op", "cpu") is None
-    assert kernels.kernel_source("no_such_op", "cpu") is None
+    assert kernels.source_files("no_such_op", "cpu") == ()
 
 
 @needs_compiler
