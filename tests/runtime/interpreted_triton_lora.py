@@ -6,12 +6,14 @@ Expected values are fp64 with the masks that `dropout_mask` draws; fp32 sums in 
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, event, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from qlora_compile import lora_group, nf4
@@ -34,6 +36,7 @@ from qlora_compile.runtime.kernels.paged_step_proof import proves_paged_step
 GENERATOR = torch.Generator().manual_seed(29)
 M, K = 19, 96
 OUT = (21, 10, 7)
+EXAMPLES = 15  # half a second to two each
 FORWARD = {
     "gemm": triton_lora.forward_gemm,
     "low_rank": triton_lora.forward_low_rank,
@@ -82,7 +85,7 @@ def _expected(group: LoRAGroup, x: Tensor, bias: list[Tensor]) -> tuple[list[Ten
     count = len(group.lora_a)
     ys = []
     for i, mine in enumerate(group.adapters_of()):
-        y = x @ group.dense_weight(i, K).double().t()
+        y = x @ group.dense_weight(i, x.shape[1]).double().t()
         for j in mine:
             dropped = x * group.mask(j, x.float()).double() if group.dropout else x
             y = y + group.alpha[j] * group.scaling[j].double() * dropped @ factors[j].t() @ factors[count + j].t()
@@ -142,6 +145,93 @@ def test_backward(name: str, m: int, dropout: float) -> None:
         assert factor.grad is not None
         _close(got, factor.grad)
     assert BACKWARD[name](group, dys, x, h, False, False) == (None, [], [])
+
+
+@st.composite
+def _any_group(
+    draw: st.DrawFn, rows: tuple[int, ...], columns: tuple[int, ...]
+) -> tuple[LoRAGroup, Tensor, list[Tensor]]:
+    """A group of one to three linears with up to four adapters among them, an x whose rows lie apart, and biases."""
+    GENERATOR.manual_seed(31)  # the same values whatever ran before
+    quant_type, block = draw(st.sampled_from(["nf4", "fp4"])), draw(st.sampled_from([32, 64, 128]))
+    m, k = draw(st.sampled_from(rows)), draw(st.sampled_from(columns))
+    outs = draw(st.lists(st.integers(1, 50), min_size=1, max_size=3))
+    owners = sorted(draw(st.lists(st.integers(0, len(outs) - 1), max_size=4)))
+    ranks = [draw(st.integers(1, 20)) for _ in owners]
+    dropout, double = draw(st.sampled_from([0.0, 0.3])), draw(st.booleans())
+    data = [nf4.quantize_reference(_randn(n, k), quant_type, block, double) for n in outs]
+    group = LoRAGroup(
+        [d.codes for d in data], [d.absmax for d in data],
+        [d.absmax_scale for d in data] if double else [], [d.absmax_offset for d in data] if double else [],
+        [_randn(r, k) for r in ranks], [_randn(outs[i], r) for r, i in zip(ranks, owners)],
+        [torch.tensor(0.5 + j) for j in range(len(ranks))], [1.5] * len(ranks), [owners.count(i) for i in range(len(outs))],
+        [torch.tensor(3 + j) for j in range(len(ranks))] if dropout else [], dropout, outs, quant_type, block,
+        torch.float32,
+    )  # fmt: skip
+    return group, _randn(m, k + 5)[:, 2 : k + 2], [_randn(n) for n in outs] if draw(st.booleans()) else []
+
+
+@pytest.fixture
+def able(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Problem], list[dispatch.Candidate]]]:
+    """The candidates of a GPU that take a problem."""
+    kept = list(dispatch._candidates)
+    triton_lora.register()
+
+    def found(problem: Problem) -> list[dispatch.Candidate]:
+        with mock.patch.object(kernels, "find", lambda op, device: print):
+            return [c for c in dispatch.candidates(problem.op, "cuda") if c.run and c.declines(problem) is None]
+
+    yield found
+    dispatch._candidates[:] = kept
+    dispatch.forget_choices()
+
+
+# the seed is fixed: an example that fails does so in every run. None is shrunk, which takes minutes under the interpreter
+@settings(
+    max_examples=EXAMPLES, derandomize=True, deadline=None, database=None,
+    phases=(Phase.explicit, Phase.generate), suppress_health_check=list(HealthCheck),
+)  # fmt: skip
+@pytest.mark.parametrize(("rows", "columns"), [((0, 1, 2, 3, 17), (32, 33, 40, 96, 160)), ((65, 80), (33, 128))])
+@given(data=st.data())
+def test_any_sizes(
+    able: Callable[[Problem], list[dispatch.Candidate]],
+    rows: tuple[int, ...],
+    columns: tuple[int, ...],
+    data: st.DataObject,
+) -> None:
+    """Every candidate that does not decline, forward and backward: some take few rows, some many and whole blocks."""
+    group, x, bias = data.draw(_any_group(rows, columns))
+    m, k, count = *x.shape, len(group.lora_a)
+    form = group.quant_type, group.block_size, "cuda", bool(group.dropout)
+    problem = Problem(
+        "lora_linear", dispatch.bucket(m), tuple(group.out_features), k, sum(group.ranks()), torch.float32, *form
+    )
+    ys, factors, wide = _expected(group, x, bias)
+    parts = [x * group.mask(j, x) if group.dropout else x for j in range(count)]
+    low = [part.double() @ a.double().t() for part, a in zip(parts, group.lora_a)]
+    h = torch.cat(low, dim=1) if low else x.new_empty((m, 0))
+    for candidate in able(problem):
+        event(f"lora_linear {candidate.name}")  # how many of each: --hypothesis-show-statistics
+        got, saved = candidate.run(group, x, bias)  # type: ignore[misc]
+        for y, e in zip([*got, saved], [*ys, h], strict=True):
+            _near(candidate.name, y, e)
+    dys = [_randn(m, n) for n in group.out_features]
+    grads = torch.autograd.grad(
+        ys, [wide, *factors], [dy.double() for dy in dys], allow_unused=True, materialize_grads=True
+    )
+    for candidate in able(problem._replace(op="lora_linear_backward")):
+        event(f"lora_linear_backward {candidate.name}")
+        dx, da, db = candidate.run(group, dys, x, h.float(), True, True)  # type: ignore[misc]
+        for mine, grad in zip([dx, *da, *db], grads, strict=True):
+            _near(candidate.name, mine, grad)
+
+
+def _near(name: str, got: Tensor, expected: Tensor) -> None:
+    """Sums of up to 160 fp32 products, through two products: of the largest value, or of 1."""
+    assert got.shape == expected.shape, name
+    if got.numel():
+        error, largest = (got.double() - expected).abs().max().item(), expected.abs().max().item()
+        assert error <= 3e-5 * max(largest, 1.0), f"{name}: off by {error} where the largest value is {largest}"
 
 
 def test_more_ranks_than_one_launch_holds() -> None:
