@@ -97,6 +97,7 @@ with lost_process.TermWatch(0, ((host, pid), (host, int(sys.argv[1]))))():
 def test_a_process_that_waits_in_c_code_says_so_too(gone: int) -> None:
     process = subprocess.Popen([sys.executable, "-c", WAITING, str(gone)], stdout=-1, stderr=-1, text=True)
     assert process.stdout is not None and process.stdout.readline() == "waiting\n"
+    time.sleep(0.5)  # until it is in there
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 1
