@@ -128,12 +128,20 @@ def test_a_storage_that_ends_before_the_batch_does_is_the_batchs() -> None:
     assert builder.size_of(node, 84) == Size(84)
 
 
+class Mistaken(torch.nn.Module):
+    """Adds 54 numbers to 53."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up = torch.nn.Embedding(97, 37), torch.nn.Linear(37, 53)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return (self.up(self.embed(input_ids)) + input_ids.new_ones(54)).sum()
+
+
 def test_why_a_model_cannot_be_traced_is_dynamos_reason(capsys: pytest.CaptureFixture[str]) -> None:
-    config = transformers.AutoConfig.for_model(
-        "gpt_neo", **SIZES, num_layers=2, num_heads=6, attention_types=[[["global"], 2]]
-    )
     with pytest.raises(
-        ModelStateError, match="cannot be traced without its weights: Please convert all Tensors to Fake"
+        ModelStateError, match=r"cannot be traced without its weights: Attempting to broadcast a dimension of length 54"
     ):
-        StepPlans(transformers.AutoModelForCausalLM.from_config(config), CONFIG, None).by_length  # noqa: B018
+        StepPlans(Mistaken(), CONFIG, None).by_length  # noqa: B018
     assert "Traceback" not in capsys.readouterr().err
