@@ -386,3 +386,22 @@ def test_autocast_around_an_op_changes_nothing(kernel: str) -> None:
         results.append([*ys, given["x"].grad, *(p.grad for p in given["lora_a"] + given["lora_b"])])
     for plain, cast in zip(*results, strict=True):
         assert plain.dtype == cast.dtype and torch.equal(plain, cast)
+
+
+@pytest.mark.parametrize(("quant_type", "dropout"), [("none", 0.0), ("nf4", 0.0), ("nf4", 0.25)])
+def test_gradients_by_gradcheck(quant_type: str, dropout: float) -> None:
+    """On fp64 tensors: its backward is the derivative of its forward, in x, each A, each B and the biases."""
+    fp64: dict[str, Any] = {"x_dtype": torch.float64, "dtype": torch.float64, "grad_bias": True}
+    given = lists_of(case := Case(quant_type=quant_type, dropout=dropout, ranks=((3, 2), (), (4,)), **fp64))
+    names = ("bias", "lora_a", "lora_b")
+    for name in names:
+        given[name] = [t.detach().double().requires_grad_() for t in given[name]]
+    sizes = [len(given[name]) for name in names]
+
+    def call(x: Tensor, *leaves: Tensor) -> list[Tensor]:
+        parts = iter(leaves)
+        lists = {name: [next(parts) for _ in range(n)] for name, n in zip(names, sizes)}
+        return torch.ops.qlora.lora_linear(**given | {"x": x} | lists)[: len(case.out_features)]
+
+    leaves = [given["x"], *(t for name in names for t in given[name])]
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
