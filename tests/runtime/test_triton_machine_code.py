@@ -45,6 +45,7 @@ MOST_SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10
 TENSOR_CORE = {"sm_80": r"\bmma\.sync", "sm_90": r"\b(wgmma\.|mma\.sync)", "sm_100": r"\b(tcgen05\.mma|mma\.sync)"}
 TENSOR_CORE["gfx942"] = r"\bv_mfma_"
 # The codec's tiles give each of 4 warps' 128 threads 16 bytes of codes; a wave of AMD's has 64 threads: 8 bytes each.
+CODE_BYTES = {"sm_80": 16, "sm_90": 16, "sm_100": 16, "gfx942": 8}
 WIDE_LOAD = {"gfx942": r"\b(global|buffer)_load_dwordx[24]"}
 WIDE_LOAD |= dict.fromkeys(
     ("sm_80", "sm_90", "sm_100"), r"\bld\.global(\.\w+)*\.v4\.b32|\bcp\.async\.\w+\.shared\.global[^;]*0x10"
@@ -149,7 +150,8 @@ CASES: dict[str, Callable[[], None]] = {
     "dx_64": lambda: _dx(64),
     "dx_training": lambda: _dx(M_TRAIN),
 }
-READS_WIDE = {name for name in CASES if name.startswith(("dequantize", "vector", "gemm", "dx", "cross"))}
+READS_CODES = {name for name in CASES if name.startswith(("dequantize", "vector", "gemm", "dx"))}
+READS_WIDE = READS_CODES | {name for name in CASES if name.startswith("cross")}
 ON_TENSOR_CORES = {name for name in CASES if name.startswith(("down", "up", "over", "gemm", "dx"))}
 
 
@@ -212,9 +214,20 @@ def _spills(compiled: Any, target: str, folder: Path) -> list[str]:
     return re.findall(r"[1-9]\d* bytes (?:spill stores|spill loads|stack frame)", done.stderr)
 
 
+def _bytes_of_codes(compiled: Any) -> set[int]:
+    """How many bytes of codes lie side by side in a thread, in each load of codes: by the layouts of Triton's GPU dialect,
+    where words of several rows are codes in every kernel but the codec, which reads bytes."""
+    text = compiled.asm["ttgir"]
+    layouts = dict(re.findall(r"^(#\w+) = #ttg\.blocked<\{sizePerThread = \[(?:\d+, )*(\d+)\]", text, re.M))
+    kind, size = ("i8", 1) if "@dequantize_4bit" in text else ("i32", 4)
+    load = r"\b(?:tt\.load|async_copy_global_to_local|buffer_load) "
+    found = re.findall(rf"{load}.*?\btensor<(?:\d+x){{2,}}(?:!tt\.ptr<)?{kind}>?, (#\w+)>", text)
+    return {int(layouts.get(layout, 0)) * size for layout in found}
+
+
 def _check(case: str, target: str, launches: list[Launch], folder: Path) -> None:
     CASES[case]()
-    wide, tensor_cores = False, False
+    wide, tensor_cores, codes = False, False, set[int]()
     for launch in launches:
         compiled = _compile(launch, target)
         assert compiled.metadata.shared <= MOST_SHARED_BYTES[target]
@@ -222,7 +235,9 @@ def _check(case: str, target: str, launches: list[Launch], folder: Path) -> None
         text = compiled.asm["amdgcn" if target == "gfx942" else "ptx"]
         wide |= re.search(WIDE_LOAD[target], text) is not None
         tensor_cores |= re.search(TENSOR_CORE[target], text) is not None
+        codes |= _bytes_of_codes(compiled)
     assert launches
+    assert (min(codes) >= CODE_BYTES[target]) if case in READS_CODES else not codes
     assert wide or case not in READS_WIDE
     assert tensor_cores == (case in ON_TENSOR_CORES)
 
@@ -246,6 +261,18 @@ def test_machine_code(
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     _check(case, target, launches, tmp_path)
+
+
+def test_codes_that_begin_between_16_bytes_are_seen_to_be_read_by_the_word(
+    launches: list[Launch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slice of a gathered buffer (FSDP2). x is read 16 bytes at once all the same: one wide load proves nothing."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    data = _weight(N, K).data
+    sliced = Weight(data._replace(codes=torch.empty(N * K // 2 + 4, dtype=torch.uint8)[4:]), N, K, "nf4", 64)
+    triton_linear.lora_linear_gemm(_bf16(M_TRAIN, K), sliced, _bf16(M_TRAIN, N))
+    compiled = _compile(launches[0], "sm_90")
+    assert _bytes_of_codes(compiled) == {4} and re.search(WIDE_LOAD["sm_90"], compiled.asm["ptx"])
 
 
 def _loop_instructions(compiled: Any, folder: Path) -> list[int]:
