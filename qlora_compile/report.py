@@ -293,10 +293,10 @@ def used_kernels(report: CompileReport) -> list[str]:
         found["cross_entropy"] = None
     if report.paging:
         found["paged_step"] = None
-    wanted = [*_CODEC, *(part for part in found if part not in _CODEC)]
-    return list({kernels.source_name(op, report.device): op for op in reversed(wanted)}.values())[
-        ::-1
-    ]  # one of those in one file
+    by_file: dict[str, str] = {}  # one kernel of those in one file
+    for op in (*_CODEC, *found):
+        by_file.setdefault(kernels.source_name(op, report.device), op)
+    return list(by_file.values())
 
 
 def device_kernel_sources(device: str, ops: Sequence[str], *, build: bool = True) -> dict[str, str]:

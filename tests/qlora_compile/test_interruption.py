@@ -11,10 +11,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch._library import simple_registry
+from torch._subclasses import FakeTensorMode
 
 import qlora_compile as qc
 from qlora_compile import cli, cli_doctor, interruption
@@ -99,19 +100,19 @@ def test_in_a_library_nothing_is_deferred() -> None:
 def test_a_trace_is_interrupted_between_its_parts(
     monkeypatch: pytest.MonkeyPatch, tiny_llama: Callable[..., torch.nn.Module]
 ) -> None:
-    """torch's C++ code calls this function for an embedding of fake tensors; an exception out of it aborts the process."""
-    find, arrived = simple_registry.find_torch_dispatch_rule, list[bool]()
+    """torch's C++ code calls Python for each op of fake tensors; an exception out of such a call may abort the process."""
+    dispatch, arrived = FakeTensorMode.dispatch, list[bool]()
 
-    def interrupted(*args: object, **kwargs: object) -> object:
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
         if not arrived:
             arrived.append(False)
             try:
                 signal.raise_signal(signal.SIGINT)
             except KeyboardInterrupt:
                 arrived[0] = True
-        return find(*args, **kwargs)
+        return dispatch(*args, **kwargs)
 
-    monkeypatch.setattr(simple_registry, "find_torch_dispatch_rule", interrupted)
+    monkeypatch.setattr(FakeTensorMode, "dispatch", interrupted)
     tokens = torch.zeros(1, 8, dtype=torch.long, device="meta")
     with interruption.listening(), pytest.raises(KeyboardInterrupt):
         qc.trace(tiny_llama(), {"input_ids": tokens, "labels": tokens}, {"r": 3})
