@@ -27,6 +27,7 @@ AGAIN_S = 0.05
 _before: dict[int, Any] = {}  # signal -> its handler before ours, while the command line listens
 _heard = False
 _deferrals = 0
+_timers: list[threading.Timer] = []  # that raise again what a finalizer lost
 
 
 @contextmanager
@@ -51,6 +52,8 @@ def listening() -> Iterator[None]:
         _install()
         yield
     finally:
+        while _timers:  # what they would raise is of this command
+            _timers.pop().cancel()
         while _before:
             signal.signal(*_before.popitem())
         sys.unraisablehook = hook
@@ -111,6 +114,7 @@ def _unraisable(hook: Callable[[UnraisableHookArgs], Any], what: UnraisableHookA
         return
     again = threading.Timer(AGAIN_S, _raise_again)
     again.daemon = True
+    _timers.append(again)
     again.start()
 
 
