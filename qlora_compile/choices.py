@@ -43,13 +43,12 @@ def check_choices(edits: ModelEdits, targets: Container[str] | None = None) -> N
 
 
 def _check_peft(edits: ModelEdits) -> None:
-    """Warn of weights under PEFT's adapters that `quantize=True` leaves as they are; of tools that store them in 4 bits
-    themselves none is left."""
+    """Warn of weights under PEFT's adapters that `quantize=True` leaves dense; bitsandbytes' are in 4 bits already."""
     if not edits.is_peft or not edits.quantizes():
         return
     adapted = [entry for entry in edits.all() if not is_adapter(entry) and _is_adapted_linear(entry, edits)]
-    dense = [(entry.name, edits.decline_reason(entry)) for entry in adapted if not is_bnb_weight(entry.param)]
-    dense = [(name, reason) for name, reason in dense if reason is not None]
+    unstored = [entry for entry in adapted if not is_bnb_weight(entry.param)]
+    dense = [(entry.name, reason) for entry in unstored if (reason := edits.decline_reason(entry)) is not None]
     if adapted and not dense:
         return
     which = f"{dense[0][0]}: {dense[0][1]}" if dense else "none of its adapters is one of a linear layer"

@@ -14,6 +14,7 @@ from ..errors import CheckpointError, OutputError
 from .checkpoint import SET_ASIDE, Checkpoint, list_checkpoints, load_checkpoint, load_newest, set_aside
 from .finetune_config import FinetuneConfig
 from .formats.atomic import check_output_folder, output_errors
+from .formats.temporary import lock_folder
 from .reporters import Reporter
 from .training_state import check_complete
 
@@ -63,19 +64,11 @@ class RunFolder:
     def _hold(self) -> None:
         """Lock the folder until `release`, or the end of the process, where the system has such locks."""
         try:
-            import fcntl
-        except ImportError:
-            return
-        self._lock = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = lock_folder(self.path)
         except BlockingIOError:
-            self.release()
             raise OutputError(
                 f"Another run writes into {self.path} now: wait until it ends, or choose another output folder."
             ) from None
-        except OSError:  # some network file systems have none
-            self.release()
 
     def release(self) -> None:
         """The end of the run; idempotent."""

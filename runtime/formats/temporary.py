@@ -35,12 +35,12 @@ def _locked_folder(path: Path) -> tuple[Path, int | None]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
         try:
-            lock = _lock(folder)
+            lock = lock_folder(folder)
         except (BlockingIOError, FileNotFoundError):  # another process takes it for one that was left
             continue
         except OSError:
             return folder, None
-        if folder.exists():
+        if lock is None or folder.exists():
             return folder, lock
         os.close(lock)
 
@@ -52,21 +52,26 @@ def _remove_left(path: Path) -> None:
             # Without an output, what it replaced is all there is.
             if place.is_dir() and not place.is_symlink() and (place.suffix == ".tmp" or path.exists()):
                 with contextlib.suppress(OSError):
-                    lock = _lock(place)
-                    shutil.rmtree(place, ignore_errors=True)
-                    os.close(lock)
+                    lock = lock_folder(place)
+                    if lock is not None:
+                        shutil.rmtree(place, ignore_errors=True)
+                        os.close(lock)
 
 
-def _lock(folder: Path) -> int:
-    """A descriptor of the folder, which holds its lock until it is closed. Raises OSError where it has none or another."""
+def lock_folder(folder: Path) -> int | None:
+    """A descriptor of the folder, which holds its lock until it is closed; None where the file system, or Windows, has none.
+    Raises BlockingIOError where another process has it, OSError where it cannot be opened."""
     try:
         import fcntl
-    except ImportError as error:  # Windows
-        raise OSError("no locks here") from error
+    except ImportError:
+        return None
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         os.close(descriptor)
         raise
+    except OSError:  # some network file systems have none
+        os.close(descriptor)
+        return None
     return descriptor
