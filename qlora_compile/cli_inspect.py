@@ -235,12 +235,10 @@ def _only(report: CompileReport, pattern: str) -> CompileReport:
 
 def _kernel_source(report: CompileReport, name: str) -> str:
     """Several kernels may stand in one file. Raises UnknownOptionError naming the nearest that this machine generates."""
-    from .runtime.kernels import source_name
+    from .kernel_report import articles
 
-    by_source = {source_name(kernel, report.device): text for kernel, text in report.kernels.items()}
-    named = {part for choice in report.choices for part in choice.parts} | set(report.kernels)
-    file_of = {part: source_name(part, report.device) for part in named}
-    known = {part: by_source[file] for part, file in file_of.items() if file in by_source}
+    texts = report.kernels
+    known = {part: texts[shown_as] for part, shown_as in articles(report).items()} | texts
     if name not in known:
         raise UnknownOptionError(name, known, what="kernel")
     return known[name]

@@ -7,11 +7,14 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
 from .fx_utils import module_path
+
+if TYPE_CHECKING:
+    from .report import CompileReport
 
 
 @dataclass
@@ -56,6 +59,16 @@ def with_sources(reports: Sequence[KernelReport], *, of_others: bool = False) ->
         return tuple(map(str, source_files(part, device, of_others=of_others)))
 
     return [replace(r, sources={p: f for p in r.parts if (f := files(p, r.device))}) for r in reports]
+
+
+def articles(report: CompileReport) -> dict[str, str]:
+    """Each generated part -> the key of `report.kernels` under which its source stands: several kernels share one file."""
+    from .runtime.kernels import source_name
+
+    by_file = {source_name(op, report.device): op for op in report.kernels}
+    parts = dict.fromkeys(part for choice in report.choices for part in choice.parts)
+    file_of = {part: source_name(part, report.device) for part in parts}
+    return {part: by_file[file] for part, file in file_of.items() if file in by_file}
 
 
 def print_kernels(reports: list[KernelReport], console: Any) -> None:

@@ -16,13 +16,12 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import CppLexer, PythonLexer
 
-from ..kernel_report import places
+from ..kernel_report import articles, places
 from ..memory_plan import MemoryPlan
 from ..page_plan import PageTimeline
 from ..pass_manager import NodeRecord
 from ..runtime.export_report import ExportReport, read_export_report
 from ..runtime.formats.atomic import write_file
-from ..runtime.kernels import source_name
 from ..runtime.metrics import read_metrics
 from ..stage_graph import fold_blocks, folded_names, to_networkx
 
@@ -89,14 +88,6 @@ def _highlight_style() -> str:
     light = HtmlFormatter(style="default", cssclass="code").get_style_defs(".code")
     dark = HtmlFormatter(style="github-dark", cssclass="code").get_style_defs("[data-theme=dark] .code")
     return f"{light}\n{dark}\n"
-
-
-def articles(report: CompileReport) -> dict[str, str]:
-    """Each generated part -> the name under which its source stands on the page: several kernels share one file."""
-    by_file = {source_name(op, report.device): op for op in report.kernels}
-    parts = dict.fromkeys(part for choice in report.choices for part in choice.parts)
-    file_of = {part: source_name(part, report.device) for part in parts}
-    return {part: by_file[file] for part, file in file_of.items() if file in by_file}
 
 
 def _linears_by_lowering(report: CompileReport) -> dict[str, int]:
