@@ -91,7 +91,7 @@ def _drop(loss: fx.Node, given: dict[str, Any], chain: LossChain) -> None:
     for node in chain.slices:
         x = _slice_of(x, node, loss)
     args = (x, weight, bias, given["target"], given["ignore_index"], chain.scale, chain.soft_cap)
-    new = emit(loss, torch.ops.qlora.linear_cross_entropy.default, args, loss)
+    new = _emit_op(torch.ops.qlora.linear_cross_entropy.default, args, loss, chain)
     _replace_loss(loss, new, given)
     _drop_from_outputs(chain)
 
@@ -112,7 +112,7 @@ def _keep(loss: fx.Node, given: dict[str, Any], chain: LossChain, ctx: PassConte
     if ctx.kept_logits:
         raise DeclinedError("the graph returns the logits of another loss")
     args = (x, weight, bias, given["target"], given["ignore_index"], chain.scale, chain.soft_cap)
-    both = emit(loss, torch.ops.qlora.linear_cross_entropy_logits.default, args, loss)
+    both = _emit_op(torch.ops.qlora.linear_cross_entropy_logits.default, args, loss, chain)
     new = emit(loss, operator.getitem, (both, 0), loss)
     logits = emit(loss, operator.getitem, (both, 1), chain.head)
     both.meta["example_value"] = [_scalar(loss, torch.float32), value(chain.head)]
@@ -126,6 +126,14 @@ def _keep(loss: fx.Node, given: dict[str, Any], chain: LossChain, ctx: PassConte
     function = (chain.scale, chain.soft_cap) if changed else (1.0, 0.0)
     ctx.kept_logits = tuple(KeptLogits(i, weight.name, *function) for i, node in enumerate(outs) if node is kept[-1])
     output.args = ((*(copies[kept[-1]] if node is kept[-1] else node for node in outs), x),)
+
+
+def _emit_op(op: Any, args: tuple[Any, ...], loss: fx.Node, chain: LossChain) -> fx.Node:
+    """The op in the loss's place; its module is the head, whose product it computes."""
+    new = emit(loss, op, args, loss)
+    if "nn_module_stack" in chain.head.meta:
+        new.meta["nn_module_stack"] = chain.head.meta["nn_module_stack"]
+    return new
 
 
 def _trains(tensor: Any, ctx: PassContext) -> bool:

@@ -1,59 +1,121 @@
-"""Which kernel runs each lora_linear, forward and backward: asked for, measured if wanted, recorded for the report.
+"""Which kernel runs each op of ours, forward and backward: asked for, measured if wanted, recorded for the report.
 
     lora_linear(x, ...)  ->  lora_linear(x, ..., "fp32_gemm", "library_gemm")   where the option `kernels` forces them
 
-Without the option the op's arguments stay: it asks the same table again for the number of rows that it gets, since one
-graph may run with several. What a kernel is, only the runtime knows; a pass sees names and reasons (`ctx.choose`).
+The same for the linears of experts (`grouped_lora_linear`) and for the loss (`linear_cross_entropy`). Without the option an
+op's arguments stay: it asks the same table again for the number of rows that it gets, since one graph may run with several.
+What a kernel is, only the runtime knows; a pass sees names and reasons (`ctx.choose`).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
+from .. import linear_cross_entropy  # noqa: F401  defines its ops
+from ..cross_entropy_sweep import problem
+from ..expert_products import barred
 from ..fx_utils import hint, is_call, value
 from ..pass_manager import PassContext
 
-_OP = torch.ops.qlora.lora_linear.default
-_LORA_A, _DROPOUT, _OUT_FEATURES, _QUANT_TYPE, _BLOCK_SIZE, _DTYPE = 6, 12, 13, 14, 15, 16
+_OPS = torch.ops.qlora
 
 
 def lower_kernels(gm: fx.GraphModule, ctx: PassContext) -> int:
     """Returns the number of ops whose kernels were chosen."""
     count = 0
     for node in gm.graph.nodes:
-        if is_call(node, _OP) and isinstance(value(node.args[0]), torch.Tensor):
-            count += _lower(node, ctx)
+        for targets, names, sizes in _KINDS:
+            if is_call(node, *targets) and isinstance(value(node.args[0]), torch.Tensor):
+                count += _lower(node, names, sizes, ctx)
     return count
 
 
-def _lower(node: fx.Node, ctx: PassContext) -> int:
+def _lower(node: fx.Node, names: dict[str, str], sizes: Callable[[fx.Node], dict[str, Any]], ctx: PassContext) -> int:
+    """`names`: ops of the table -> the argument of the graph's op that forces a kernel for it."""
     chosen: list[tuple[str, Any]] = []
-    for op in ("lora_linear", "lora_linear_backward"):
-        choice = ctx.choose(op, **_sizes(node))
+    for op in names:
+        choice = ctx.choose(op, **sizes(node))
         if choice is not None:
             chosen.append((op, choice))
     node.meta["qlora_kernels"] = tuple(chosen)
-    forced = [ctx.config.kernels.get(op, "") for op in ("lora_linear", "lora_linear_backward")]
-    if any(forced):
-        node.args = (*node.args[: _DTYPE + 1], *forced)
+    forced = {argument: ctx.config.kernels.get(op, "") for op, argument in names.items()}
+    if any(forced.values()):
+        node.args = (*node.args[: _parameters(node).index(next(iter(forced)))], *forced.values())
     return bool(chosen)
 
 
-def _sizes(node: fx.Node) -> dict[str, Any]:
-    args: tuple[Any, ...] = node.args
-    x = value(args[0])
+def _parameters(node: fx.Node) -> list[str]:
+    return [argument.name for argument in node.target._schema.arguments]
+
+
+def _given(node: fx.Node) -> dict[str, Any]:
+    """The arguments by name, nodes as they are."""
+    return dict(zip(_parameters(node), node.args))
+
+
+def _rows(x: torch.Tensor) -> int:
+    return math.prod(hint(size) for size in x.shape[:-1])
+
+
+def _rank(factors: Any, axis: int) -> int:
+    return sum(hint(value(a).shape[axis]) for a in factors if value(a) is not None)
+
+
+def _linear(node: fx.Node) -> dict[str, Any]:
+    given = _given(node)
+    x = value(given["x"])
     return {
-        "rows": math.prod(hint(size) for size in x.shape[:-1]),
-        "n": tuple(args[_OUT_FEATURES]),
+        "rows": _rows(x),
+        "n": tuple(given["out_features"]),
         "k": hint(x.shape[-1]),
-        "rank": sum(hint(value(a).shape[0]) for a in args[_LORA_A] if value(a) is not None),
-        "dtype": args[_DTYPE],
-        "quant_type": args[_QUANT_TYPE],
-        "block_size": args[_BLOCK_SIZE],
+        "rank": _rank(given["lora_a"], 0),
+        **{name: given[name] for name in ("dtype", "quant_type", "block_size")},
         "device": x.device.type,
-        "dropout": bool(args[_DROPOUT]),
+        "dropout": bool(given["dropout"]),
     }
+
+
+def _experts(node: fx.Node) -> dict[str, Any]:
+    given = _given(node)
+    x, factors = value(given["x"]), (*given["lora_a"], *given["lora_b"])
+    return {
+        "rows": _rows(x),
+        "n": (given["out_features"],),
+        "k": hint(x.shape[-1]),
+        "rank": _rank(given["lora_a"], 1),
+        **{name: given[name] for name in ("dtype", "quant_type", "block_size")},
+        "device": x.device.type,
+        "barred": barred([value(t) for t in factors if value(t) is not None]),
+    }
+
+
+def _loss(node: fx.Node) -> dict[str, Any]:
+    x, weight, bias = (value(node.args[i]) for i in range(3))
+    loss = value(node)
+    differentiated = (loss[0] if isinstance(loss, (list, tuple)) else loss).requires_grad
+    trained = differentiated and any(t.requires_grad for t in (weight, bias) if t is not None)
+    return {"rows": _rows(x)} | problem(x, weight, bias, trained)
+
+
+_KINDS: tuple[tuple[tuple[Any, ...], dict[str, str], Callable[[fx.Node], dict[str, Any]]], ...] = (
+    (
+        (_OPS.lora_linear.default,),
+        {"lora_linear": "forward_kernel", "lora_linear_backward": "backward_kernel"},
+        _linear,
+    ),
+    (
+        (_OPS.grouped_lora_linear.default,),
+        {"grouped_lora_linear": "forward_kernel", "grouped_lora_linear_backward": "backward_kernel"},
+        _experts,
+    ),
+    (
+        (_OPS.linear_cross_entropy.default, _OPS.linear_cross_entropy_logits.default),
+        {"linear_cross_entropy": "loss_kernel"},
+        _loss,
+    ),
+)

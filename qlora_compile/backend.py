@@ -157,7 +157,10 @@ def _install_guards(
 layer_tracing.BACKENDS.append(qlora)  # whose first pass puts the traced layers in line
 
 # On the meta device these are chosen as for this machine: the report names what would run here.
-TRACED_OPS = ("lora_linear", "lora_linear_backward", "attention")
+TRACED_OPS = (
+    *("lora_linear", "lora_linear_backward", "grouped_lora_linear", "grouped_lora_linear_backward"),
+    *("attention", "linear_cross_entropy"),
+)
 
 
 def _chooser(config: QLoRAConfig) -> Callable[..., Any]:

@@ -10,14 +10,14 @@ does, in fp32. On a CPU rows that do not count cost nothing.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .lora_group import as_rows, kernel_for, multiplies_natively, scratch
+from .lora_group import as_rows, choose_kernel, multiplies_natively, scratch
 from .memory_plan import chunk_rows
 from .nf4 import DTYPES
 
@@ -27,6 +27,11 @@ BLOCK_BYTES = {
     "other": 256 << 20,
 }  # of logits that softmax's passes share: on a CPU, what a cache holds
 TILE_BYTES = 32 << 20  # of W in fp32 at a time, where products run in fp32
+SOFTMAX, FUSED, LIBRARY = (
+    "fused_softmax",
+    "fused_fp32",
+    "library_gemm",
+)  # the kernels, see `runtime/kernels/loss_kernels.py`
 LEAST_ROWS = 128  # a chunk's product has to pay for reading W
 
 
@@ -42,13 +47,15 @@ class Sweep:
     scale: float
     soft_cap: float
     keep_logits: bool = False
+    forced: str = ""
+    _gemm: Callable[..., None] | None = field(default=None, init=False)
 
     def run(self, need_dx: bool, need_dw: bool, need_db: bool) -> list[Tensor]:
         """[loss, dx, dW, db, logits], those that are needed."""
         x, target = as_rows(self.x, self.x.dtype), self.target.reshape(-1)
         counts = target != self.ignore_index
         need = need_dx or need_dw or need_db
-        kernel = None if need_dw or need_db else self._kernel()
+        kernel = self._choose(len(x), need_dw or need_db)
         logits = x.new_empty((len(x), len(self.weight))) if self.keep_logits else None
         # the rows that count; or all of them: on a GPU the host would wait to learn how many do, and those of kept logits
         # are computed anyway
@@ -124,17 +131,14 @@ class Sweep:
         else:
             torch.addmm(self.bias, x, self.weight.t(), out=out)
 
-    def _kernel(self) -> Callable[..., None] | None:
-        """The generated sweep over rows of logits, where it covers them."""
-        covered = takes_kernel(self.bias, self.weight, self.x.device.type) and self.x.dtype == self.weight.dtype
-        return kernel_for("cross_entropy", self.x.device) if covered else None
-
-    @functools.cached_property
-    def _gemm(self) -> Callable[..., None] | None:
-        """The generated product in fp32, where there is one for this machine and it reads the head as it is."""
-        reads = all(t.dtype in DTYPES for t in (self.x, self.weight))
-        plain = reads and self.weight.is_contiguous() and (self.bias is None or self.bias.is_contiguous())
-        return kernel_for("wide_gemm", self.x.device) if plain and self._product_dtype() == torch.float32 else None
+    def _choose(self, rows: int, trained: bool) -> Callable[..., None] | None:
+        """The generated sweep over rows of logits, where it is chosen; sets `_gemm` to the generated product, where that is.
+        `trained`: the head gets a gradient."""
+        sizes = problem(self.x, self.weight, self.bias, trained)
+        choice = choose_kernel("linear_cross_entropy", forced=self.forced, rows=rows, **sizes)
+        run = choice.candidate.run(self.x.device.type)
+        self._gemm = run if choice.name == FUSED else None
+        return run if choice.name == SOFTMAX else None
 
     def _check(self, target: Tensor) -> None:
         if len(target) == 0 or target.device.type != "cpu":  # a GPU reports it: a loss of NaN, or gather's assert
@@ -250,10 +254,21 @@ def product_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
     return torch.float32 if device == "cpu" and not multiplies_natively(dtype) else dtype
 
 
-def takes_kernel(bias: Tensor | None, weight: Tensor, device: str) -> bool:
-    """Whether the generated sweep covers it: logits that are the plain result of a bf16 product, before scale and cap."""
-    alike = bias is None or bias.dtype == weight.dtype
-    return alike and product_dtype(weight.dtype, device) == weight.dtype == torch.bfloat16
+def problem(x: Tensor, weight: Tensor, bias: Tensor | None, trained: bool) -> dict[str, Any]:
+    """What the choice of the kernel depends on besides the rows, with the kernels that these tensors rule out and why.
+
+    The generated softmax reads logits that are the plain result of a bf16 product, before scale and cap, and gives no
+    gradient of the head; the generated product reads a head as it lies in memory.
+    """
+    barred = []
+    if trained:
+        barred.append((SOFTMAX, "the head trains"))
+    elif any(t.dtype != weight.dtype for t in (x, bias) if t is not None):
+        barred.append((SOFTMAX, "the head and what it reads differ in dtype"))
+    if x.dtype not in DTYPES or not all(t.is_contiguous() for t in (weight, bias) if t is not None):
+        barred.append((FUSED, "for fp32, bf16 and fp16, and for a head whose rows are contiguous"))
+    (v, k), device = weight.shape, x.device.type
+    return {"n": (v,), "k": k, "dtype": weight.dtype, "device": device, "barred": tuple(barred)}
 
 
 def _of_device(by_device: dict[str, int], device: str) -> int:

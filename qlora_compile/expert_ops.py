@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .derivatives import once_differentiable
-from .expert_products import ExpertGroup, decode_expert, grouped_backward, grouped_forward
+from .expert_products import ExpertGroup, decode_expert
 from .lora_group import as_rows
 from .ops import define_op
 
@@ -59,17 +59,21 @@ def grouped_lora_linear(
     quant_type: str,
     block_size: int,
     dtype: torch.dtype,
+    forward_kernel: str = "",
+    backward_kernel: str = "",
 ) -> list[Tensor]:
     """x [S, K] -> [y [S, N] in x's dtype, h [S, sum R] in `dtype`]; rows after the last offset give zero.
 
     `weight` holds the codes, or (`quant_type` "none") the dense matrices; `scales` is [absmax] or [absmax, scale,
-    offset]. A_j is [E, R, K], B_j [E, N, R], `scaling` 0-dim tensors, or [S] where it differs by row.
+    offset]. A_j is [E, R, K], B_j [E, N, R], `scaling` 0-dim tensors, or [S] where it differs by row. `forward_kernel`
+    and `backward_kernel` force one of those registered, where it takes the call.
     """
     group = ExpertGroup(
         offsets, weight, scales, lora_a, lora_b, scaling, alpha,
         (out_features, x.shape[1]), transposed, quant_type, block_size, dtype,
     )  # fmt: skip
-    y, h = grouped_forward(group, as_rows(x, dtype))
+    rows = as_rows(x, dtype)
+    y, h = group.implementation("grouped_lora_linear", rows, forward_kernel)(group, rows)
     return [y.to(x.dtype), h]
 
 
@@ -88,6 +92,8 @@ def _(
     quant_type: str,
     block_size: int,
     dtype: torch.dtype,
+    forward_kernel: str = "",
+    backward_kernel: str = "",
 ) -> list[Tensor]:
     h = x.new_empty((x.shape[0], sum(a.shape[1] for a in lora_a)), dtype=dtype)
     return [x.new_empty((x.shape[0], out_features)), h]
@@ -111,13 +117,16 @@ def grouped_lora_linear_backward(
     dtype: torch.dtype,
     need_dx: bool,
     need_adapters: bool,
+    backward_kernel: str = "",
 ) -> list[Tensor]:
     """dy [S, N] -> [dx like x (if need_dx), dA_j like A_j..., dB_j like B_j... (if need_adapters)]."""
     group = ExpertGroup(
         offsets, weight, scales, lora_a, lora_b, scaling, alpha,
         (dy.shape[1], x.shape[1]), transposed, quant_type, block_size, dtype,
     )  # fmt: skip
-    dx, da, db = grouped_backward(group, as_rows(dy, dtype), as_rows(x, dtype), h, need_dx, need_adapters)
+    rows = as_rows(x, dtype)
+    run = group.implementation("grouped_lora_linear_backward", rows, backward_kernel)
+    dx, da, db = run(group, as_rows(dy, dtype), rows, h, need_dx, need_adapters)
     return [*([] if dx is None else [dx.to(x.dtype)]), *da, *db]
 
 
@@ -139,6 +148,7 @@ def _(
     dtype: torch.dtype,
     need_dx: bool,
     need_adapters: bool,
+    backward_kernel: str = "",
 ) -> list[Tensor]:
     dx = [x.new_empty(x.shape)] if need_dx else []
     factors = [*lora_a, *lora_b] if need_adapters else []
@@ -159,7 +169,7 @@ def _backward(ctx: Any, saved: Sequence[Tensor], grads: Sequence[Tensor | None])
     for length in ctx.lengths:
         lists.append(flat[:length])
         flat = flat[length:]
-    alpha, _, transposed, quant_type, block_size, dtype = ctx.numbers
+    alpha, _, transposed, quant_type, block_size, dtype, _, kernel = ctx.numbers
     scales, lora_a, lora_b, scaling = lists
     needs = ctx.needs_input_grad
     need_dx, need_adapters = bool(needs[0]), any(needs[4]) or any(needs[5])
@@ -167,7 +177,7 @@ def _backward(ctx: Any, saved: Sequence[Tensor], grads: Sequence[Tensor | None])
     if grads[0] is not None and (need_dx or need_adapters):
         out = torch.ops.qlora.grouped_lora_linear_backward(
             grads[0], x, h, offsets, weight, scales, lora_a, lora_b, scaling, alpha,
-            transposed, quant_type, block_size, dtype, need_dx, need_adapters,
+            transposed, quant_type, block_size, dtype, need_dx, need_adapters, kernel,
         )  # fmt: skip
         dx = out.pop(0) if need_dx else None
         if need_adapters:
@@ -182,7 +192,7 @@ def _backward(ctx: Any, saved: Sequence[Tensor], grads: Sequence[Tensor | None])
         db,
         [None] * len(scaling),
         no_alpha,
-        *[None] * 5,
+        *[None] * (len(needs) - 8),  # arguments left at their defaults are not counted
     )
 
 

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lora_group import dequantize_into, kernel_for, scratch, suit_kernels
+from .lora_group import choose_kernel, dequantize_into, kernel_for, scratch, suit_kernels
 from .nf4 import DTYPES
+
+FUSED = "fused_fp32"  # the kernel that reads codes and adapters where they are
 
 
 def decode_expert(
@@ -66,10 +68,12 @@ class ExpertGroup:
         suits = numbers and suit_kernels((*self.lora_a, *self.lora_b), self.dtype)
         return kernel_for(op, self.weight.device) if suits else None
 
-    def fused_kernel(self, op: str) -> Callable[..., Any] | None:
-        """The kernel "grouped_lora_linear" or "grouped_lora_linear_backward", if there is one and it covers this call."""
-        suits = all(dtype in DTYPES for dtype in (self.dtype, *(t.dtype for t in (*self.lora_a, *self.lora_b))))
-        return kernel_for(op, self.weight.device) if suits else None
+    def implementation(self, op: str, x: Tensor, forced: str) -> Callable[..., Any]:
+        """The `run` of the kernel chosen for this op and number of rows: `qlora_compile.runtime.kernels.dispatch`."""
+        (n, k), rank = self.shape, sum(a.shape[1] for a in self.lora_a)
+        kind = {"dtype": self.dtype, "quant_type": self.quant_type, "block_size": self.block_size}
+        others = {"barred": barred((*self.lora_a, *self.lora_b)), "device": x.device.type}
+        return choose_kernel(op, forced=forced, rows=len(x), n=(n,), k=k, rank=rank, **kind, **others).candidate.run  # type: ignore[no-any-return]
 
     def runs(self) -> Iterator[tuple[int, slice]]:
         """(expert, its rows) for each expert that has rows. Reads the offsets: on a GPU the one wait of the op."""
@@ -96,15 +100,17 @@ class ExpertGroup:
         return [slice(first, last) for first, last in itertools.pairwise(ends)]
 
 
-def grouped_forward(group: ExpertGroup, x: Tensor) -> tuple[Tensor, Tensor]:
+def barred(factors: Sequence[Tensor]) -> tuple[tuple[str, str], ...]:
+    """The kernels that do not read these A and B, and why."""
+    other = next((t.dtype for t in factors if t.dtype not in DTYPES), None)
+    return () if other is None else ((FUSED, f"adapters are in {str(other).removeprefix('torch.')}"),)
+
+
+def library_forward(group: ExpertGroup, x: Tensor) -> tuple[Tensor, Tensor]:
     """x [S, K] -> (y [S, N], h [S, sum R]) in the compute dtype; rows of no expert are zero.
 
-    By the generated kernel, if there is one. As in `lora_group.forward`, the library adds its product to the low-rank one
-    within the fp32 sum.
+    As in `lora_group.forward`, the library adds its product to the low-rank one within the fp32 sum.
     """
-    fused = group.fused_kernel("grouped_lora_linear")
-    if fused is not None:
-        return fused(group, x)  # type: ignore[no-any-return]
     columns = group.columns()
     y = x.new_empty((x.shape[0], group.shape[0]))
     h = x.new_empty((x.shape[0], sum(a.shape[1] for a in group.lora_a)))
@@ -150,16 +156,13 @@ def _read(weight: Tensor, dtype: torch.dtype) -> Tensor | float:
     return weight.item() if weight.device.type == "cpu" else weight.float()
 
 
-def grouped_backward(
+def library_backward(
     group: ExpertGroup, dy: Tensor, x: Tensor, h: Tensor, need_dx: bool, need_adapters: bool
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
     """dy [S, N] -> (dx [S, K] if it is needed, [dA_j], [dB_j]); an expert without rows has gradient zero.
 
     With g = factor dy_e B_e:  dx_e = dy_e W_e + g A_e,  dA_e = gᵀ x_e,  dB_e = factor dy_eᵀ h_e.
     """
-    fused = group.fused_kernel("grouped_lora_linear_backward")
-    if fused is not None:
-        return fused(group, dy, x, h, need_dx, need_adapters)  # type: ignore[no-any-return]
     columns = group.columns()
     dx = torch.empty_like(x) if need_dx else None
     da = [torch.zeros_like(a) for a in group.lora_a] if need_adapters else []

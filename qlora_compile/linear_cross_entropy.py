@@ -22,19 +22,34 @@ from .ops import define_op
 
 @define_op
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int, scale: float, soft_cap: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    scale: float,
+    soft_cap: float,
+    loss_kernel: str = "",
 ) -> Tensor:
     """x [..., K], W [V, K], b [V] or None, target int [...] -> the summed loss, fp32 [].
 
-    z = scale (x Wᵀ + b), then soft_cap tanh(z / soft_cap) unless soft_cap is 0. Raises IndexError for a target that is
-    no class.
+    z = scale (x Wᵀ + b), then soft_cap tanh(z / soft_cap) unless soft_cap is 0. `loss_kernel` forces one of those
+    registered, where it takes the call. Raises IndexError for a target that is no class.
     """
-    return Sweep(x, weight, bias, target, ignore_index, scale, soft_cap).run(False, False, False)[0]
+    sweep = Sweep(x, weight, bias, target, ignore_index, scale, soft_cap, forced=loss_kernel)
+    return sweep.run(False, False, False)[0]
 
 
 @torch.library.register_fake("qlora::linear_cross_entropy")
 def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int, scale: float, soft_cap: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    scale: float,
+    soft_cap: float,
+    loss_kernel: str = "",
 ) -> Tensor:
     return x.new_empty((), dtype=torch.float32)
 
@@ -52,10 +67,11 @@ def linear_cross_entropy_grads(
     need_dw: bool,
     need_db: bool,
     keep_logits: bool = False,
+    loss_kernel: str = "",
 ) -> list[Tensor]:
     """[loss, dx like x (if need_dx), dW like W (if need_dw), db like b (if need_db)]: the gradients of the summed loss;
     with `keep_logits` then z = x Wᵀ + b [..., V] in x's dtype."""
-    sweep = Sweep(x, weight, bias, target, ignore_index, scale, soft_cap, keep_logits)
+    sweep = Sweep(x, weight, bias, target, ignore_index, scale, soft_cap, keep_logits, loss_kernel)
     return sweep.run(need_dx, need_dw, need_db)
 
 
@@ -72,6 +88,7 @@ def _(
     need_dw: bool,
     need_db: bool,
     keep_logits: bool = False,
+    loss_kernel: str = "",
 ) -> list[Tensor]:
     wanted = ((x, need_dx), (weight, need_dw), (bias, need_db))
     loss = x.new_empty((), dtype=torch.float32)
@@ -81,15 +98,29 @@ def _(
 
 @define_op
 def linear_cross_entropy_logits(
-    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int, scale: float, soft_cap: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    scale: float,
+    soft_cap: float,
+    loss_kernel: str = "",
 ) -> list[Tensor]:
     """[the summed loss, fp32 []; z = x Wᵀ + b [..., V]]. Autograd sees the loss only: `with_gradient` is for the logits."""
-    return Sweep(x, weight, bias, target, ignore_index, scale, soft_cap, True).run(False, False, False)
+    return Sweep(x, weight, bias, target, ignore_index, scale, soft_cap, True, loss_kernel).run(False, False, False)
 
 
 @torch.library.register_fake("qlora::linear_cross_entropy_logits")
 def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int, scale: float, soft_cap: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    scale: float,
+    soft_cap: float,
+    loss_kernel: str = "",
 ) -> list[Tensor]:
     return [x.new_empty((), dtype=torch.float32), x.new_empty((*x.shape[:-1], weight.shape[0]))]
 
@@ -99,10 +130,12 @@ class _WithGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
-        *given, keep_logits = rest
+        *given, kernel, keep_logits = rest
         with torch._C._AutoDispatchBelowAutograd():
             needs = ctx.needs_input_grad[:3]
-            loss, *grads = torch.ops.qlora.linear_cross_entropy_grads(x, weight, bias, *given, *needs, keep_logits)
+            loss, *grads = torch.ops.qlora.linear_cross_entropy_grads(
+                x, weight, bias, *given, *needs, keep_logits, kernel
+            )
         logits = grads.pop() if keep_logits else None
         target, ignore_index = given[:2]
         # the loss is saved for its place in autograd's graph: on what it depends, the gradients do
@@ -125,22 +158,27 @@ class _WithGradients(torch.autograd.Function):
             (g := next(grads_of_sum)).float().mul(grad).to(g.dtype) if need else None
             for need in ctx.needs_input_grad[:3]
         )
-        return (*grads, None, None, None, None, None)
+        return (*grads, *[None] * 6)
 
 
 def _with_autograd(*args: Any) -> Tensor:
     """The op under autograd: what needs no gradient is not computed (evaluation, a frozen head)."""
     if _is_differentiated(args):
-        return _WithGradients.apply(*args, False)  # type: ignore[no-any-return]
+        return _WithGradients.apply(*_whole(args), False)  # type: ignore[no-any-return]
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.qlora.linear_cross_entropy(*args)
 
 
 def _with_autograd_and_logits(*args: Any) -> list[Tensor]:
     if _is_differentiated(args):
-        return list(_WithGradients.apply(*args, True))
+        return list(_WithGradients.apply(*_whole(args), True))
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.qlora.linear_cross_entropy_logits(*args)
+
+
+def _whole(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """With `loss_kernel`: torch leaves out a last argument that has its default."""
+    return args if len(args) == 8 else (*args, "")
 
 
 def _is_differentiated(args: tuple[Any, ...]) -> bool:

@@ -14,7 +14,8 @@ from torch import fx
 
 from . import cross_entropy_sweep as loss
 from . import expert_ops, linear_cross_entropy  # noqa: F401  define ops that are named here
-from .lora_group import kernel_for
+from .fx_utils import hint
+from .lora_group import choose_kernel, kernel_for
 from .memory_plan import Rows
 
 _FORWARD = torch.ops.qlora.lora_linear.default
@@ -67,7 +68,12 @@ def _backward_bytes(given: dict[str, Any]) -> int:
 def _is_fused(given: dict[str, Any], device: str) -> bool:
     """Whether the generated product reads everything where it is, and nothing is decoded, cast or joined before it."""
     whole = given["quant_type"] == "none" or given["x"].shape[-1] % given["block_size"] == 0
-    return device == "cpu" and whole and kernel_for("wide_gemm", torch.device(device)) is not None
+    return whole and _has_gemm(device)
+
+
+def _has_gemm(device: str) -> bool:
+    """Whether the generated fp32 product is what linears and experts run by default."""
+    return device == "cpu" and kernel_for("wide_gemm", torch.device(device)) is not None
 
 
 def _fused_bytes(given: dict[str, Any], backward: bool) -> int:
@@ -98,26 +104,26 @@ def scratch_bytes(node: fx.Node, device: str) -> dict[str, int | Rows]:
 def _loss_scratch(given: dict[str, Any], device: str) -> dict[str, int | Rows]:
     """A chunk of logits and, where the products' dtype is not W's, a part of W in it."""
     x, (v, k) = given["x"], given["weight"].shape
-    dtype = torch.bfloat16 if _is_swept(given, device) else torch.float32
+    kernel = _loss_kernel(given, device)
+    dtype = torch.bfloat16 if kernel == loss.SOFTMAX else torch.float32
     found: dict[str, int | Rows] = {
         f"logits {dtype}": Rows(math.prod(x.shape[:-1]), v * dtype.itemsize, loss.most_rows(v, device))
     }
     product = loss.product_dtype(x.dtype, device)
-    if product != given["weight"].dtype and not _has_gemm(product, device):
+    if product != given["weight"].dtype and kernel != loss.FUSED:
         found[f"head {product}"] = loss.tile_rows(v, k) * k * product.itemsize
     return found
 
 
-def _has_gemm(product: torch.dtype, device: str) -> bool:
-    """Whether the generated product in fp32 reads the head as it is."""
-    return device == "cpu" and product == torch.float32 and kernel_for("wide_gemm", torch.device(device)) is not None
-
-
-def _is_swept(given: dict[str, Any], device: str) -> bool:
-    """Whether the generated kernel runs, which leaves the logits in bf16."""
-    covered = loss.takes_kernel(given["bias"], given["weight"], device) and given["x"].dtype == torch.bfloat16
-    covered = covered and not given.get("need_dw") and not given.get("need_db")
-    return covered and (device != "cpu" or kernel_for("cross_entropy", torch.device(device)) is not None)
+def _loss_kernel(given: dict[str, Any], device: str) -> str:
+    """The name of the kernel that runs. A GPU need not be here: its generated one leaves the logits in bf16."""
+    x, trained = given["x"], bool(given.get("need_dw") or given.get("need_db"))
+    sizes = loss.problem(x, given["weight"], given["bias"], trained) | {"device": device}
+    if device != "cpu":
+        swept = sizes["dtype"] == torch.bfloat16 and loss.SOFTMAX not in dict(sizes["barred"])
+        return loss.SOFTMAX if swept else loss.LIBRARY
+    rows, forced = hint(math.prod(x.shape[:-1])), given.get("loss_kernel", "")
+    return choose_kernel("linear_cross_entropy", forced=forced, rows=rows, **sizes).name  # type: ignore[no-any-return]
 
 
 def _loss_bytes(given: dict[str, Any], device: str) -> list[int | Rows]:
@@ -131,7 +137,7 @@ def _loss_bytes(given: dict[str, Any], device: str) -> list[int | Rows]:
     )  # in fp32, until rounded
     added = 0
     row = k * product.itemsize  # the chunk's rows of x; then, with a gradient, its product with W and what is cast
-    swept = _is_swept(given, device)
+    swept = _loss_kernel(given, device) == loss.SOFTMAX
     if swept:
         row = (0 if given.get("keep_logits") else row) + (k * product.itemsize if need else 0)
     else:
@@ -155,6 +161,6 @@ def _expert_scratch(given: dict[str, Any], device: str) -> dict[str, int | Rows]
     dtype, columns = given["dtype"], n if given["transposed"] else k
     if given["quant_type"] == "none" or not given.get("need_dx", True):
         return {}
-    if columns % given["block_size"] == 0 and _has_gemm(torch.float32, device):
+    if columns % given["block_size"] == 0 and _has_gemm(device):
         return {}
     return {f"weight {dtype}": n * k * dtype.itemsize}

@@ -10,8 +10,19 @@ from typing import Any
 
 import torch
 
-# attention_kernels and lora_kernels register candidates
-from . import attention_kernels, autotune, cpp_build, cpu, devices, dispatch, gpu, lora_kernels
+# the modules named *_kernels register candidates
+from . import (
+    attention_kernels,
+    autotune,
+    cpp_build,
+    cpu,
+    devices,
+    dispatch,
+    expert_kernels,
+    gpu,
+    lora_kernels,
+    loss_kernels,
+)
 
 if torch.cuda.is_available() and gpu.is_available():
     from . import triton_lora
@@ -23,9 +34,11 @@ __all__ = [
     "choose_kernel",
     "devices",
     "dispatch",
+    "expert_kernels",
     "find",
     "lora_kernel",
     "lora_kernels",
+    "loss_kernels",
     "runs",
     "source_files",
 ]
@@ -99,16 +112,18 @@ def choose_kernel(
     quant_type: str = "none",
     block_size: int = 0,
     dropout: bool = False,
+    barred: tuple[tuple[str, str], ...] = (),
     tune: bool = False,
 ) -> dispatch.Choice:
-    """What runs an op of `dispatch.OPS` at these sizes, and why; with `tune`, after measuring on this machine.
+    """What runs an op of `dispatch.OPS` at these sizes, and why; with `tune`, after measuring on this machine. `barred`: see
+    `dispatch.choose`.
 
     Raises KernelError if no kernel takes it.
     """
     problem = dispatch.Problem(op, dispatch.bucket(rows), n, k, rank, dtype, quant_type, block_size, device, dropout)
     if tune and not forced:
         autotune.measure(problem)
-    return dispatch.choose(problem, forced)
+    return dispatch.choose(problem, forced, barred)
 
 
 def lora_kernel(

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...expert_products import ExpertGroup
 from ...lora_group import LoRAGroup
 from ...nf4 import SCALE_BLOCK_SIZE
 from . import dispatch, tuning
 from .dispatch import Candidate, Problem
 
+EXPERTS = 4
 HOPELESS = 4.0  # times the fastest of the nearest line of the shipped table: not measured again, it can take a minute
 
 
@@ -47,9 +49,9 @@ def _able(problem: Problem, without: Collection[str]) -> list[Candidate]:
 
 
 def _times(problem: Problem, able: Sequence[Candidate]) -> dict[str, float]:
-    if len(able) < 2:
+    make = _MAKERS.get(problem.op)
+    if len(able) < 2 or make is None:
         return {}
-    make = {"dense_linear": _dense, "attention": _attention}.get(problem.op, _lora)
     with torch.no_grad(), torch.inference_mode(False):
         call = make(problem)
         return tuning.time_all({c.name: _bound(call, c) for c in able}, problem.device)
@@ -91,6 +93,33 @@ def _lora(problem: Problem) -> Callable[[Candidate], object]:
     dys = [_random(problem, problem.m, n) for n in problem.n]
     h = _random(problem, problem.m, problem.rank)
     return lambda candidate: candidate.run(group, dys, x, h, True, True)  # type: ignore[misc]
+
+
+def _experts(problem: Problem) -> Callable[[Candidate], object]:
+    """Four experts with a quarter of the rows each, stored as [E, N, K]: what counts is how the candidates compare."""
+    data, count = _group(problem._replace(n=problem.n * EXPERTS, rank=0)), EXPERTS
+    offsets = torch.arange(1, count + 1, device=problem.device) * problem.m // count
+    parts = (data.absmax, data.absmax_scale, data.absmax_offset) if data.absmax else ()
+    (n,), k, rank, adapted = problem.n, problem.k, problem.rank, int(problem.rank > 0)
+    factors = [torch.randn(count, *shape, device=problem.device) for shape in ((rank, k), (n, rank))]
+    a, b = ([factor][:adapted] for factor in factors)
+    group = ExpertGroup(
+        offsets, torch.stack(list(data.weight)), [torch.stack(list(part)) for part in parts], a, b,
+        [torch.ones(())] * adapted, [1.0] * adapted, (n, k), False, problem.quant_type, problem.block_size, problem.dtype,
+    )  # fmt: skip
+    x = _random(problem, problem.m, k)
+    if problem.op == "grouped_lora_linear":
+        return lambda candidate: candidate.run(group, x)  # type: ignore[misc]
+    dy, h = _random(problem, problem.m, n), _random(problem, problem.m, rank)
+    return lambda candidate: candidate.run(group, dy, x, h, True, True)  # type: ignore[misc]
+
+
+_MAKERS = {
+    **dict.fromkeys(("lora_linear", "lora_linear_backward"), _lora),
+    **dict.fromkeys(("grouped_lora_linear", "grouped_lora_linear_backward"), _experts),
+    "dense_linear": _dense,
+    "attention": _attention,
+}
 
 
 def _group(problem: Problem) -> LoRAGroup:

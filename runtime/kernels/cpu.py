@@ -21,7 +21,6 @@ from . import (
     cpu_linear,
     cpu_low_rank,
     cpu_paged_step,
-    fused_experts,
 )
 from .checks import check, check_scales
 from .cpu_common import DTYPES, QUANT_TYPES, isa_number
@@ -108,14 +107,11 @@ KERNELS: dict[str, Callable[[], Callable[..., Any] | None]] = {
     "cross_entropy": cpu_cross_entropy.make_cross_entropy,
     "paged_step": cpu_paged_step.make_paged_step,
     "wide_gemm": cpu_gemm.make_wide_gemm,
-    "grouped_lora_linear": fused_experts.make_forward,
-    "grouped_lora_linear_backward": fused_experts.make_backward,
 }
 # The template of each kernel: one of its own name, except where a library holds several kernels.
 _SHARED = {
     **dict.fromkeys(("lora_down", "lora_up", "lora_backward"), "low_rank"),
     **dict.fromkeys(("attention_forward", "attention_backward"), "attention"),
     **dict.fromkeys(("wide_attention_forward", "wide_attention_backward"), "wide_attention"),
-    **dict.fromkeys(("grouped_lora_linear", "grouped_lora_linear_backward"), "wide_gemm"),
 }
 TEMPLATES = {op: _SHARED.get(op, op) for op in KERNELS}

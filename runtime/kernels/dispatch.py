@@ -16,6 +16,10 @@ To add a kernel (for CUDA too), register it when its module is imported, and imp
     dense_linear:          run(x [M, K], weight [N, K], bias or None) -> y [M, N]   (timed only: `widen_matmuls` puts it in)
     attention:             run(q [B, H, L, D], k, v, mask, causal, scale) -> out, differentiable   (timed only:
                            `lower_attention` puts it in; M queries, N keys, K the size of a head)
+    grouped_lora_linear:   run(group, x [S, K]) -> (y [S, N], h [S, sum R]), `ExpertGroup` in `expert_products.py`
+    grouped_lora_linear_backward:  run(group, dy, x, h, need_dx, need_adapters) -> (dx or None, [dA_j], [dB_j])
+    linear_cross_entropy:  run(device type) -> the generated kernel that the sweep calls, or None   (`loss_kernels.py`; never
+                           timed)
 
 `declines(problem)` says in a few words why it cannot, or returns None; `kernels` names generated sources, which
 `source_files` finds for the report. Where nothing was measured, the first one registered whose `prefers(problem)` holds
@@ -38,7 +42,10 @@ from ...errors import KernelError, UnknownOptionError
 from . import devices, tuning
 from .tuning import Entry, read_entries
 
-OPS = ("lora_linear", "lora_linear_backward", "dense_linear", "attention")
+OPS = (
+    *("lora_linear", "lora_linear_backward", "grouped_lora_linear", "grouped_lora_linear_backward"),
+    *("dense_linear", "attention", "linear_cross_entropy"),
+)
 TABLES = Path(__file__).parent / "tables"
 
 
@@ -124,12 +131,13 @@ def bucket(rows: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(problem: Problem, forced: str = "") -> Choice:
-    """The kernel for a problem. Raises KernelError if no candidate takes it."""
-    reasons: dict[str, str] = {}
+def choose(problem: Problem, forced: str = "", barred: tuple[tuple[str, str], ...] = ()) -> Choice:
+    """The kernel for a problem. `barred`: candidates that the tensors of a call rule out, and why. Raises KernelError if no
+    candidate takes it."""
+    reasons = dict(barred)
     able: dict[str, Candidate] = {}
     for candidate in candidates(problem.op, problem.device):
-        reason = candidate.declines(problem)
+        reason = reasons.get(candidate.name) or candidate.declines(problem)
         if reason is None:
             able[candidate.name] = candidate
         else:

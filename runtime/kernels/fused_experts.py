@@ -6,23 +6,11 @@ S rows (token-expert pairs) sorted by expert, N output and K input features, R t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from ...expert_products import ExpertGroup, scaled
-from .cpu_gemm import Codes, Term, make_wide_gemm, readable, wide_gemm
-
-
-def make_forward() -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """`grouped_forward`, where the GEMM is faster than the library; else None. Raises KernelError."""
-    return grouped_forward if make_wide_gemm() is not None else None
-
-
-def make_backward() -> Callable[..., tuple[Tensor | None, list[Tensor], list[Tensor]]] | None:
-    """`grouped_backward`, likewise."""
-    return grouped_backward if make_wide_gemm() is not None else None
+from .cpu_gemm import Codes, Term, readable, wide_gemm
 
 
 def grouped_forward(group: ExpertGroup, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -106,7 +106,7 @@ def _declines_fused(problem: Problem) -> str | None:
     return cpu_gemm.declines()
 
 
-def _prefers_fused(problem: Problem) -> bool:
+def prefers_fused(problem: Problem) -> bool:
     return cpu_gemm.is_widest() and prefers_fp32_products(problem)
 
 
@@ -118,7 +118,7 @@ dispatch.register(
 )
 _wide = functools.partial(_from_codes, wide=True), ("cpu",), _declines_codes_fp32, prefers_fp32_products
 dispatch.register(Candidate("lora_linear", "codes_fp32", *_wide, ("wide_linear_4bit_small",)))
-_fused = ("cpu",), _declines_fused, _prefers_fused, ("wide_gemm",)
+_fused = ("cpu",), _declines_fused, prefers_fused, ("wide_gemm",)
 dispatch.register(Candidate("lora_linear", "fused_fp32", fused_linear.lora_forward, *_fused))
 dispatch.register(Candidate("lora_linear_backward", "fused_fp32", fused_linear.lora_backward, *_fused))
 dispatch.register(

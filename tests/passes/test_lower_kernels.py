@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import qlora_compile as qc
 from qlora_compile.passes import (
     fuse_lora_linear,
     insert_adapters,
@@ -81,6 +82,65 @@ def test_a_wide_group_and_dense_problems_can_be_measured() -> None:
         "lora_linear_backward": {"n": (64, 32), "k": 96, "rank": 0},
         "dense_linear": {"n": (100,), "k": 96},
         "attention": {"n": (40,), "k": 16},
+        "grouped_lora_linear": {"n": (48,), "k": 64, "rank": 4, "quant_type": "nf4", "block_size": 64},
+        "grouped_lora_linear_backward": {"n": (48,), "k": 60},
     }.items():
         choice = kernels.choose_kernel(op, rows=24, dtype=torch.bfloat16, device="cpu", tune=True, **sizes)  # type: ignore[arg-type]
         assert choice.why.startswith("measured here"), op
+
+
+def test_the_choice_does_not_name_what_was_not_measured() -> None:
+    """Of the loss's kernels the first that covers it runs: there is nothing to measure."""
+    choice = kernels.choose_kernel(
+        "linear_cross_entropy", rows=24, n=(211,), k=32, dtype=torch.float32, device="cpu", tune=True
+    )
+    assert not choice.why.startswith("measured") and not tuning.measured("cpu")
+
+
+def _mixtral() -> Any:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    few = {"vocab_size": 67, "num_local_experts": 3, "num_experts_per_tok": 2, "num_key_value_heads": 1}
+    return MixtralForCausalLM(MixtralConfig(**sizes, **few))
+
+
+EXPERTS_AND_LOSS = ("grouped_lora_linear", "grouped_lora_linear_backward", "linear_cross_entropy")
+
+
+@pytest.mark.parametrize("keep_logits", [True, False])
+@pytest.mark.parametrize("forced", ["", "library_gemm"])
+def test_experts_and_the_loss_are_chosen_and_forced(forced: str, keep_logits: bool) -> None:
+    ids = torch.randint(0, 67, (2, 9))
+    results = []
+    for names in (dict.fromkeys(EXPERTS_AND_LOSS, forced) if forced else {}, {}):
+        model = qc.prepare(_mixtral(), {"block_size": 32, "compute_dtype": "float32"})
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        options = {"lowering": "eager", "keep_logits": keep_logits, "kernels": names}
+        loss = torch.compile(model, backend="qlora", options=options)(input_ids=ids, labels=ids).loss
+        loss.backward()
+        rows = {row.op: row for row in qc.explain(model).choices if row.op in EXPERTS_AND_LOSS}
+        assert set(rows) == set(EXPERTS_AND_LOSS)
+        assert rows["linear_cross_entropy"].modules == ("lm_head",)
+        assert "model.layers.1.mlp.experts.down_proj" in rows["grouped_lora_linear"].modules
+        for row in rows.values():
+            assert not names or (row.kernel, row.why) == ("library_gemm", "forced by option")
+            assert set(row.sources) == set(row.parts)  # a CPU's are written when they are asked for
+        gradients = [p.grad for name, p in sorted(model.named_parameters()) if p.grad is not None]
+        results.append([loss.detach(), *gradients])
+    assert len(results[0]) > 4
+    for mine, other in zip(*results, strict=True):
+        # fp32 sums of some 60 products in another order
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+
+
+def test_what_a_head_that_trains_rules_out_is_said() -> None:
+    from qlora_compile.cross_entropy_sweep import SOFTMAX, problem
+
+    x, weight = torch.randn(4, 32, dtype=torch.bfloat16), torch.randn(67, 32, dtype=torch.bfloat16)
+    choice = kernels.choose_kernel("linear_cross_entropy", SOFTMAX, rows=4, **problem(x, weight, None, True))
+    assert choice.name != SOFTMAX
+    assert choice.why.endswith(f"; {SOFTMAX} was asked for but declines: the head trains")

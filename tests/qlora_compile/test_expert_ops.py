@@ -10,7 +10,7 @@ from torch import Tensor
 
 import qlora_compile as qc
 from qlora_compile import expert_ops, expert_products  # noqa: F401  defines the ops
-from qlora_compile.runtime.kernels import cpu_gemm, fused_experts
+from qlora_compile.runtime.kernels import cpu_gemm
 
 E, N, K, R = 5, 21, 37, 3
 ROWS = (4, 0, 1, 9, 0)  # experts without tokens, one with a single one
@@ -71,20 +71,9 @@ def _reference(given: dict[str, Any], x: Tensor, a: list[Tensor], b: list[Tensor
 TOLERANCES = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (0.6, 0.03)}
 
 
-def _hold_to(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the library's products, or to the generated GEMM on whatever machine can run it."""
-    if kernel == "fused" and cpu_gemm.declines():
-        pytest.skip("wide_gemm cannot run here")
-    fused = {
-        "grouped_lora_linear": fused_experts.grouped_forward,
-        "grouped_lora_linear_backward": fused_experts.grouped_backward,
-    }
-    find = expert_products.kernel_for
-    held = dict.fromkeys(fused) if kernel == "library" else fused
-    monkeypatch.setattr(expert_products, "kernel_for", lambda op, d: held[op] if op in held else find(op, d))
-
-
-@pytest.mark.parametrize(("kernel", "sizes"), [("library", (N, K)), ("fused", (N, K)), ("fused", (64, 96))])
+@pytest.mark.parametrize(
+    ("kernel", "sizes"), [("library_gemm", (N, K)), ("fused_fp32", (N, K)), ("fused_fp32", (64, 96))]
+)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("quant_type", "double"), [("nf4", True), ("fp4", False), ("none", True)])
@@ -93,14 +82,15 @@ def test_numbers_and_gradients_are_those_of_fp64(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """The generated GEMM reads codes where rows are whole blocks (64, 96), else what was decoded."""
-    _hold_to(kernel, monkeypatch)
+    if kernel == "fused_fp32" and cpu_gemm.declines():
+        pytest.skip("wide_gemm cannot run here")
     monkeypatch.setitem(globals(), "N", sizes[0])
     monkeypatch.setitem(globals(), "K", sizes[1])
     given = _arguments(quant_type=quant_type, transposed=transposed, dtype=dtype, adapters=2, tail=2, double=double)
     atol, rtol = TOLERANCES[dtype]
     wide = [t.detach().double().requires_grad_() for t in (given["x"], *given["lora_a"], *given["lora_b"])]
     want = _reference(given, wide[0], wide[1:3], wide[3:])
-    y, h = OP(*given.values())
+    y, h = OP(*given.values(), kernel, kernel)
     assert h.shape == (given["x"].shape[0], 2 * R + 1)
     torch.testing.assert_close(y.double(), want, atol=atol, rtol=rtol)
     assert not y[sum(ROWS) :].any()
@@ -158,17 +148,16 @@ def test_each_expert_has_the_bytes_that_it_has_alone(double: bool) -> None:
         assert torch.equal(together.dequantize()[expert], alone.dequantize())
 
 
-def test_a_factor_for_each_row_by_both_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(cpu_gemm.declines() is not None, reason="wide_gemm cannot run here")
+def test_a_factor_for_each_row_by_both_kernels() -> None:
     """Where rows of a batch choose an adapter each."""
     results = []
-    for kernel in ("library", "fused"):
+    for kernel in ("library_gemm", "fused_fp32"):
         torch.manual_seed(0)
         given = _arguments(quant_type="none", transposed=False, dtype=torch.float32, adapters=2)
         given["scaling"][0] = torch.rand(sum(ROWS))
-        with monkeypatch.context() as patch:
-            _hold_to(kernel, patch)
-            y, h = OP(*given.values())
-            y.square().sum().backward()
+        y, h = OP(*given.values(), kernel, kernel)
+        y.square().sum().backward()
         results.append([y, h, *(t.grad for t in (given["x"], *given["lora_a"], *given["lora_b"]))])
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.detach().abs().max()))

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora_compile import cross_entropy_sweep as sweep
 from qlora_compile import linear_cross_entropy as module
 from qlora_compile import lora_group
-from qlora_compile.runtime.kernels import cpu_gemm
+from qlora_compile.runtime.kernels import cpu_gemm, devices
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
@@ -107,9 +107,9 @@ def share_of(case: Case) -> float:
     return {torch.float32: 2e-6, torch.bfloat16: 2**-6, torch.float16: 2**-9}[case.dtype]
 
 
-def check(case: Case) -> None:
+def check(case: Case, kernel: str = "") -> None:
     given = arguments(case)
-    ours = numbers(torch.ops.qlora.linear_cross_entropy(*given), [t for t in given[:3] if t is not None])
+    ours = numbers(torch.ops.qlora.linear_cross_entropy(*given, kernel), [t for t in given[:3] if t is not None])
     exact = numbers(*reference(given))
     share = share_of(case)
     assert ours[0].dtype == torch.float32
@@ -137,7 +137,26 @@ def test_nothing_waits_for_the_number_of_rows(monkeypatch: pytest.MonkeyPatch, n
     assert loss.isfinite() and dx.isfinite().all() and not dx[target == -100].any() and dx.any()
 
 
-@pytest.mark.parametrize("half_products", [False, True, None], ids=["fp32", "half", "wide_gemm"])
+KERNELS = {  # what runs, and whether the library's products are in the tensors' own dtype
+    "fp32": (sweep.LIBRARY, False),
+    "half": (sweep.LIBRARY, True),
+    "wide_gemm": (sweep.FUSED, False),
+    "softmax": (sweep.SOFTMAX, True),
+}
+
+
+def hold_to(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The kernel to force; skips where this machine cannot run it."""
+    kernel, native = KERNELS[name]
+    monkeypatch.setattr(sweep, "multiplies_natively", lambda dtype: native)
+    if kernel == sweep.FUSED and cpu_gemm.declines():
+        pytest.skip("wide_gemm cannot run here")
+    if kernel == sweep.SOFTMAX and not devices.has_avx512_bf16():
+        pytest.skip("the sweep over logits in bf16 needs AVX-512 BF16")
+    return kernel
+
+
+@pytest.mark.parametrize("products", KERNELS)
 @pytest.mark.parametrize(
     "name",
     [
@@ -145,19 +164,13 @@ def test_nothing_waits_for_the_number_of_rows(monkeypatch: pytest.MonkeyPatch, n
         *("bf16_frozen", "bf16_frozen_bias", "bf16_frozen_scaled", "bf16_frozen_capped"),
     ],
 )
-def test_many_chunks_tiles_and_blocks(monkeypatch: pytest.MonkeyPatch, name: str, half_products: bool | None) -> None:
-    """Products in fp32 by the library, in half precision, and in fp32 by the generated GEMM."""
+def test_many_chunks_tiles_and_blocks(monkeypatch: pytest.MonkeyPatch, name: str, products: str) -> None:
+    """Products in fp32 by the library, in half precision, in fp32 by the generated GEMM, and the generated softmax."""
     monkeypatch.setattr(sweep, "LEAST_ROWS", 1)
     monkeypatch.setattr(sweep, "CHUNK_BYTES", {"cpu": 7 * 211 * 4 + 3})
     monkeypatch.setattr(sweep, "BLOCK_BYTES", {"cpu": 3 * 211 * 4})
     monkeypatch.setattr(sweep, "TILE_BYTES", 60 * 45 * 4)
-    monkeypatch.setattr(sweep, "multiplies_natively", lambda dtype: bool(half_products))
-    if half_products is None and cpu_gemm.declines():
-        pytest.skip("wide_gemm cannot run here")
-    gemm = cpu_gemm.wide_gemm if half_products is None else None
-    find = sweep.kernel_for
-    monkeypatch.setattr(sweep, "kernel_for", lambda op, device: gemm if op == "wide_gemm" else find(op, device))
-    check(CASES[name])
+    check(CASES[name], hold_to(products, monkeypatch))
 
 
 NAMES_WITH_LOGITS = (
@@ -166,24 +179,23 @@ NAMES_WITH_LOGITS = (
 )
 
 
-@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("products", KERNELS)
 @pytest.mark.parametrize("everywhere", [True, False])
 @pytest.mark.parametrize("name", NAMES_WITH_LOGITS)
-def test_logits_beside_the_loss(monkeypatch: pytest.MonkeyPatch, name: str, everywhere: bool, native: bool) -> None:
+def test_logits_beside_the_loss(monkeypatch: pytest.MonkeyPatch, name: str, everywhere: bool, products: str) -> None:
     """The loss and its gradients are those of the op without logits, and every row has logits; in many chunks."""
     monkeypatch.setattr(sweep, "LEAST_ROWS", 1)
     monkeypatch.setitem(sweep.CHUNK_BYTES, "cpu", 4 * 211 * 9)
     monkeypatch.setattr(sweep, "drops_rows", lambda device: not everywhere)
-    monkeypatch.setattr(sweep, "multiplies_natively", lambda dtype: native)
     case = CASES[name]
-    given = arguments(case)
+    given = [*arguments(case), hold_to(products, monkeypatch)]
     loss, logits = torch.ops.qlora.linear_cross_entropy_logits(*given)
     leaves = [t for t in given[:3] if t is not None]
     exact = F.linear(*[t.detach().double() for t in leaves])
     share = {torch.float32: 1e-5, torch.bfloat16: 2**-7}[case.dtype]  # of each: two roundings of bf16, with a bias
     torch.testing.assert_close(logits.double(), exact, rtol=share, atol=share)
     assert not logits.requires_grad and logits.dtype == case.dtype
-    ours, wanted = numbers(loss, leaves), numbers(*reference(given))
+    ours, wanted = numbers(loss, leaves), numbers(*reference(given[:-1]))
     for mine, theirs in zip(ours, wanted, strict=True):
         torch.testing.assert_close(mine.double(), theirs, rtol=0, atol=share_of(case) * float(theirs.abs().max()))
     with torch.no_grad():
@@ -226,20 +238,20 @@ def test_a_cast_of_kept_logits_is_differentiated() -> None:
 
 
 @pytest.mark.parametrize("drops_rows", [True, False])
-@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("products", KERNELS)
 @pytest.mark.parametrize("name", ["all_ignored", "bf16_all_ignored"])
 def test_the_gradient_of_no_rows_is_zero_whatever_comes_in(
-    monkeypatch: pytest.MonkeyPatch, name: str, native: bool, drops_rows: bool
+    monkeypatch: pytest.MonkeyPatch, name: str, products: str, drops_rows: bool
 ) -> None:
     """As torch's: the mean of no rows is 0 / 0, whose backward hands over 1 / 0. Where a row counts an infinity stays one,
     for a GradScaler to see."""
     monkeypatch.setattr(sweep, "drops_rows", lambda device: drops_rows)
-    monkeypatch.setattr(sweep, "multiplies_natively", lambda dtype: native)
+    kernel = hold_to(products, monkeypatch)
     nothing, some = arguments(CASES[name]), arguments(replace(CASES[name], ignored=0.5))
     op = torch.ops.qlora
     for given, counted in ((nothing, False), (some, True)):
         leaves = [t for t in given[:3] if t is not None and t.requires_grad]
-        for loss in (op.linear_cross_entropy(*given), op.linear_cross_entropy_logits(*given)[0]):
+        for loss in (op.linear_cross_entropy(*given, kernel), op.linear_cross_entropy_logits(*given, kernel)[0]):
             for incoming in (torch.inf, torch.nan):
                 grads = torch.autograd.grad(loss, leaves, torch.tensor(incoming), retain_graph=True)
                 assert all(bool(g.any()) == counted and bool(g.isfinite().all()) != counted for g in grads)
