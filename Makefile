@@ -106,8 +106,9 @@ BENCHMARKS := codec attention decode merge paging moe train_step "train_step --l
 	compile_time perplexity long_sequences estimate_peaks
 
 bench: $(VENV)/.stamp-dev
-	@for each in $(BENCHMARKS); do echo "== $$each"; set -- $$each; file=$$1; shift; \
-	$(BIN)/python benchmarks/$$file.py "$$@" || exit 1; done
+	@failed=; for each in $(BENCHMARKS); do echo "== $$each"; set -- $$each; file=$$1; shift; \
+	$(BIN)/python benchmarks/$$file.py "$$@" || failed="$$failed $$file"; done; \
+	if [ -n "$$failed" ]; then echo "error: not measured:$$failed" >&2; exit 1; fi
 
 clean:
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -25,12 +25,13 @@ from typing import Any
 
 import torch
 from common import resident_bytes, write_results
+from limits import entry, show_limits
 from torch import nn
 
 LIMIT = 0.5  # of peft's time
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=12)
@@ -40,7 +41,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.worker:
         print(json.dumps(merge(*options.worker)))
-        return 0
+        return
     folder = Path(__file__).parents[1] / "build" / f"merge_{options.hidden}_{options.layers}"
     if not (folder / "done").exists():
         make_inputs(folder, options.hidden, options.layers)
@@ -59,12 +60,16 @@ def main() -> int:
               f"worst error {errors['worst_ulp']:.3f} ulp  relative {errors['relative']:.2e}")  # fmt: skip
     ours, theirs = results["merge"]["qlora-compile"], results["merge"]["peft"]
     results["time_ratio"], results["memory_ratio"] = (ours[k] / theirs[k] for k in ("seconds", "peak_mb"))
-    print(f"time: {results['time_ratio']:.2f} of peft's (limit {LIMIT}); memory: {results['memory_ratio']:.2f}")
+    show_limits(
+        [
+            entry("seconds, ours / peft's", results["time_ratio"], at_most=LIMIT),
+            entry("memory", results["memory_ratio"]),
+        ]
+    )
     results["combine"] = combine_errors()
     write_results(options.json, {"hidden": options.hidden, "layers": options.layers, "r": 16}, results)
     for name in runs:
         shutil.rmtree(folder / f"out_{name}")
-    return int(results["time_ratio"] > LIMIT)
 
 
 def make_inputs(folder: Path, hidden: int, layers: int) -> None:
@@ -192,4 +197,4 @@ def combine_errors() -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

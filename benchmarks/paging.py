@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from common import cut, llama_shape, smollm2, write_results
+from limits import entry, show_limits
 from paging_runs import BUDGET, BUDGETS, LOSSES, TRAINING, worker
 
 NARROW = {"hidden": 512, "mlp": 1408, "layers": 24, "heads": 8, "vocabulary": 2048}  # of `training`
@@ -116,9 +117,13 @@ def print_step(found: dict[str, Any]) -> None:
     for name, line in found.items():
         if isinstance(line, dict) and "median_ms" in line:
             print(f"  {name:20} {line['median_ms']:8.1f} ({line['min_ms']:.1f})")
-    print(f"  ours / torch fused        {ours['median_ms'] / fused['median_ms']:.2f}  (limit 1.00)")
-    print(f"  8-bit / 32-bit            {narrow['median_ms'] / ours['median_ms']:.2f}  (limit 2.00)")
-    print(f"  8-bit / 32-bit, bytes     {narrow['state_bytes'] / ours['state_bytes']:.3f}  (limit 0.30)")
+    show_limits(
+        [
+            entry("ours / torch fused", ours["median_ms"] / fused["median_ms"], at_most=1.0),
+            entry("8-bit / 32-bit", narrow["median_ms"] / ours["median_ms"], at_most=2.0),
+            entry("8-bit / 32-bit, bytes", narrow["state_bytes"] / ours["state_bytes"], at_most=0.3),
+        ]
+    )
     for isa, (wide_ms, narrow_ms) in found["by_path"].items():
         print(f"  8-bit / 32-bit, {isa:9} {narrow_ms / wide_ms:.2f}  ({narrow_ms:.1f} / {wide_ms:.1f} ms)")
 
@@ -144,12 +149,12 @@ def print_training(found: dict[str, Any]) -> None:
         f"training: states are {share:.2f} of the peak where they are resident (at least 0.33); {BUDGET} for them paged"
     )
     for name, line in found.items():
-        limits = ("", "") if line is base else (", limit 0.75", ", limit 1.15")
         apart = max(abs(a - b) for a, b in zip(line["losses"], base["losses"]))
-        peak = f"{line['peak_bytes'] / 1e6:7.1f} MB ({line['peak_bytes'] / base['peak_bytes']:.2f}{limits[0]})"
-        pace = f"{line['seconds']:.3f} s ({line['seconds'] / base['seconds']:.2f}{limits[1]})"
-        print(f"  {name:12} peak {peak}  step {pace}  losses apart {apart:.1e}")
-        print(f"  {'':12} the whole process: {line['anonymous_bytes'] / 1e6:.0f} MB above the imports")
+        peak = f"{line['peak_bytes'] / 1e6:.1f} MB ({line['anonymous_bytes'] / 1e6:.0f} by the whole process)"
+        print(f"  {name}: peak {peak}, step {line['seconds']:.3f} s, losses apart {apart:.1e}")
+        if line is not base:
+            peaks, times = (line[key] / base[key] for key in ("peak_bytes", "seconds"))
+            show_limits([entry("peak", peaks, at_most=0.75), entry("step", times, at_most=1.15)])
 
 
 def print_losses(found: dict[str, Any]) -> None:
@@ -158,9 +163,13 @@ def print_losses(found: dict[str, Any]) -> None:
     times = quarter["state_bytes"] / quarter["paging"]["peak_device_bytes"]
     apart = max(abs(a - b) for a, b in zip(whole["losses"], quarter["losses"]))
     print(f"losses: {len(whole['losses'])} steps, held-out loss {whole['held_out']:.4f}")
-    print(f"  states {times:.1f} times what of them is on the device: losses apart {apart:.1e}  (limit 0)")
     ratio = narrow["held_out"] / whole["held_out"]
-    print(f"  8-bit: held-out loss {narrow['held_out']:.4f} ({ratio:.4f}, limit 1.01)")
+    show_limits(
+        [
+            entry(f"losses apart, states {times:.1f} times what of them is on the device", apart, at_most=0.0),
+            entry(f"held-out loss {narrow['held_out']:.4f}, 8-bit / 32-bit", ratio, at_most=1.01),
+        ]
+    )
 
 
 def print_activations(found: dict[str, Any]) -> None:
@@ -168,8 +177,8 @@ def print_activations(found: dict[str, Any]) -> None:
     whole, less = (found[name] for name in BUDGETS)
     peaks = [line["activation_bytes"] for line in (whole, less)]
     print(f"activation_budget 1.0 and 0.3: {peaks[0] / 1e6:.1f} and {peaks[1] / 1e6:.1f} MB kept for the backward pass")
-    print(f"  activations {peaks[1] / peaks[0]:.2f}  (limit 0.50)")
-    print(f"  step {less['seconds'] / whole['seconds']:.2f}  (limit 1.35)")
+    times = less["seconds"] / whole["seconds"]
+    show_limits([entry("activations", peaks[1] / peaks[0], at_most=0.5), entry("step", times, at_most=1.35)])
 
 
 # By part: its contenders, the layers that its model is cut to, batch, tokens of a sequence, how it is printed

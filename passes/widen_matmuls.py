@@ -1,6 +1,6 @@
 """Dense bf16 (fp16) products -> the same in fp32 with one rounding, where the CPU is slow at the former.
 
-    linear(x, W, b)                 ->  qlora.wide_linear(x, W, b)
+    linear(x, W, b)                 ->  qlora.wide_linear(x, W, b, "fused_fp32" or "fp32_gemm")
     matmul(a, b), bmm(a, b), a @ b  ->  qlora.wide_matmul(a, b)
 
 Whether it is slow, the kernels' table says (`ctx.choose`): a processor with bf16 matrix instructions keeps its graph.
@@ -37,12 +37,15 @@ def widen_matmuls(gm: fx.GraphModule, ctx: PassContext) -> int:
     return count
 
 
-def _wanted(node: fx.Node, rows: int, n: int, k: int, ctx: PassContext) -> bool:
-    choice = ctx.choose("dense_linear", rows=rows, n=(n,), k=k, dtype=value(node).dtype, device=value(node).device.type)
-    if choice is None or choice.name != wide_ops.KERNEL:
-        return False
+def _chosen(node: fx.Node, rows: int, n: int, k: int, ctx: PassContext, barred: tuple[Any, ...] = ()) -> str:
+    """The kernel in fp32 that the table has for the product; empty where it stays as it is."""
+    like = value(node)
+    sizes = {"rows": rows, "n": (n,), "k": k, "dtype": like.dtype, "device": like.device.type}
+    choice = ctx.choose("dense_linear", barred=barred, **sizes)
+    if choice is None or choice.name not in (wide_ops.FUSED, wide_ops.LIBRARY):
+        return ""
     node.meta["qlora_kernels"] = (("dense_linear", choice),)
-    return True
+    return str(choice.name)
 
 
 def _rewrite(node: fx.Node, target: Any, args: tuple[Any, ...]) -> int:
@@ -55,9 +58,8 @@ def _linear(node: fx.Node, ctx: PassContext) -> int:
     if value(x) is None or any(dtype_of(t) != dtype_of(node) for t in (x, weight)):
         return 0
     n, k = (hint(size) for size in value(weight).shape)
-    if not _wanted(node, math.prod(map(hint, value(x).shape[:-1])), n, k, ctx):
-        return 0
-    return _rewrite(node, torch.ops.qlora.wide_linear.default, (x, weight, bias))
+    name = _chosen(node, math.prod(map(hint, value(x).shape[:-1])), n, k, ctx)
+    return _rewrite(node, torch.ops.qlora.wide_linear.default, (x, weight, bias, name)) if name else 0
 
 
 def _matmul(node: fx.Node, ctx: PassContext) -> int:
@@ -66,6 +68,6 @@ def _matmul(node: fx.Node, ctx: PassContext) -> int:
     if min(map(len, shapes)) < 2 or any(dtype_of(t) != dtype_of(node) for t in (a, b)):
         return 0
     rows = math.prod(map(hint, shapes[0][:-1]))
-    if not _wanted(node, rows, hint(shapes[1][-1]), hint(shapes[1][-2]), ctx):
+    if not _chosen(node, rows, hint(shapes[1][-1]), hint(shapes[1][-2]), ctx, wide_ops.NO_BATCHES):
         return 0
     return _rewrite(node, torch.ops.qlora.wide_matmul.default, (a, b))

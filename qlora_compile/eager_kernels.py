@@ -49,8 +49,10 @@ def _are_plain(*tensors: Any) -> bool:
     return all(type(t) in _PLAIN and t.device.type == "cpu" for t in tensors)
 
 
-def _is_slow(rows: int, n: int, k: int, dtype: torch.dtype) -> bool:
-    return choose_kernel("dense_linear", rows=rows, n=(n,), k=k, dtype=dtype, device="cpu").name == wide_ops.KERNEL
+def _chosen(rows: int, n: int, k: int, dtype: torch.dtype, barred: tuple[Any, ...] = ()) -> str:
+    """The kernel in fp32 that the table has for the product; empty where torch's is faster."""
+    name = choose_kernel("dense_linear", rows=rows, n=(n,), k=k, dtype=dtype, device="cpu", barred=barred).name
+    return name if name in (wide_ops.FUSED, wide_ops.LIBRARY) else ""
 
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> Tensor | None:
@@ -59,9 +61,8 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Tensor | None:
     if input.dtype not in _HALVES or input.dtype != weight.dtype or input.shape[-1] != weight.shape[1]:
         return None
     n, k = weight.shape
-    if not _is_slow(math.prod(input.shape[:-1]), n, k, input.dtype):
-        return None
-    return torch.ops.qlora.wide_linear(input, weight, bias)  # type: ignore[no-any-return]
+    name = _chosen(math.prod(input.shape[:-1]), n, k, input.dtype)
+    return torch.ops.qlora.wide_linear(input, weight, bias, name) if name else None
 
 
 def _matmul(*args: Any, **kwargs: Any) -> Tensor | None:
@@ -70,7 +71,7 @@ def _matmul(*args: Any, **kwargs: Any) -> Tensor | None:
     a, b = args
     if min(a.dim(), b.dim()) < 2 or a.dtype not in _HALVES or a.dtype != b.dtype:
         return None
-    if not _is_slow(math.prod(a.shape[:-1]), b.shape[-1], b.shape[-2], a.dtype):
+    if not _chosen(math.prod(a.shape[:-1]), b.shape[-1], b.shape[-2], a.dtype, wide_ops.NO_BATCHES):
         return None
     return torch.ops.qlora.wide_matmul(a, b)  # type: ignore[no-any-return]
 

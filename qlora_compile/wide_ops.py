@@ -3,8 +3,8 @@
     wide_linear:     y = x Wᵀ + b           wide_matmul:  y = a b (batched)
 
 Inputs, outputs and what is saved for backward have the tensors' own dtype; each result is rounded once. A linear is one
-generated product (`wide_gemm`) where there is one for this machine; else fp32 copies live in reused buffers, of a bounded
-number of rows. M rows, N output features, K input features. `widen_matmuls` puts these ops into a graph.
+generated product (FUSED), or the library's (LIBRARY) of fp32 copies in reused buffers, of a bounded number of rows; batches
+are the library's. M rows, N output features, K input features. `widen_matmuls` puts these ops into a graph.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from .derivatives import once_differentiable
 from .lora_group import as_rows, kernel_for, scratch
 from .ops import define_op
 
-KERNEL = "fp32_gemm"  # its name in the table, as a candidate for "dense_linear"
+FUSED, LIBRARY = "fused_fp32", "fp32_gemm"  # their names in the table, as candidates for "dense_linear"
+NO_BATCHES = ((FUSED, "for one matrix, not for batches"),)  # what a batched product rules out
 WEIGHT_ROWS = 4096  # rows of a dense weight at a time: a vocabulary's worth of fp32 is never there at once
 
 
@@ -32,6 +33,11 @@ def _widened(name: str, x: Tensor) -> Tensor:
     return scratch(name, (x.shape[0], x.shape[1]), x, torch.float32).copy_(x)
 
 
+def _gemm(linear_kernel: str, device: torch.device) -> Callable[..., None] | None:
+    """The generated product, if that was chosen; None for the library's."""
+    return kernel_for("wide_gemm", device) if linear_kernel == FUSED else None
+
+
 def _contiguous_one_way(weight: Tensor) -> Tensor:
     """As `wide_gemm` reads a matrix."""
     return weight if 1 in weight.stride() else weight.contiguous()
@@ -41,12 +47,12 @@ def _contiguous_one_way(weight: Tensor) -> Tensor:
 
 
 @define_op
-def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., K], W [N, K], b [N] -> x Wᵀ + b [..., N] in x's dtype."""
+def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None, linear_kernel: str) -> Tensor:
+    """x [..., K], W [N, K], b [N] -> x Wᵀ + b [..., N] in x's dtype, forward and backward by FUSED or LIBRARY."""
     n = weight.shape[0]
     rows = as_rows(x, x.dtype)
     out = x.new_empty((rows.shape[0], n))
-    gemm = kernel_for("wide_gemm", x.device)
+    gemm = _gemm(linear_kernel, x.device)
     if gemm is not None:
         gemm([(rows, _contiguous_one_way(weight).t(), 1.0)], out, bias if bias is None else bias.contiguous())
         return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], n))
@@ -59,16 +65,18 @@ def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @torch.library.register_fake("qlora::wide_linear")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, linear_kernel: str) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @define_op
-def wide_linear_backward(dy: Tensor, x: Tensor | None, weight: Tensor, need_dx: bool) -> list[Tensor]:
+def wide_linear_backward(
+    dy: Tensor, x: Tensor | None, weight: Tensor, need_dx: bool, linear_kernel: str
+) -> list[Tensor]:
     """dy [..., N] -> [dx [..., K] (if need_dx), dW [N, K] (if there is x)]."""
     n, k = weight.shape
     dys = as_rows(dy, dy.dtype)
-    gemm = kernel_for("wide_gemm", dy.device)
+    gemm = _gemm(linear_kernel, dy.device)
     if gemm is not None:
         return _backward_by(gemm, dys, x, _contiguous_one_way(weight), (*dy.shape[:-1], k) if need_dx else None)
     rows = x.reshape(-1, k).float() if x is not None else None
@@ -100,13 +108,13 @@ def _backward_by(
 
 
 @torch.library.register_fake("qlora::wide_linear_backward")
-def _(dy: Tensor, x: Tensor | None, weight: Tensor, need_dx: bool) -> list[Tensor]:
+def _(dy: Tensor, x: Tensor | None, weight: Tensor, need_dx: bool, linear_kernel: str) -> list[Tensor]:
     dx = [dy.new_empty((*dy.shape[:-1], weight.shape[1]))] if need_dx else []
     return dx if x is None else [*dx, torch.empty_like(weight)]
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias = inputs
+    x, weight, bias, ctx.linear_kernel = inputs
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
     ctx.bias_dtype = bias.dtype if bias is not None else None
 
@@ -114,11 +122,12 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 @once_differentiable("qlora::wide_linear")
 def _linear_backward(ctx: Any, saved: Sequence[Tensor], dy: Tensor) -> tuple[Any, ...]:
     x, weight = saved
-    need_dx, need_dw, need_db = ctx.needs_input_grad
-    grads = torch.ops.qlora.wide_linear_backward(dy, x, weight, need_dx) if need_dx or need_dw else []
+    need_dx, need_dw, need_db, _ = ctx.needs_input_grad
+    wanted = need_dx or need_dw
+    grads = torch.ops.qlora.wide_linear_backward(dy, x, weight, need_dx, ctx.linear_kernel) if wanted else []
     dx = grads.pop(0) if need_dx else None
     dw = grads.pop(0) if need_dw else None
-    return dx, dw, dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype) if need_db else None
+    return dx, dw, dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype) if need_db else None, None
 
 
 torch.library.register_autograd("qlora::wide_linear", _linear_backward, setup_context=_linear_setup)

@@ -4,12 +4,12 @@ the dense products that stay in the graph."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ... import wide_ops  # noqa: F401  defines its ops
+from ... import wide_ops
 from ...lora_gradients import backward
 from ...lora_group import LoRAGroup, forward
 from . import cpp_build, cpu_gemm, cpu_linear, devices, dispatch, fp32_linear, fused_linear
@@ -131,6 +131,21 @@ dispatch.register(
     )
 )  # fmt: skip
 dispatch.register(Candidate("lora_linear_backward", "library_gemm", backward, kernels=(*DEQUANTIZE, *LOW_RANK)))
-wide_linear = torch.ops.qlora.wide_linear.default
-dispatch.register(Candidate("dense_linear", "fp32_gemm", wide_linear, ("cpu",), declines_fp32, prefers_fp32))
+
+
+def _dense(name: str) -> Callable[..., Tensor]:
+    return lambda x, weight, bias: torch.ops.qlora.wide_linear(x, weight, bias, name)  # type: ignore[no-any-return]
+
+
+def _declines_dense(problem: Problem) -> str | None:
+    if not cpu_gemm.is_widest():
+        return "for CPUs whose widest instructions are AVX2"
+    return declines_fp32(problem) or cpu_gemm.declines()
+
+
+for _name, _declines, _kernels in (
+    (wide_ops.FUSED, _declines_dense, ("wide_gemm",)),
+    (wide_ops.LIBRARY, declines_fp32, ()),
+):
+    dispatch.register(Candidate("dense_linear", _name, _dense(_name), ("cpu",), _declines, prefers_fp32, _kernels))
 dispatch.register(Candidate("dense_linear", "library_gemm", torch.nn.functional.linear))

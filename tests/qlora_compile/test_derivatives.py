@@ -41,7 +41,7 @@ def _loss(x: Tensor, a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
 CALLS: dict[str, Callable[..., Tensor]] = {
     "lora_linear": _lora_linear,
     "grouped_lora_linear": _experts,
-    "wide_linear": lambda x, a, b, weight: OPS.wide_linear(x, weight, None).square(),
+    "wide_linear": lambda x, a, b, weight: OPS.wide_linear(x, weight, None, wide_ops.LIBRARY).square(),
     "attention": _attention,
     "linear_cross_entropy": _loss,
 }

@@ -33,12 +33,12 @@ def test_linear(dtype: torch.dtype, step: int, monkeypatch: pytest.MonkeyPatch) 
     """By the library, also with fewer rows of the weight at a time than it has; and (0) by the generated product."""
     if step == 0 and cpu_gemm.declines():
         pytest.skip("wide_gemm cannot run here")
-    monkeypatch.setattr(wide_ops, "kernel_for", lambda op, device: None if step else cpu_gemm.wide_gemm)
+    monkeypatch.setattr(wide_ops, "kernel_for", lambda op, device: cpu_gemm.wide_gemm)  # where AVX-512 is, too
     monkeypatch.setattr(wide_ops, "WEIGHT_ROWS", step)
     torch.manual_seed(step)
     x, w, b = torch.randn(3, 5, 65), torch.randn(257, 65), torch.randn(257)
     inputs = [t.to(dtype).requires_grad_() for t in (x, w, b)]
-    y = OPS.wide_linear(*inputs)
+    y = OPS.wide_linear(*inputs, wide_ops.LIBRARY if step else wide_ops.FUSED)
     wide = both(inputs)
     expected = F.linear(*wide)
     close(y, expected.detach(), dtype)
@@ -57,7 +57,7 @@ def test_linear_saves_nothing_that_a_frozen_weight_does_not_need() -> None:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        OPS.wide_linear(x, w, None)
+        OPS.wide_linear(x, w, None, wide_ops.LIBRARY)
     assert [t.data_ptr() for t in saved] == [w.data_ptr()]
 
 
@@ -83,7 +83,9 @@ def test_matmul_broadcasts(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> N
 
 def test_opcheck() -> None:
     x, w, b = torch.randn(3, 5, 65).bfloat16(), torch.randn(33, 65).bfloat16(), torch.randn(33).bfloat16()
-    torch.library.opcheck(OPS.wide_linear.default, (x.clone().requires_grad_(), w, b))
-    torch.library.opcheck(OPS.wide_linear.default, tuple(t.clone().requires_grad_() for t in (x, w, b)))
-    torch.library.opcheck(OPS.wide_linear_backward.default, (torch.randn(3, 5, 33).bfloat16(), x, w, True))
+    torch.library.opcheck(OPS.wide_linear.default, (x.clone().requires_grad_(), w, b, wide_ops.LIBRARY))
+    torch.library.opcheck(OPS.wide_linear.default, (*(t.clone().requires_grad_() for t in (x, w, b)), wide_ops.LIBRARY))
+    torch.library.opcheck(
+        OPS.wide_linear_backward.default, (torch.randn(3, 5, 33).bfloat16(), x, w, True, wide_ops.LIBRARY)
+    )
     torch.library.opcheck(OPS.wide_matmul.default, (x.clone().requires_grad_(), w.t().clone().requires_grad_()))

@@ -79,7 +79,7 @@ def test_what_the_table_knows_to_be_far_behind_is_not_measured(tmp_path: Path) -
         dispatch.register(
             Candidate("dense_linear", name, lambda x, weight, bias, name=name: called.append(name), ("cpu",))
         )
-    times = {"quick": 10.0, "near": 30.0, "slow": 900.0, "library_gemm": 900.0, "fp32_gemm": 900.0}
+    times = {"quick": 10.0, "near": 30.0, "slow": 900.0, "library_gemm": 900.0, "fp32_gemm": 900.0, "fused_fp32": 900.0}
     ship(tmp_path, ("dense_linear", 16, 64, 64, "bfloat16", False, times))
     measured = autotune.measure(Problem("dense_linear", 16, (64,), 64, 0, torch.bfloat16))
     assert {"quick", "near", "new"} == set(called) == set(measured)
