@@ -178,21 +178,26 @@ def table(device: str) -> tuple[Entry, ...]:
 def entry_of(problem: Problem, microseconds: dict[str, float]) -> Entry:
     """The line that stands for a measured problem."""
     dtype = str(problem.dtype).removeprefix("torch.")
-    return Entry(problem.op, problem.m, sum(problem.n), problem.k, dtype, problem.quant_type != "none", microseconds)
+    return Entry(problem.op, problem.m, problem.n, problem.k, dtype, problem.quant_type != "none", microseconds)
 
 
 def nearest(problem: Problem, entries: Sequence[Entry], *, exact: bool) -> Entry | None:
-    """The entry of the same op and dtype that is nearest in log2 of M (first) and of the weight's size."""
+    """The entry of the same op and dtype that is nearest in log2 of M (first), in that of the group's weight (then), and in
+    the number of its linears."""
     mine = entry_of(problem, {})
     same = [e for e in entries if (e.op, e.dtype, e.quantized) == (mine.op, mine.dtype, mine.quantized)]
     if exact:
         return next((e for e in same if e[:6] == mine[:6]), None)
 
-    def distance(entry: Entry) -> tuple[float, float]:
-        size = abs(math.log2(max(entry.n, 1) / max(mine.n, 1))) + abs(math.log2(max(entry.k, 1) / max(mine.k, 1)))
-        return abs(math.log2(entry.m / mine.m)), size
+    def distance(entry: Entry) -> tuple[float, float, int]:
+        size = _octaves(sum(entry.n), sum(mine.n)) + _octaves(entry.k, mine.k)
+        return _octaves(entry.m, mine.m), size, abs(len(entry.n) - len(mine.n))
 
     return min(same, key=distance, default=None)
+
+
+def _octaves(one: int, other: int) -> float:
+    return abs(math.log2(max(one, 1) / max(other, 1)))
 
 
 def generated(candidate: Candidate, device: str) -> tuple[str, ...]:

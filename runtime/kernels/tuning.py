@@ -27,11 +27,12 @@ SECONDS_PER_PROBLEM = 1.0  # no candidate is called again once a problem has tak
 
 
 class Entry(NamedTuple):
-    """One line of a table: a problem's sizes and the microseconds that each candidate took."""
+    """One line of a table: a problem's sizes, `n` one for each linear of its group, and the microseconds that each candidate
+    took."""
 
     op: str
     m: int
-    n: int
+    n: tuple[int, ...]
     k: int
     dtype: str
     quantized: bool
@@ -39,14 +40,15 @@ class Entry(NamedTuple):
 
     def text(self, names: Sequence[str]) -> str:
         times = sorted((us, name) for name, us in self.microseconds.items() if name in names)
-        return f"M={self.m} N={self.n} K={self.k}: " + ", ".join(f"{name} {us:,.0f} us" for us, name in times)
+        sizes = f"M={self.m} N={'+'.join(map(str, self.n))} K={self.k}"
+        return f"{sizes}: " + ", ".join(f"{name} {us:,.0f} us" for us, name in times)
 
 
 _unwritten: dict[str, list[Entry]] = {}  # by device
 
 
 def read_entries(raw: Sequence[dict[str, Any]]) -> tuple[Entry, ...]:
-    return tuple(Entry(**fields) for fields in raw)
+    return tuple(Entry(**fields | {"n": tuple(fields["n"])}) for fields in raw)
 
 
 def about(device: str) -> dict[str, Any]:

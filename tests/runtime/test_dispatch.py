@@ -54,9 +54,17 @@ def test_default_is_fp32_only_where_bf16_has_no_instructions(monkeypatch: pytest
 def test_the_nearest_entry_of_the_table_decides(tmp_path: Path) -> None:
     ship(
         tmp_path,
-        ("lora_linear", 512, 300, 128, "bfloat16", True, {"library_gemm": 90.0, "fp32_gemm": 30.0}),
-        ("lora_linear", 4096, 300, 128, "bfloat16", True, {"library_gemm": 30.0, "fp32_gemm": 90.0, "gone": 1.0}),
-        ("lora_linear", 512, 256, 128, "bfloat16", False, {"library_gemm": 1.0}),  # a dense weight is another problem
+        ("lora_linear", 512, (300,), 128, "bfloat16", True, {"library_gemm": 90.0, "fp32_gemm": 30.0}),
+        ("lora_linear", 4096, (300,), 128, "bfloat16", True, {"library_gemm": 30.0, "fp32_gemm": 90.0, "gone": 1.0}),
+        (
+            "lora_linear",
+            512,
+            (256,),
+            128,
+            "bfloat16",
+            False,
+            {"library_gemm": 1.0},
+        ),  # a dense weight is another problem
     )
     near, far = dispatch.choose(BF16), dispatch.choose(BF16._replace(m=2048))
     assert near.name == "fp32_gemm" and far.name == "library_gemm"
@@ -64,12 +72,24 @@ def test_the_nearest_entry_of_the_table_decides(tmp_path: Path) -> None:
 
 
 def test_what_was_measured_here_beats_the_table_for_its_own_sizes_only(tmp_path: Path) -> None:
-    ship(tmp_path, ("lora_linear", 512, 256, 128, "bfloat16", True, {"library_gemm": 90.0, "fp32_gemm": 30.0}))
+    ship(tmp_path, ("lora_linear", 512, (256,), 128, "bfloat16", True, {"library_gemm": 90.0, "fp32_gemm": 30.0}))
     tuning.remember([dispatch.entry_of(BF16, {"library_gemm": 10.0, "fp32_gemm": 20.0})], "cpu")
     dispatch.forget_choices()
     assert dispatch.choose(BF16).name == "library_gemm"
     assert dispatch.choose(BF16).why.startswith("measured here: ")
     assert dispatch.choose(BF16._replace(k=256)).name == "fp32_gemm"
+    assert dispatch.choose(BF16._replace(n=(256,))).name == "fp32_gemm"  # one linear is not a group of two
+
+
+def test_of_two_entries_of_a_size_the_group_of_as_many_linears_decides(tmp_path: Path) -> None:
+    one, two = {"library_gemm": 90.0, "fp32_gemm": 30.0}, {"library_gemm": 30.0, "fp32_gemm": 90.0}
+    ship(
+        tmp_path,
+        ("lora_linear", 512, (256,), 128, "bfloat16", True, one),
+        ("lora_linear", 512, (128, 128), 128, "bfloat16", True, two),
+    )
+    assert dispatch.choose(BF16).why.startswith("table: M=512 N=128+128 K=128: library_gemm 30 us")
+    assert dispatch.choose(BF16._replace(n=(300,))).why.startswith("table: M=512 N=256 K=128: fp32_gemm 30 us")
 
 
 def test_what_the_table_knows_to_be_far_behind_is_not_measured(tmp_path: Path) -> None:
@@ -80,7 +100,7 @@ def test_what_the_table_knows_to_be_far_behind_is_not_measured(tmp_path: Path) -
             Candidate("dense_linear", name, lambda x, weight, bias, name=name: called.append(name), ("cpu",))
         )
     times = {"quick": 10.0, "near": 30.0, "slow": 900.0, "library_gemm": 900.0, "fp32_gemm": 900.0, "fused_fp32": 900.0}
-    ship(tmp_path, ("dense_linear", 16, 64, 64, "bfloat16", False, times))
+    ship(tmp_path, ("dense_linear", 16, (64,), 64, "bfloat16", False, times))
     measured = autotune.measure(Problem("dense_linear", 16, (64,), 64, 0, torch.bfloat16))
     assert {"quick", "near", "new"} == set(called) == set(measured)
 
