@@ -265,7 +265,8 @@ def problem(x: Tensor, weight: Tensor, bias: Tensor | None, trained: bool) -> di
         barred.append((SOFTMAX, "the head trains"))
     elif any(t.dtype != weight.dtype for t in (x, bias) if t is not None):
         barred.append((SOFTMAX, "the head and what it reads differ in dtype"))
-    if x.dtype not in DTYPES or not all(t.is_contiguous() for t in (weight, bias) if t is not None):
+    head = [t for t in (weight, bias) if t is not None]
+    if any(t.dtype not in DTYPES for t in (x, *head)) or not all(t.is_contiguous() for t in head):
         barred.append((FUSED, "for fp32, bf16 and fp16, and for a head whose rows are contiguous"))
     (v, k), device = weight.shape, x.device.type
     return {"n": (v,), "k": k, "dtype": weight.dtype, "device": device, "barred": tuple(barred)}

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .runtime.export_report import ExportReport
 
 _OP = "lora_linear"
+_FORWARD = (_OP, f"grouped_{_OP}")  # the ops whose kernels run a linear's forward
 _CODEC = ("dequantize_4bit", "quantize_4bit", "linear_4bit_small", "lora_down")
 
 
@@ -191,7 +192,7 @@ def explain(model: nn.Module) -> CompileReport:
     groups: dict[str, tuple[str, ...]] = {}
     for stages in [*(r.stages for r in state.reports), report.stages]:  # a piece after a graph break has other sites
         groups |= _groups(stages)
-    choices = [choice for part in [*state.reports, report] for choice in part.choices if choice.op == _OP]
+    choices = [choice for part in [*state.reports, report] for choice in part.choices if choice.op in _FORWARD]
     lowered = {site: choice.kernel for choice in choices for site in choice.modules}
     sites = adapter_sites(model)
     for site in sites.values():
@@ -285,12 +286,10 @@ def kernel_sources(model: nn.Module, report: CompileReport) -> dict[str, str]:
 
 
 def used_kernels(report: CompileReport) -> list[str]:
-    """The generated kernels that a report's choices, loss and paged optimizers call, beside those of the codec."""
+    """The generated kernels that a report's choices and paged optimizers call, beside those of the codec."""
     from .runtime import kernels
 
     found = dict.fromkeys(part for choice in report.choices for part in choice.parts)
-    if any("linear_cross_entropy" in record.target for record in next(reversed(report.stages.values()), ())):
-        found["cross_entropy"] = None
     if report.paging:
         found["paged_step"] = None
     by_file: dict[str, str] = {}  # one kernel of those in one file

@@ -237,12 +237,17 @@ def _counted(records: tuple[NodeRecord, ...], repeats: list[Repeat]) -> tuple[No
 
 
 def _with_kernels(records: tuple[NodeRecord, ...], choices: Sequence[KernelReport]) -> tuple[NodeRecord, ...]:
-    """AOTAutograd's graphs know an op's module only; its kernel is what was chosen there."""
+    """AOTAutograd's graphs know an op's module only; its kernel is what was chosen there, or (experts' parameters stand for
+    several) everywhere below."""
     chosen = {(c.op, module): c.kernel for c in choices for module in c.modules}
 
     def kernels(record: NodeRecord) -> tuple[tuple[str, str], ...]:
-        op = record.target.removeprefix("qlora.")
-        return ((op, chosen[op, record.module]),) if (op, record.module) in chosen else record.kernels
+        op = re.sub("^(linear_cross_entropy)_(grads|logits)$", r"\1", record.target.removeprefix("qlora."))
+        here = chosen.get((op, record.module))
+        prefix = f"{record.module}."
+        below = {name for (of, module), name in chosen.items() if of == op and module.startswith(prefix)}
+        names = below if here is None else {here}
+        return tuple((op, name) for name in names) if len(names) == 1 else record.kernels
 
     return tuple(dataclasses.replace(r, kernels=kernels(r)) for r in records)
 

@@ -14,6 +14,7 @@ from torch import fx
 
 from . import cross_entropy_sweep as loss
 from . import expert_ops, linear_cross_entropy  # noqa: F401  define ops that are named here
+from . import expert_products as experts
 from .fx_utils import hint
 from .lora_group import choose_kernel, kernel_for
 from .memory_plan import Rows
@@ -68,12 +69,10 @@ def _backward_bytes(given: dict[str, Any]) -> int:
 def _is_fused(given: dict[str, Any], device: str) -> bool:
     """Whether the generated product reads everything where it is, and nothing is decoded, cast or joined before it."""
     whole = given["quant_type"] == "none" or given["x"].shape[-1] % given["block_size"] == 0
-    return whole and _has_gemm(device)
-
-
-def _has_gemm(device: str) -> bool:
-    """Whether the generated fp32 product is what linears and experts run by default."""
-    return device == "cpu" and kernel_for("wide_gemm", torch.device(device)) is not None
+    forced = given.get("forward_kernel" if "bias" in given else "backward_kernel", "")
+    if not whole or device != "cpu" or forced in ("fp32_gemm", "library_gemm"):
+        return False
+    return kernel_for("wide_gemm", torch.device(device)) is not None
 
 
 def _fused_bytes(given: dict[str, Any], backward: bool) -> int:
@@ -119,10 +118,12 @@ def _loss_kernel(given: dict[str, Any], device: str) -> str:
     """The name of the kernel that runs. A GPU need not be here: its generated one leaves the logits in bf16."""
     x, trained = given["x"], bool(given.get("need_dw") or given.get("need_db"))
     sizes = loss.problem(x, given["weight"], given["bias"], trained) | {"device": device}
+    forced = given.get("loss_kernel", "")
     if device != "cpu":
-        swept = sizes["dtype"] == torch.bfloat16 and loss.SOFTMAX not in dict(sizes["barred"])
+        covered = sizes["dtype"] == torch.bfloat16 and loss.SOFTMAX not in dict(sizes["barred"])
+        swept = covered and forced != loss.LIBRARY
         return loss.SOFTMAX if swept else loss.LIBRARY
-    rows, forced = hint(math.prod(x.shape[:-1])), given.get("loss_kernel", "")
+    rows = hint(math.prod(x.shape[:-1]))
     return choose_kernel("linear_cross_entropy", forced=forced, rows=rows, **sizes).name  # type: ignore[no-any-return]
 
 
@@ -161,6 +162,18 @@ def _expert_scratch(given: dict[str, Any], device: str) -> dict[str, int | Rows]
     dtype, columns = given["dtype"], n if given["transposed"] else k
     if given["quant_type"] == "none" or not given.get("need_dx", True):
         return {}
-    if columns % given["block_size"] == 0 and _has_gemm(device):
+    if columns % given["block_size"] == 0 and device == "cpu" and _expert_kernel(given, n, k) == experts.FUSED:
         return {}
     return {f"weight {dtype}": n * k * dtype.itemsize}
+
+
+def _expert_kernel(given: dict[str, Any], n: int, k: int) -> str:
+    """The name of the kernel that runs on a CPU."""
+    op, argument = "grouped_lora_linear", "forward_kernel"
+    if "dy" in given:
+        op, argument = f"{op}_backward", "backward_kernel"
+    a, b = given["lora_a"], given["lora_b"]
+    kind = {name: given[name] for name in ("dtype", "quant_type", "block_size")}
+    sizes = {"rows": hint(given["x"].shape[0]), "n": (n,), "k": k, "rank": sum(factor.shape[1] for factor in a), **kind}
+    barred = experts.barred((*a, *b))
+    return choose_kernel(op, forced=given.get(argument, ""), device="cpu", barred=barred, **sizes).name  # type: ignore[no-any-return]

@@ -134,9 +134,10 @@ def bucket(rows: int) -> int:
 def choose(problem: Problem, forced: str = "", barred: tuple[tuple[str, str], ...] = ()) -> Choice:
     """The kernel for a problem. `barred`: candidates that the tensors of a call rule out, and why. Raises KernelError if no
     candidate takes it."""
-    reasons = dict(barred)
+    known = candidates(problem.op, problem.device)
+    reasons = {name: why for name, why in barred if name in {candidate.name for candidate in known}}
     able: dict[str, Candidate] = {}
-    for candidate in candidates(problem.op, problem.device):
+    for candidate in known:
         reason = reasons.get(candidate.name) or candidate.declines(problem)
         if reason is None:
             able[candidate.name] = candidate
@@ -146,7 +147,9 @@ def choose(problem: Problem, forced: str = "", barred: tuple[tuple[str, str], ..
         raise KernelError(f"No kernel takes {problem.op} {problem}: {reasons or 'none is registered'}.")
     if forced in able:
         return Choice(problem, able[forced], "forced by option")
-    note = f"; {forced} was asked for but declines: {reasons[forced]}" if forced in reasons else ""
+    note = (
+        f"; {forced} was asked for but declines: {reasons.get(forced, f'not for {problem.device}')}" if forced else ""
+    )
     if len(able) == 1:
         (only,) = able.values()
         others = "; ".join(f"{name} declines: {why}" for name, why in reasons.items() if name != forced)

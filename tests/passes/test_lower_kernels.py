@@ -129,6 +129,9 @@ def test_experts_and_the_loss_are_chosen_and_forced(forced: str, keep_logits: bo
         for row in rows.values():
             assert not names or (row.kernel, row.why) == ("library_gemm", "forced by option")
             assert set(row.sources) == set(row.parts)  # a CPU's are written when they are asked for
+        assert {rows["grouped_lora_linear"].kernel} == {
+            linear.lowering for linear in qc.explain(model).linears if ".experts." in linear.name
+        }
         gradients = [p.grad for name, p in sorted(model.named_parameters()) if p.grad is not None]
         results.append([loss.detach(), *gradients])
     assert len(results[0]) > 4
@@ -137,10 +140,31 @@ def test_experts_and_the_loss_are_chosen_and_forced(forced: str, keep_logits: bo
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
 
 
+def test_a_kernel_of_another_device_is_not_forced_in_silence() -> None:
+    sizes: Any = {"rows": 8, "n": (64,), "k": 64, "dtype": torch.bfloat16, "quant_type": "nf4", "block_size": 64}
+    barred = (("fused_fp32", "adapters are in float64"),)
+    choice = kernels.choose_kernel("grouped_lora_linear", "fused_fp32", device="cuda", barred=barred, **sizes)
+    assert choice.why == "the only one; fused_fp32 was asked for but declines: not for cuda"
+
+
+@pytest.mark.parametrize("forced", ["", "library_gemm"])
+def test_a_trace_names_them_in_its_graphs(forced: str) -> None:
+    options = {"block_size": 32, "kernels": dict.fromkeys(EXPERTS_AND_LOSS, forced) if forced else {}}
+    ids = torch.zeros(1, 9, dtype=torch.int64)
+    report = qc.trace(_mixtral(), {"input_ids": ids, "labels": ids}, options)
+    ops = ("qlora.grouped_lora_linear", "qlora.linear_cross_entropy")
+    for graph, count in (("forward", 5), ("backward", 4)):
+        named = [record for record in report.stages[graph] if record.target.startswith(ops)]
+        assert len(named) == count
+        assert all(record.kernels and (not forced or record.kernels[0][1] == forced) for record in named)
+
+
 def test_what_a_head_that_trains_rules_out_is_said() -> None:
-    from qlora_compile.cross_entropy_sweep import SOFTMAX, problem
+    from qlora_compile.cross_entropy_sweep import FUSED, SOFTMAX, problem
 
     x, weight = torch.randn(4, 32, dtype=torch.bfloat16), torch.randn(67, 32, dtype=torch.bfloat16)
     choice = kernels.choose_kernel("linear_cross_entropy", SOFTMAX, rows=4, **problem(x, weight, None, True))
     assert choice.name != SOFTMAX
     assert choice.why.endswith(f"; {SOFTMAX} was asked for but declines: the head trains")
+    bias = torch.zeros(67, dtype=torch.float64)
+    assert {name for name, _ in problem(x.float(), weight.float(), bias, False)["barred"]} == {SOFTMAX, FUSED}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, fx
 
-from qlora_compile import cross_entropy_sweep
+from qlora_compile import cross_entropy_sweep, workspace
 from qlora_compile.lora_group import release_scratch
 from qlora_compile.memory_plan import MemoryPlan, Size
+from qlora_compile.runtime.kernels import cpu_gemm
 from qlora_compile.step_graphs import StepGraphs
 from qlora_compile.step_plan import Symbols, plan_of
 
@@ -87,6 +90,28 @@ def test_a_gpus_chunks_are_larger() -> None:
     (logits,) = [buffer.size for buffer in gpu.buffers if ": logits" in buffer.name]  # given back at the op's end
     assert 64 << 20 < gpu.size(logits) <= 128 << 20 and gpu.peak().bytes > cpu.peak().bytes
     assert not gpu.scratch and [name for name in cpu.scratch if name.startswith("logits")]
+
+
+def _experts(**more: Any) -> dict[str, Any]:
+    x, factor = torch.empty(6, 64), torch.empty(2, 3, 64)
+    kind = {"transposed": False, "quant_type": "nf4", "block_size": 32, "dtype": torch.float32, "out_features": 32}
+    return {"x": x, "lora_a": [factor], "lora_b": [torch.empty(2, 32, 3)], **kind, **more}
+
+
+def test_what_is_decoded_is_what_the_kernel_decodes() -> None:
+    whole = {"weight torch.float32": 32 * 64 * 4}
+    assert workspace._expert_scratch(_experts(forward_kernel="library_gemm"), "cpu") == whole
+    assert workspace._expert_scratch(_experts(), "cuda") == whole
+    fused = {} if cpu_gemm.declines() is None else whole
+    assert workspace._expert_scratch(_experts(forward_kernel="fused_fp32"), "cpu") == fused
+    wide = [torch.empty(2, 32, 3, dtype=torch.float64)]
+    assert workspace._expert_scratch(_experts(forward_kernel="fused_fp32", lora_b=wide), "cpu") == whole
+
+
+def test_a_forced_loss_on_a_gpu() -> None:
+    given = {"x": torch.empty(5, 8).bfloat16(), "weight": torch.empty(97, 8).bfloat16(), "bias": None}
+    for forced, dtype in (("", "bfloat16"), ("library_gemm", "float32")):
+        assert list(workspace._loss_scratch(given | {"loss_kernel": forced}, "cuda")) == [f"logits torch.{dtype}"]
 
 
 def test_sizes_of_chunks() -> None:
