@@ -27,11 +27,7 @@ BLOCK_BYTES = {
     "other": 256 << 20,
 }  # of logits that softmax's passes share: on a CPU, what a cache holds
 TILE_BYTES = 32 << 20  # of W in fp32 at a time, where products run in fp32
-SOFTMAX, FUSED, LIBRARY = (
-    "fused_softmax",
-    "fused_fp32",
-    "library_gemm",
-)  # the kernels, see `runtime/kernels/loss_kernels.py`
+SOFTMAX, FUSED, LIBRARY = "fused_softmax", "fused_fp32", "library_gemm"  # kernels: `runtime/kernels/loss_kernels.py`
 LEAST_ROWS = 128  # a chunk's product has to pay for reading W
 
 
