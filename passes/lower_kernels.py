@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from .. import linear_cross_entropy  # noqa: F401  defines its ops
-from ..cross_entropy_sweep import problem
-from ..expert_products import barred
+from .. import (
+    cross_entropy_sweep,
+    expert_products,
+    linear_cross_entropy,  # noqa: F401  defines its ops
+)
 from ..fx_utils import hint, is_call, value
 from ..pass_manager import PassContext
 
@@ -37,12 +39,9 @@ def lower_kernels(gm: fx.GraphModule, ctx: PassContext) -> int:
 
 def _lower(node: fx.Node, names: dict[str, str], sizes: Callable[[fx.Node], dict[str, Any]], ctx: PassContext) -> int:
     """`names`: ops of the table -> the argument of the graph's op that forces a kernel for it."""
-    chosen: list[tuple[str, Any]] = []
-    for op in names:
-        choice = ctx.choose(op, **sizes(node))
-        if choice is not None:
-            chosen.append((op, choice))
-    node.meta["qlora_kernels"] = tuple(chosen)
+    given = sizes(node)
+    choices = [(op, ctx.choose(op, **given)) for op in names]
+    node.meta["qlora_kernels"] = chosen = tuple((op, choice) for op, choice in choices if choice is not None)
     forced = {argument: ctx.config.kernels.get(op, "") for op, argument in names.items()}
     if any(forced.values()):
         node.args = (*node.args[: _parameters(node).index(next(iter(forced)))], *forced.values())
@@ -62,10 +61,6 @@ def _rows(x: torch.Tensor) -> int:
     return math.prod(hint(size) for size in x.shape[:-1])
 
 
-def _rank(factors: Any, axis: int) -> int:
-    return sum(hint(value(a).shape[axis]) for a in factors if value(a) is not None)
-
-
 def _linear(node: fx.Node) -> dict[str, Any]:
     given = _given(node)
     x = value(given["x"])
@@ -73,7 +68,7 @@ def _linear(node: fx.Node) -> dict[str, Any]:
         "rows": _rows(x),
         "n": tuple(given["out_features"]),
         "k": hint(x.shape[-1]),
-        "rank": _rank(given["lora_a"], 0),
+        "rank": sum(hint(value(a).shape[0]) for a in given["lora_a"] if value(a) is not None),
         **{name: given[name] for name in ("dtype", "quant_type", "block_size")},
         "device": x.device.type,
         "dropout": bool(given["dropout"]),
@@ -82,16 +77,11 @@ def _linear(node: fx.Node) -> dict[str, Any]:
 
 def _experts(node: fx.Node) -> dict[str, Any]:
     given = _given(node)
-    x, factors = value(given["x"]), (*given["lora_a"], *given["lora_b"])
-    return {
-        "rows": _rows(x),
-        "n": (given["out_features"],),
-        "k": hint(x.shape[-1]),
-        "rank": _rank(given["lora_a"], 1),
-        **{name: given[name] for name in ("dtype", "quant_type", "block_size")},
-        "device": x.device.type,
-        "barred": barred([value(t) for t in factors if value(t) is not None]),
-    }
+    x = value(given["x"])
+    a, b = ([value(t) for t in given[name] if value(t) is not None] for name in ("lora_a", "lora_b"))
+    kind = (given[name] for name in ("dtype", "quant_type", "block_size"))
+    sizes = expert_products.problem((given["out_features"], hint(x.shape[-1])), a, b, *kind)
+    return {"rows": _rows(x), "device": x.device.type} | sizes
 
 
 def _loss(node: fx.Node) -> dict[str, Any]:
@@ -99,7 +89,7 @@ def _loss(node: fx.Node) -> dict[str, Any]:
     loss = value(node)
     differentiated = (loss[0] if isinstance(loss, (list, tuple)) else loss).requires_grad
     trained = differentiated and any(t.requires_grad for t in (weight, bias) if t is not None)
-    return {"rows": _rows(x)} | problem(x, weight, bias, trained)
+    return {"rows": _rows(x)} | cross_entropy_sweep.problem(x, weight, bias, trained)
 
 
 _KINDS: tuple[tuple[tuple[Any, ...], dict[str, str], Callable[[fx.Node], dict[str, Any]]], ...] = (

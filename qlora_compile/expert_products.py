@@ -70,10 +70,9 @@ class ExpertGroup:
 
     def implementation(self, op: str, x: Tensor, forced: str) -> Callable[..., Any]:
         """The `run` of the kernel chosen for this op and number of rows: `qlora_compile.runtime.kernels.dispatch`."""
-        (n, k), rank = self.shape, sum(a.shape[1] for a in self.lora_a)
-        kind = {"dtype": self.dtype, "quant_type": self.quant_type, "block_size": self.block_size}
-        others = {"barred": barred((*self.lora_a, *self.lora_b)), "device": x.device.type}
-        return choose_kernel(op, forced=forced, rows=len(x), n=(n,), k=k, rank=rank, **kind, **others).candidate.run  # type: ignore[no-any-return]
+        sizes = problem(self.shape, self.lora_a, self.lora_b, self.dtype, self.quant_type, self.block_size)
+        choice = choose_kernel(op, forced=forced, rows=len(x), device=x.device.type, **sizes)
+        return choice.candidate.run  # type: ignore[no-any-return]
 
     def runs(self) -> Iterator[tuple[int, slice]]:
         """(expert, its rows) for each expert that has rows. Reads the offsets: on a GPU the one wait of the op."""
@@ -100,10 +99,21 @@ class ExpertGroup:
         return [slice(first, last) for first, last in itertools.pairwise(ends)]
 
 
-def barred(factors: Sequence[Tensor]) -> tuple[tuple[str, str], ...]:
-    """The kernels that do not read these A and B, and why."""
-    other = next((t.dtype for t in factors if t.dtype not in DTYPES), None)
-    return () if other is None else ((FUSED, f"adapters are in {str(other).removeprefix('torch.')}"),)
+def problem(
+    shape: tuple[int, int],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    dtype: torch.dtype,
+    quant_type: str,
+    block_size: int,
+) -> dict[str, Any]:
+    """What the choice of a kernel depends on besides rows and device, with the kernels that these A and B rule out and why.
+    `shape` is (N, K)."""
+    (n, k), rank = shape, sum(a.shape[1] for a in lora_a)
+    other = next((t.dtype for t in (*lora_a, *lora_b) if t.dtype not in DTYPES), None)
+    barred = () if other is None else ((FUSED, f"adapters are in {str(other).removeprefix('torch.')}"),)
+    kind = {"dtype": dtype, "quant_type": quant_type, "block_size": block_size}
+    return {"n": (n,), "k": k, "rank": rank, **kind, "barred": barred}
 
 
 def library_forward(group: ExpertGroup, x: Tensor) -> tuple[Tensor, Tensor]:

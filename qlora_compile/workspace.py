@@ -172,8 +172,6 @@ def _expert_kernel(given: dict[str, Any], n: int, k: int) -> str:
     op, argument = "grouped_lora_linear", "forward_kernel"
     if "dy" in given:
         op, argument = f"{op}_backward", "backward_kernel"
-    a, b = given["lora_a"], given["lora_b"]
-    kind = {name: given[name] for name in ("dtype", "quant_type", "block_size")}
-    sizes = {"rows": hint(given["x"].shape[0]), "n": (n,), "k": k, "rank": sum(factor.shape[1] for factor in a), **kind}
-    barred = experts.barred((*a, *b))
-    return choose_kernel(op, forced=given.get(argument, ""), device="cpu", barred=barred, **sizes).name  # type: ignore[no-any-return]
+    kind = (given[name] for name in ("lora_a", "lora_b", "dtype", "quant_type", "block_size"))
+    rows, sizes = hint(given["x"].shape[0]), experts.problem((n, k), *kind)
+    return choose_kernel(op, forced=given.get(argument, ""), rows=rows, device="cpu", **sizes).name  # type: ignore[no-any-return]

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from ...expert_products import FUSED, library_backward, library_forward
-from . import cpu_gemm, fused_experts
-from .cpu_common import DTYPES
-from .dispatch import Candidate, Problem, register
-from .lora_kernels import DEQUANTIZE, LOW_RANK, prefers_fused
+from . import fused_experts
+from .dispatch import Candidate, register
+from .lora_kernels import DEQUANTIZE, LOW_RANK, declines_gemm, prefers_fused
 
 FORWARD, BACKWARD = "grouped_lora_linear", "grouped_lora_linear_backward"
 
-
-def _declines_fused(problem: Problem) -> str | None:
-    return cpu_gemm.declines() if problem.dtype in DTYPES else "for fp32, bf16 and fp16"
-
-
-_fused = ("cpu",), _declines_fused, prefers_fused, ("wide_gemm",)
+_fused = ("cpu",), declines_gemm, prefers_fused, ("wide_gemm",)
 register(Candidate(FORWARD, FUSED, fused_experts.grouped_forward, *_fused))
 register(Candidate(BACKWARD, FUSED, fused_experts.grouped_backward, *_fused))
 register(Candidate(FORWARD, "library_gemm", library_forward, kernels=(*DEQUANTIZE, *LOW_RANK)))

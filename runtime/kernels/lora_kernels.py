@@ -98,12 +98,15 @@ def declines_fp32(problem: Problem) -> str | None:
     return "products are in fp32 already" if problem.dtype.itemsize >= 4 else None
 
 
+def declines_gemm(problem: Problem) -> str | None:
+    """What keeps the generated fp32 GEMM from any op."""
+    return cpu_gemm.declines() if problem.dtype in DTYPES else "for fp32, bf16 and fp16"
+
+
 def _declines_fused(problem: Problem) -> str | None:
-    if problem.dtype not in DTYPES:
-        return "for fp32, bf16 and fp16"
-    if problem.quant_type != "none" and problem.k % problem.block_size:
+    if problem.dtype in DTYPES and problem.quant_type != "none" and problem.k % problem.block_size:
         return f"K is no multiple of the block of {problem.block_size}"
-    return cpu_gemm.declines()
+    return declines_gemm(problem)
 
 
 def prefers_fused(problem: Problem) -> bool:

@@ -14,9 +14,8 @@ import torch
 
 from ...cross_entropy_sweep import FUSED, LIBRARY, SOFTMAX
 from . import cpp_build, cpu_gemm, devices
-from .cpu_common import DTYPES
 from .dispatch import Candidate, Problem, register
-from .lora_kernels import prefers_fused
+from .lora_kernels import declines_gemm, prefers_fused
 
 OP, SWEEP = "linear_cross_entropy", "cross_entropy"
 
@@ -37,12 +36,8 @@ def _declines_softmax(problem: Problem) -> str | None:
     return None if cpp_build.find_compiler() is not None else "there is no C++ compiler"
 
 
-def _declines_fused(problem: Problem) -> str | None:
-    return cpu_gemm.declines() if problem.dtype in DTYPES else "for fp32, bf16 and fp16"
-
-
 register(Candidate(OP, SOFTMAX, _find_softmax, ("cpu", "cuda"), _declines_softmax, kernels=(SWEEP,)))
 register(
-    Candidate(OP, FUSED, lambda device: cpu_gemm.wide_gemm, ("cpu",), _declines_fused, prefers_fused, ("wide_gemm",))
+    Candidate(OP, FUSED, lambda device: cpu_gemm.wide_gemm, ("cpu",), declines_gemm, prefers_fused, ("wide_gemm",))
 )
 register(Candidate(OP, LIBRARY, lambda device: None))
