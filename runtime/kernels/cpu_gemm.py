@@ -1,4 +1,4 @@
-"""The generated fp32 GEMM of a CPU without wider or narrower products, as a Python function on tensors.
+"""The generated fp32 GEMM, for CPUs that multiply nothing narrower, as a Python function on tensors.
 
 It reads fp32, bf16 and fp16 matrices and 4-bit codes and writes any of the three dtypes, so nothing is dequantized, cast or
 copied around it, and a low-rank product is one more term of the same sum. M, N: rows and columns of the result, K: what a
@@ -20,7 +20,7 @@ from ...errors import KernelError
 from ...nf4 import check_format, dynamic_map
 from . import cpp_build, devices
 from .checks import check, check_scales
-from .cpu_common import DTYPES, QUANT_TYPES
+from .cpu_common import DTYPES, QUANT_TYPES, isa_number
 
 _CODES = -1  # of wide_gemm.cpp.jinja
 _CALL, _TERM = "10q", "15qd"
@@ -58,12 +58,12 @@ class Term(NamedTuple):
 @functools.cache
 def _function() -> Any:
     """The C function, built on first use; None on a machine without AVX2. Raises KernelError."""
-    return cpp_build.bind("wide_gemm", ctypes.c_char_p, needs="avx2")
+    return cpp_build.bind("wide_gemm", ctypes.c_char_p, ctypes.c_int, needs="avx2")
 
 
-def is_widest() -> bool:
-    """Whether AVX2 is the best that this machine has (or is held to): with AVX-512 the library's products are faster."""
-    return devices.kind("cpu") == "cpu-avx2"
+def is_preferred() -> bool:
+    """Where fp32 is the narrowest that this CPU multiplies: what it saves is dequantizing, casts and their memory."""
+    return devices.kind("cpu") in ("cpu-avx2", "cpu-avx512")
 
 
 def declines() -> str | None:
@@ -74,15 +74,15 @@ def declines() -> str | None:
 
 
 def make_wide_gemm() -> Callable[..., None] | None:
-    """Builds the kernel and returns `wide_gemm`, where it is faster than the library; else None. Raises KernelError."""
-    return wide_gemm if is_widest() and _function() is not None else None
+    """Builds the kernel and returns `wide_gemm`, where it is preferred; else None. Raises KernelError."""
+    return wide_gemm if is_preferred() and _function() is not None else None
 
 
-def wide_gemm(terms: Sequence[Term], out: Tensor, bias: Tensor | None = None) -> None:
+def wide_gemm(terms: Sequence[Term], out: Tensor, bias: Tensor | None = None, isa: str = "auto") -> None:
     """out [M, N] = the sum of the terms + bias [N], products and sums in fp32, rounded once to out's dtype.
 
     `out` is contiguous along one dimension, and shares no memory with what is read. No result depends on the number of
-    threads. Raises KernelError for what does not fit.
+    threads. isa: "avx512" or "avx2", by default the best here. Raises KernelError for what does not fit.
     """
     function = _function()
     if function is None:
@@ -106,7 +106,7 @@ def wide_gemm(terms: Sequence[Term], out: Tensor, bias: Tensor | None = None) ->
         words += _matrix("left", left, m, k)
         words += _codes(right, k, n) if isinstance(right, Codes) else (*_matrix("right", right, k, n), *[0] * 4, 0, 1)
         words += k, factor
-    function(struct.pack(f"={_CALL}" + _TERM * len(terms), *words))
+    function(struct.pack(f"={_CALL}" + _TERM * len(terms), *words), isa_number(isa))
 
 
 def readable(t: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ def _declines_fused(problem: Problem) -> str | None:
 
 
 def prefers_fused(problem: Problem) -> bool:
-    return cpu_gemm.is_widest() and prefers_fp32_products(problem)
+    return cpu_gemm.is_preferred() and prefers_fp32_products(problem)
 
 
 DEQUANTIZE = ("dequantize_4bit",)
@@ -141,8 +141,8 @@ def _dense(name: str) -> Callable[..., Tensor]:
 
 
 def _declines_dense(problem: Problem) -> str | None:
-    if not cpu_gemm.is_widest():
-        return "for CPUs whose widest instructions are AVX2"
+    if not cpu_gemm.is_preferred():
+        return "for CPUs that multiply nothing narrower than fp32"
     return declines_fp32(problem) or cpu_gemm.declines()
 
 

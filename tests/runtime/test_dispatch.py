@@ -41,12 +41,12 @@ def ship(tmp_path: Path, *entries: tuple[object, ...]) -> None:
 def test_default_is_fp32_only_where_bf16_has_no_instructions(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
     monkeypatch.setattr(devices, "multiplies_natively", lambda dtype: native)
     choice = dispatch.choose(BF16)
-    widest = cpu_gemm.is_widest() and cpu_gemm.declines() is None  # AVX2 is
-    assert choice.name == ("library_gemm" if native else "fused_fp32" if widest else "fp32_gemm")
+    fused = cpu_gemm.is_preferred() and cpu_gemm.declines() is None
+    assert choice.name == ("library_gemm" if native else "fused_fp32" if fused else "fp32_gemm")
     assert choice.why == f"the default for {devices.kind('cpu')}"
     # no second precision to choose from
     choice = dispatch.choose(BF16._replace(dtype=torch.float32))
-    assert choice.name == ("fused_fp32" if widest else "library_gemm")
+    assert choice.name == ("fused_fp32" if fused else "library_gemm")
     forced = dispatch.choose(BF16._replace(dtype=torch.float32), "fp32_gemm")
     assert "fp32_gemm was asked for but declines: products are in fp32 already" in forced.why
 

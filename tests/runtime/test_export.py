@@ -172,7 +172,9 @@ class TestDequantized:
         bitsandbytes, peft = pytest.importorskip("bitsandbytes"), pytest.importorskip("peft")
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-        base = save_base(tmp_path / "base", tiny_llama(torch.bfloat16, tie_word_embeddings=tied))
+        # Whole blocks in each row: others bitsandbytes' code for AVX-512 without BF16 decodes with other rows' scales.
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16}
+        base = save_base(tmp_path / "base", tiny_llama(torch.bfloat16, tie_word_embeddings=tied, **sizes))
         four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
         trained = AutoModelForCausalLM.from_pretrained(base, quantization_config=four_bit, dtype=torch.bfloat16)
         trained = peft.get_peft_model(trained, peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj"]))

@@ -78,8 +78,9 @@ def test_uneven_micro_batches_give_the_gradient_of_the_whole_batch(model: nn.Mod
     wanted = gradients_of(model, [whole])
     found = gradients_of(model, parts)
     for name, gradient in wanted.items():
-        # fp32 sums over 31 tokens in another order: 2e-5 of the largest value is some ten roundings.
-        torch.testing.assert_close(found[name], gradient, rtol=0, atol=2e-5 * float(gradient.abs().max()))
+        # Against fp64 each of the two is off by up to 900 fp32 roundings (2^-24) of the largest value, by the CPU's order of
+        # summing: this model is steep. Batches weighted alike would be off by tens of percent.
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=3e-4 * float(gradient.abs().max()))
     # An unweighted mean of the parts' means would be something else altogether.
     means = [gradients_of(model, [part]) for part in parts]
     name = next(iter(wanted))

@@ -16,11 +16,16 @@ from torch import Tensor
 from qlora_compile import nf4
 from qlora_compile.errors import KernelError
 from qlora_compile.runtime import kernels
-from qlora_compile.runtime.kernels import cpu_gemm
+from qlora_compile.runtime.kernels import cpu_gemm, devices
 from qlora_compile.runtime.kernels.cpu_gemm import Codes, Term, wide_gemm
 
 pytestmark = pytest.mark.skipif(cpu_gemm.declines() is not None, reason="wide_gemm cannot run here")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HAS_AVX512 = devices.kind("cpu") in ("cpu-amx", "cpu-avx512_bf16", "cpu-avx512")
+each_isa = pytest.mark.parametrize(
+    "isa",
+    [pytest.param("avx512", marks=pytest.mark.skipif(not HAS_AVX512, reason="this machine has no AVX-512")), "avx2"],
+)
 HALF_UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
@@ -42,9 +47,9 @@ def dense(right: Tensor | Codes) -> Tensor:
     return full.t() if right.transposed else full
 
 
-def check(terms: Sequence[Term], out: Tensor, bias: Tensor | None = None) -> None:
+def check(terms: Sequence[Term], out: Tensor, bias: Tensor | None = None, isa: str = "auto") -> None:
     """A rounding of the result, and fp32 sums of K terms relative to their magnitudes."""
-    wide_gemm(terms, out, bias)
+    wide_gemm(terms, out, bias, isa)
     expected = torch.zeros(out.shape, dtype=torch.float64) + (0 if bias is None else bias.double())
     magnitudes = expected.abs()
     for left, right, factor in terms:
@@ -65,6 +70,7 @@ def matrix(rows: int, columns: int, dtype: torch.dtype, by_columns: bool, gap: i
     return made.t() if by_columns else made
 
 
+@each_isa
 @settings(max_examples=150, deadline=None)
 @given(
     sizes=st.tuples(st.integers(1, 40), st.integers(1, 70), st.integers(1, 90)),
@@ -81,19 +87,20 @@ def test_dense_matrices(
     gap: int,
     bias: torch.dtype | None,
     seed: int,
+    isa: str,
 ) -> None:
     torch.manual_seed(seed)
     m, n, k = sizes
     left, right = matrix(m, k, dtypes[0], by_columns[0], gap), matrix(k, n, dtypes[1], by_columns[1], gap)
     around = torch.full((n + 2, m + 2 + gap) if by_columns[2] else (m + 2, n + 2 + gap), 7.0, dtype=dtypes[2])
     out = around[1:-1, 1 : -1 - gap]
-    check(
-        [Term(left, right, 0.5)], out.t() if by_columns[2] else out, None if bias is None else torch.randn(n).to(bias)
-    )
+    result = out.t() if by_columns[2] else out
+    check([Term(left, right, 0.5)], result, None if bias is None else torch.randn(n).to(bias), isa)
     out.fill_(7.0)
     assert (around == 7.0).all(), "wrote beside the result"
 
 
+@each_isa
 @settings(max_examples=100, deadline=None)
 @given(
     m=st.integers(1, 40),
@@ -108,28 +115,32 @@ def test_dense_matrices(
 )
 def test_codes_both_ways_with_a_low_rank_term(
     m: int, n: int, blocks: int, block_size: int, quant_type: str, double: bool, rank: int,
-    dtypes: tuple[torch.dtype, torch.dtype], seed: int,
+    dtypes: tuple[torch.dtype, torch.dtype], seed: int, isa: str,
 ) -> None:  # fmt: skip
     torch.manual_seed(seed)
     k = blocks * block_size
     w, _ = codes(n, k, quant_type, block_size, double)
     x, h, a, b = torch.randn(m, k).to(dtypes[0]), torch.randn(m, rank), torch.randn(rank, k), torch.randn(n, rank)
-    check([Term(x, w.t()), Term(h, b.t(), -1.5)], torch.empty(m, n, dtype=dtypes[1]))
-    check([Term(x[:, :n], w), Term(h, a)] if n <= k else [Term(h, a)], torch.empty(m, k, dtype=dtypes[1]))
+    check([Term(x, w.t()), Term(h, b.t(), -1.5)], torch.empty(m, n, dtype=dtypes[1]), isa=isa)
+    check([Term(x[:, :n], w), Term(h, a)] if n <= k else [Term(h, a)], torch.empty(m, k, dtype=dtypes[1]), isa=isa)
 
 
+@each_isa
 @pytest.mark.parametrize(("m", "n", "k"), [(965, 130, 96), (7, 1056, 160), (50, 40, 1300), (13, 20, 2080)])
-def test_more_than_a_block_of_each(m: int, n: int, k: int) -> None:
+def test_more_than_a_block_of_each(m: int, n: int, k: int, isa: str) -> None:
     """Rows, columns and depth beyond what is laid out at a time; and several weights in one sum, of several depths."""
     w, _ = codes(n, k // 32 * 32, block_size=32)
     other, _ = codes(k // 32 * 32, n // 32 * 32, block_size=32)
     x = torch.randn(m, w.columns).bfloat16()
-    check([Term(x, w.t(), 2.0), Term(torch.randn(m, 5), torch.randn(5, n))], torch.empty(m, n), torch.randn(n))
-    check([Term(torch.randn(m, n), w), Term(torch.randn(m, other.columns), other.t())], torch.empty(m, w.columns))
+    check([Term(x, w.t(), 2.0), Term(torch.randn(m, 5), torch.randn(5, n))], torch.empty(m, n), torch.randn(n), isa)
+    check(
+        [Term(torch.randn(m, n), w), Term(torch.randn(m, other.columns), other.t())], torch.empty(m, w.columns), isa=isa
+    )
 
 
+@each_isa
 @pytest.mark.parametrize("block_size", [32, 128])
-def test_each_weight_is_that_of_dequantize(block_size: int) -> None:
+def test_each_weight_is_that_of_dequantize(block_size: int, isa: str) -> None:
     """Unit rows pick single weights: the order of nibbles and each block's scale, to the last bit."""
     data = nf4.quantize_reference(
         torch.randn(45, 256) * torch.logspace(-3, 3, 45 * 256).view(45, 256), "nf4", block_size, True
@@ -137,12 +148,13 @@ def test_each_weight_is_that_of_dequantize(block_size: int) -> None:
     w = Codes(*data, 45, 256, "nf4", block_size)
     expected = nf4.dequantize_reference(*data, (45, 256), "nf4", block_size, torch.float32)
     along, across = torch.empty(256, 45), torch.empty(45, 256)
-    wide_gemm([Term(torch.eye(256), w.t())], along)
-    wide_gemm([Term(torch.eye(45), w)], across)
+    wide_gemm([Term(torch.eye(256), w.t())], along, isa=isa)
+    wide_gemm([Term(torch.eye(45), w)], across, isa=isa)
     assert torch.equal(along.t(), expected) and torch.equal(across, expected)
 
 
-def test_the_number_of_threads_changes_no_bit() -> None:
+@each_isa
+def test_the_number_of_threads_changes_no_bit(isa: str) -> None:
     w, _ = codes(200, 1088)
     x, h, b = torch.randn(130, 1088).bfloat16(), torch.randn(130, 16), torch.randn(200, 16)
     threads, results = torch.get_num_threads(), []
@@ -150,33 +162,35 @@ def test_the_number_of_threads_changes_no_bit() -> None:
         for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
             outs = torch.empty(130, 200), torch.empty(130, 1088), torch.empty(16, 1088)
-            wide_gemm([Term(x, w.t()), Term(h, b.t())], outs[0])
-            wide_gemm([Term(outs[0], w)], outs[1])
-            wide_gemm([Term(h.t(), x)], outs[2])
+            wide_gemm([Term(x, w.t()), Term(h, b.t())], outs[0], isa=isa)
+            wide_gemm([Term(outs[0], w)], outs[1], isa=isa)
+            wide_gemm([Term(h.t(), x)], outs[2], isa=isa)
             results.append(outs)
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for outs in results[1:] for a, b in zip(outs, results[0]))
 
 
-def test_what_is_no_number_stays_in_its_row_and_column() -> None:
+@each_isa
+def test_what_is_no_number_stays_in_its_row_and_column(isa: str) -> None:
     x, y = torch.randn(9, 64), torch.randn(64, 21)
     x[4, 3], y[5, 17] = torch.nan, torch.inf
     out = torch.empty(9, 21, dtype=torch.bfloat16)
-    wide_gemm([Term(x, y)], out)
+    wide_gemm([Term(x, y)], out, isa=isa)
     finite = out.isfinite()
     assert not finite[4].any() and not finite[:, 17].any()
     finite[4], finite[:, 17] = True, True
     assert finite.all() and out[4].isnan().all()
 
 
-def test_nothing_to_sum_and_no_rows() -> None:
+@each_isa
+def test_nothing_to_sum_and_no_rows(isa: str) -> None:
     out, bias = torch.full((3, 20), 7.0), torch.randn(20)
-    wide_gemm([], out, bias)
+    wide_gemm([], out, bias, isa)
     assert torch.equal(out, bias.expand(3, 20))
-    wide_gemm([Term(torch.empty(3, 0), torch.empty(0, 20))], out)
+    wide_gemm([Term(torch.empty(3, 0), torch.empty(0, 20))], out, isa=isa)
     assert not out.any()
-    wide_gemm([Term(torch.empty(0, 64), codes(20, 64)[0].t())], torch.empty(0, 20))
+    wide_gemm([Term(torch.empty(0, 64), codes(20, 64)[0].t())], torch.empty(0, 20), isa=isa)
 
 
 def test_rows_that_repeat_are_read_where_they_are() -> None:
