@@ -127,9 +127,9 @@ def generated_products() -> Iterator[list[float]]:
 
     find, seconds = cpu_gemm._function, list[float]()
 
-    def timed(call: bytes) -> None:
+    def timed(*call: object) -> None:
         begin = time.perf_counter()
-        find()(call)
+        find()(*call)
         seconds.append(time.perf_counter() - begin)
 
     cpu_gemm._function = lambda: timed
