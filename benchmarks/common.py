@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +59,38 @@ def alternate(contestants: dict[str, Callable[[], object]], repeats: int) -> Tim
             if turn >= 2:
                 times[name].append(time.perf_counter() - start)
     return {name: (statistics.median(values), min(values)) for name, values in times.items()}
+
+
+class Worker:
+    """`script --worker NAME` in a process of its own, which answers each line with one that says STEP and JSON."""
+
+    def __init__(self, name: str, script: str, argv: list[str], **environment: str) -> None:
+        self.name, self._errors = name, tempfile.TemporaryFile("w+")  # noqa: SIM115  it lives as long as this
+        self.process = subprocess.Popen(
+            [sys.executable, script, *argv, "--worker", name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=os.environ | environment,
+        )
+
+    def ask(self, what: str) -> dict[str, Any]:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("STEP "):
+                answer: dict[str, Any] = json.loads(line[5:])
+                return answer
+        code = self.process.wait()
+        self._errors.seek(0)
+        raise SystemExit(f"{self.name}: the worker ended (exit code {code}):\n{self._errors.read()[-2000:]}")
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
 
 
 def resident_bytes(field: str = "VmRSS") -> int:

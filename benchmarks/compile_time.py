@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common import load_peer, resident_bytes, smollm2, write_results
+from common import Worker, load_peer, resident_bytes, smollm2, write_results
 from limits import Found, entry, show_limits
 
 PARTS = ("dynamo", "passes", "aot_autograd", "inductor", "cpp_wait", "step", "other")
@@ -116,31 +115,17 @@ def worker(row: str, arguments: argparse.Namespace) -> None:
         print("STEP " + json.dumps(answer), flush=True)
 
 
-class Row:
+class Row(Worker):
     """A worker process with cache folders of its own, stepped from here."""
 
     def __init__(self, name: str, argv: list[str], caches: str) -> None:
-        self.name, self.times = name, list[float]()
+        self.times = list[float]()
         folders = {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/torch", "QLORA_COMPILE_CACHE_DIR": f"{caches}/qlora"}
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, *argv, "--worker", name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=os.environ | folders,
-        )
+        super().__init__(name, __file__, argv, **folders)
         self.first = self.step()
 
     def step(self) -> dict[str, Any]:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith("STEP "):
-                answer: dict[str, Any] = json.loads(line[5:])
-                return answer
-        raise SystemExit(f"{self.name}: the worker ended (exit code {self.process.wait()}); run it alone to see why.")
+        return self.ask("step")
 
     def turn(self, steps: int) -> None:
         """One step to warm the processor's caches, then `steps` that count."""
@@ -149,11 +134,6 @@ class Row:
             answer = self.step()
             self.times.append(answer["seconds"])
             self.last = answer
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
 
 
 def measure(names: list[str], argv: list[str], arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:

@@ -26,7 +26,6 @@ import argparse
 import contextlib
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -34,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from bounds import best_of, product_speed
-from common import cut, llama_shape, load_ours, load_peer, resident_bytes, smollm2, write_results
+from common import Worker, cut, llama_shape, load_ours, load_peer, resident_bytes, smollm2, write_results
 from limits import Found, entry, show_limits
 
 OURS = ("ours", "ours_no_logits")
@@ -153,18 +152,12 @@ def operations(arguments: argparse.Namespace, contender: str) -> float:
     return float(arguments.batch * arguments.seq_len * (4 * weights + 6 * adapters))
 
 
-class Contender:
+class Contender(Worker):
     """A worker process, stepped from here."""
 
     def __init__(self, name: str, argv: list[str]) -> None:
-        self.name, self.steps, self.times = name, list[dict[str, float]](), list[float]()
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, *argv, "--worker", name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
+        super().__init__(name, __file__, argv)
+        self.steps, self.times = list[dict[str, float]](), list[float]()
 
     def turn(self, steps: int) -> None:
         """One step to warm the caches, then `steps` that count."""
@@ -177,20 +170,8 @@ class Contender:
     def step(self) -> None:
         self.steps.append(self.ask("step"))
 
-    def ask(self, what: str) -> dict[str, float]:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(what + "\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith("STEP "):
-                answer: dict[str, float] = json.loads(line[5:])
-                return answer
-        raise SystemExit(f"{self.name}: the worker ended (exit code {self.process.wait()}); run it alone to see why.")
-
     def result(self) -> dict[str, float]:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        self.close()
         return {
             "step_s": statistics.median(self.times),
             "step_min_s": min(self.times),
