@@ -76,7 +76,7 @@ class TestExportOfAModel:
             qc.export(model, tmp_path / "four", {"nobody": 1.0})
 
     @pytest.mark.parametrize(
-        "weights", [{"default": 0.5}, {"default": 1.0, "other": 1.0}, {"default": -0.3, "other": 0.7}]
+        "weights", [{"default": 0.5}, {"default": 2.0, "other": 2.0}, {"default": -0.3, "other": 0.7}]
     )
     def test_what_was_trained_in_full_counts_once(
         self, tiny_checkpoint: Path, tmp_path: Path, weights: dict[str, float]
