@@ -100,7 +100,7 @@ def verify_folder(
         exact = reference
         _to_four_bits(model, four_bit)
         reference, what = _logits(model, ids), f"{what}, quantized to {four_bit.quantized.quant_type}"
-        lost = float((reference - exact).norm()) / max(float(exact.norm()), 1e-30)
+        lost = _apart(reference, exact)
         # bitsandbytes' files hold values of 16 bits, whatever the sum was made in.
         eps = max(eps, torch.finfo(torch.bfloat16).eps)
     tolerance = max(_tolerance(eps, layers), _noise(model, ids, reference, seed))
@@ -197,13 +197,12 @@ def _compare(
     got = _logits(load_plain(folder), ids.cpu())
     if got.shape != reference.shape:
         raise CheckpointError(f"{folder} gives logits {list(got.shape)}, {what} {list(reference.shape)}.")
-    norm = max(float(reference.norm()), 1e-30)
     result = VerifyResult(
         max_abs=float((got - reference).abs().max()),
-        relative=float((got - reference).norm()) / norm,
+        relative=_apart(got, reference),
         tolerance=tolerance,
         argmax_agreement=float((got.argmax(-1) == reference.argmax(-1)).double().mean()),
-        effect=None if alone is None else float((alone - reference).norm()) / norm,
+        effect=None if alone is None else _apart(alone, reference),
         reference=what,
     )
     if not result.relative <= tolerance:  # also true for NaN
@@ -212,6 +211,11 @@ def _compare(
             f"(allowed {tolerance:.1e}); it was not written."
         )
     return result
+
+
+def _apart(logits: torch.Tensor, reference: torch.Tensor) -> float:
+    """|difference| / |reference| in 2-norms."""
+    return float((logits - reference).norm()) / max(float(reference.norm()), 1e-30)
 
 
 def _tolerance(eps: float, layers: int) -> float:
@@ -241,7 +245,7 @@ def _noise(model: nn.Module, ids: torch.Tensor, reference: torch.Tensor, seed: i
     disturbed = _logits(model, ids)
     for handle in handles:
         handle.remove()
-    return 8 * float((disturbed - reference).norm()) / max(float(reference.norm()), 1e-30)
+    return 8 * _apart(disturbed, reference)
 
 
 def _random_ids(model: nn.Module, seed: int) -> torch.Tensor:
