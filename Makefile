@@ -106,7 +106,8 @@ BENCHMARKS := codec attention decode merge paging moe train_step "train_step --l
 	compile_time perplexity long_sequences estimate_peaks
 
 bench: $(VENV)/.stamp-dev
-	@failed=; for each in $(BENCHMARKS); do echo "== $$each"; set -- $$each; file=$$1; shift; \
+	@export HF_HUB_DISABLE_PROGRESS_BARS=1 TRANSFORMERS_VERBOSITY=error; failed=; \
+	for each in $(BENCHMARKS); do echo "== $$each"; set -- $$each; file=$$1; shift; \
 	$(BIN)/python benchmarks/$$file.py "$$@" || failed="$$failed $$file"; done; \
 	if [ -n "$$failed" ]; then echo "error: not measured:$$failed" >&2; exit 1; fi
 

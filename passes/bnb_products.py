@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from ..foreign import bnb_decline_reason, is_bnb_weight, is_repacked, unpack
-from ..fx_utils import LINEAR, dtype_of, emit, replace, value
+from ..fx_utils import LINEAR, dtype_of, emit, emit_valued, replace, value
 from ..param_info import ParamInfo, StateRef
 from ..pass_manager import PassContext
 from .bnb_pattern import BnbProduct, read_product
@@ -83,7 +83,5 @@ def _flat(weight: fx.Node) -> fx.Node:
     example = value(weight)
     flat = weight
     if example.dtype != torch.uint8:
-        flat = emit(before, "view", (flat, torch.uint8), weight, method=True)
-    flat = emit(before, "view", (flat, -1), weight, method=True)
-    flat.meta["example_value"] = torch.empty(example.numel() * example.element_size(), dtype=torch.uint8, device="meta")
-    return flat
+        flat = emit_valued(before, "view", (flat, torch.uint8), weight, method=True)
+    return emit_valued(before, "view", (flat, -1), weight, method=True)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from .. import linear_cross_entropy as _op  # noqa: F401  defines the op
-from ..fx_utils import dtype_of, emit, is_call, is_linear, replace, value
+from ..fx_utils import dtype_of, emit, emit_valued, is_call, is_linear, replace, value
 from ..pass_manager import KeptLogits, PassContext
 from .loss_chain import DeclinedError, LossChain, loss_chain
 
@@ -158,8 +158,8 @@ def _replace_loss(loss: fx.Node, new: fx.Node, given: dict[str, Any]) -> None:
     """The sum of the losses in fp32 -> what the graph's loss is, in the loss's place."""
     new.meta["example_value"] = _scalar(loss, torch.float32)
     if given["reduction"] == "mean":
-        counted = emit(loss, operator.ne, (given["target"], given["ignore_index"]), loss)
-        rows = emit(loss, "sum", (counted,), loss, method=True)
+        counted = emit_valued(loss, operator.ne, (given["target"], given["ignore_index"]), loss)
+        rows = emit_valued(loss, "sum", (counted,), loss, method=True)
         new = emit(loss, operator.truediv, (new, rows), loss)
     if dtype_of(loss) != torch.float32:
         new.meta["example_value"] = _scalar(loss, torch.float32)

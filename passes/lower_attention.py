@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from .. import attention_ops
 from ..attention_ops import SDPA_NAMES
-from ..fx_utils import emit, hint, is_call, replace, value
+from ..fx_utils import emit, emit_valued, hint, is_call, replace, value
 from ..pass_manager import PassContext
 from .mask_terms import MaskReader, same_size
 from .simplify_masks import causal_terms
@@ -71,9 +71,7 @@ def _split(node: fx.Node, given: dict[str, Any], reader: MaskReader) -> tuple[An
         return mask, causal
     first, *others = terms.rest
     for other in others:
-        both = emit(node, operator.and_, (first, other), node)
-        both.meta["example_value"] = value(first) & value(other)
-        first = both
+        first = emit_valued(node, operator.and_, (first, other), node)
     return first, True
 
 

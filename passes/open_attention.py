@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from ..attention import attend
-from ..fx_utils import LINEAR, emit, is_call, peel_casts, value
+from ..fx_utils import LINEAR, emit_valued, is_call, peel_casts, value
 from ..pass_manager import PassContext
 
 _OPAQUE = F.multi_head_attention_forward
@@ -116,6 +116,4 @@ def _rows(index: int, width: int) -> slice:
 
 def _emit(node: fx.Node, target: Any, *args: Any) -> fx.Node:
     """A call before `node`, with the value that it has for the example inputs: later passes ask for shapes and dtypes."""
-    new = emit(node, target, args, node)
-    new.meta["example_value"] = target(*fx.map_arg(args, value))
-    return new
+    return emit_valued(node, target, args, node)

@@ -83,6 +83,23 @@ def _foreground_signals() -> Iterator[None]:
         signal.signal(number, signal.SIG_IGN)
 
 
+@pytest.fixture(autouse=True)
+def _cacheable_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No graph of a test is one that AOTAutograd caches for no second process because of what our passes put into it: a
+    method of a node without an example value, which torch takes for no tensor (`check_node_safe`)."""
+    from qlora_compile import backend
+
+    bind = backend.bind
+
+    def checked(work: torch.fx.GraphModule, *args: Any) -> Any:
+        methods = [node for node in work.graph.nodes if node.op == "call_method"]
+        unknown = [node.format_node() for node in methods if "example_value" not in node.args[0].meta]
+        assert not unknown, f"methods of what AOTAutograd takes for no tensor: {unknown}"
+        return bind(work, *args)
+
+    monkeypatch.setattr(backend, "bind", checked)
+
+
 @pytest.fixture
 def slow_bf16(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A CPU without bf16 instructions, whatever runs the tests, and no table of measurements for it."""

@@ -52,6 +52,24 @@ STEP = """
     print(json.dumps({"counts": counts, "numbers": [loss.item(), x.grad.square().sum().item()]}))
 """
 
+LANGUAGE_MODEL = """
+    import json
+    import torch
+    from torch._dynamo.utils import counters
+    from transformers import LlamaConfig, LlamaForCausalLM
+    import qlora_compile as qc
+
+    sizes = {"hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 3, "num_key_value_heads": 1}
+    config = LlamaConfig(**sizes, num_hidden_layers=1, vocab_size=211, use_cache=False)
+    ids = torch.arange(34).view(2, 17)
+    for keep_logits in (True, False):
+        model = LlamaForCausalLM(config).bfloat16()
+        qc.prepare(model, {"r": 3, "keep_logits": keep_logits})
+        compiled = torch.compile(model, backend="qlora")
+        compiled(input_ids=ids, attention_mask=(ids % 17 > 3).long(), labels=ids).loss.backward()
+    print(json.dumps({name: counters["aot_autograd"][f"autograd_cache_{name}"] for name in ("hit", "miss", "bypass")}))
+"""
+
 HIT = {"hit": 1, "miss": 0, "bypass": 0, "fxgraph_bypass": 0}
 MISS = {"hit": 0, "miss": 1, "bypass": 0, "fxgraph_bypass": 0}
 
@@ -75,6 +93,17 @@ def test_a_second_process_is_served_and_computes_the_same() -> None:
     assert first["counts"] == MISS
     assert second["counts"] == HIT
     assert second["numbers"] == first["numbers"]
+
+
+def test_a_language_model_that_computes_its_loss_is_served_too(tmp_path: Path) -> None:
+    """Both forms of the loss that `chunk_cross_entropy` writes, and padding, whose mask `lower_attention` splits."""
+    command = [sys.executable, "-c", textwrap.dedent(LANGUAGE_MODEL)]
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    counts = []
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        counts.append(json.loads(done.stdout.splitlines()[-1]))
+    assert counts == [{"hit": 0, "miss": 2, "bypass": 0}, {"hit": 2, "miss": 0, "bypass": 0}]
 
 
 @pytest.mark.slow
