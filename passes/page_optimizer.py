@@ -45,11 +45,11 @@ def page_optimizer(gm: fx.GraphModule, ctx: PassContext) -> int:
         found = _gradients(gm.graph, link)
         if not found:
             continue
-        planner = _Planner(gm.graph, link, found)
-        reason = planner.idle_reason()
+        reason = link.idle_reason()
         if reason is not None:
             ctx.decline(link.optimizer, reason)
             continue
+        planner = _Planner(gm.graph, link, found)
         ctx.timelines.append(planner.in_backward() if link.step_in_backward else planner.before_step(ctx))
         count += len(found)
     return count
@@ -86,12 +86,6 @@ class _Planner:
         with self.fake_mode:
             self.token.meta["val"] = torch.empty(1, dtype=torch.uint8, device=value.device)
         self.cursor[self.first] = self.token
-
-    def idle_reason(self) -> str | None:
-        """Why nothing is to be done, or None."""
-        if self.link.step_in_backward or self.link.budget is not None:
-            return None
-        return "it has no device_budget: all of its state stays on the device"
 
     # --- two ways to step ---------------------------------------------------------------------------------------------
 

@@ -32,8 +32,8 @@ from .interruption import check
 from .lowering import Lowering, bind, lowering
 from .modules import prepared_config, prepared_state
 from .param_info import ParamInfo, is_linear_module
-from .pass_manager import Pass, PassContext, run_passes
-from .passes import BACKWARD_PIPELINE, PIPELINE
+from .pass_manager import Pass, PassContext, PassResult, run_passes
+from .passes import BACKWARD_PIPELINE, PIPELINE, page_optimizer
 from .preparation import choose_root, edit_modules, require_targets
 from .report import CompileReport
 from .state import ModelEdits, check_not_wrapped, check_one_device, check_same_config, expert_targets, linear_entries
@@ -254,13 +254,19 @@ def _freeze_examples(work: fx.GraphModule, original: list[Any], position: dict[s
 def _backward_edit(
     work: fx.GraphModule, ctx: PassContext, report: CompileReport, trained: Mapping[fx.Node, nn.Parameter]
 ) -> Callable[..., None] | None:
-    """What edits the backward graph, where a paged optimizer has parameters among the inputs of `work`; else None."""
+    """What edits the backward graph, where a paged optimizer has parameters among the inputs of `work`; else None, so that
+    AOTAutograd may serve it from its cache."""
     from .runtime.paging_link import page_links
 
     names = {id(parameter): name for name, parameter in ctx.edits.root.named_parameters()}
     found = [(i, trained.get(node)) for i, node in enumerate(placeholders(work.graph))]
     links = page_links({i: (names.get(id(p), f"input {i}"), p) for i, p in found if p is not None})
     if not links:
+        return None
+    idle = [(link.optimizer, reason) for link in links if (reason := link.idle_reason()) is not None]
+    if len(idle) == len(links):
+        size = len(work.graph.nodes)
+        report.passes.append(PassResult(page_optimizer.__name__, 0, 0.0, tuple(idle), size, size))
         return None
     config, number, timelines = ctx.config, ctx.graph_number, report.paging
     nothing = ModelEdits(nn.Module(), config)  # Dynamo keeps `edit`, which must not keep the model

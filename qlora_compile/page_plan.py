@@ -48,6 +48,12 @@ class PageLink:
     page_bytes: int
     speeds: Speeds
 
+    def idle_reason(self) -> str | None:
+        """Why the backward graph has nothing to do for it, or None."""
+        if self.step_in_backward or self.budget is not None:
+            return None
+        return "it has no device_budget: all of its state stays on the device"
+
 
 @dataclass(frozen=True)
 class PlannedOptimizer:

@@ -52,6 +52,8 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def test_every_way_to_step_gives_the_same_bits(tiny_llama: Maker) -> None:
     losses, wanted, plain, model = train(tiny_llama)
     assert qc.explain(model).paging == [] and plain.statistics().moved_in_bytes == 0
+    (idle,) = (done for done in qc.explain(model).passes if done.name == "page_optimizer")
+    assert idle.declined == (("PagedAdamW", "it has no device_budget: all of its state stays on the device"),)
     ways: dict[str, dict[str, Any]] = {
         "gradients in pages": {"device_budget": "256KiB"},
         "gradients beside them": {"device_budget": "32KiB"},

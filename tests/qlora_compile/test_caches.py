@@ -65,6 +65,7 @@ LANGUAGE_MODEL = """
     for keep_logits in (True, False):
         model = LlamaForCausalLM(config).bfloat16()
         qc.prepare(model, {"r": 3, "keep_logits": keep_logits})
+        optimizer = qc.PagedAdamW([p for p in model.parameters() if p.requires_grad])  # all on the device
         compiled = torch.compile(model, backend="qlora")
         compiled(input_ids=ids, attention_mask=(ids % 17 > 3).long(), labels=ids).loss.backward()
     print(json.dumps({name: counters["aot_autograd"][f"autograd_cache_{name}"] for name in ("hit", "miss", "bypass")}))
@@ -96,7 +97,8 @@ def test_a_second_process_is_served_and_computes_the_same() -> None:
 
 
 def test_a_language_model_that_computes_its_loss_is_served_too(tmp_path: Path) -> None:
-    """Both forms of the loss that `chunk_cross_entropy` writes, and padding, whose mask `lower_attention` splits."""
+    """Both forms of the loss that `chunk_cross_entropy` writes, padding, whose mask `lower_attention` splits, and a paged
+    optimizer without a budget, whose pages the backward graph has not to move."""
     command = [sys.executable, "-c", textwrap.dedent(LANGUAGE_MODEL)]
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     counts = []
