@@ -33,7 +33,8 @@ from .lowering import Lowering, bind, lowering
 from .modules import prepared_config, prepared_state
 from .param_info import ParamInfo, is_linear_module
 from .pass_manager import Pass, PassContext, PassResult, run_passes
-from .passes import BACKWARD_PIPELINE, PIPELINE, page_optimizer
+from .passes import BACKWARD_PIPELINE, PIPELINE
+from .passes.page_optimizer import page_optimizer
 from .preparation import choose_root, edit_modules, require_targets
 from .report import CompileReport
 from .state import ModelEdits, check_not_wrapped, check_one_device, check_same_config, expert_targets, linear_entries
@@ -188,8 +189,7 @@ def _warm_up(root: nn.Module, config: QLoRAConfig) -> None:
 
     on_cpu = all(param.device.type == "cpu" for param in root.parameters())
     if on_cpu and kernels.cpp_build.find_compiler() is not None:
-        for_bf16 = ("lora_down", "lora_up", "lora_backward", "attention_forward", "attention_backward")
-        warm_up.start(kernels.find, ("dequantize_4bit", *(for_bf16 if config.compute_dtype == torch.bfloat16 else ())))
+        warm_up.start(kernels.find, kernels.cpu.expected(config.compute_dtype))
 
 
 def _configuration(root: nn.Module, options: Mapping[str, Any] | QLoRAConfig | None) -> QLoRAConfig:

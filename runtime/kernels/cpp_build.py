@@ -27,6 +27,7 @@ import torch
 
 from ...errors import KernelError
 from ...nf4 import CODE_BOOKS, code_book, code_bounds
+from . import devices
 
 TEMPLATES = Path(__file__).parent
 PURPOSES = {
@@ -44,6 +45,7 @@ PURPOSES = {
 # No fused multiply-add unless a kernel asks for one: every product is rounded on its own, as in the torch reference.
 # No errno from sqrt: a loop that may set it stays scalar.
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno")
+_HAS = {"avx2": devices.has_avx2, "avx512_bf16": devices.has_avx512_bf16}
 
 
 def instruction_sets() -> tuple[str, ...]:
@@ -231,10 +233,10 @@ def _is_whole(library: Path) -> bool:
 def bind(op: str, *types: Any, library: str = "", needs: str = "") -> Any:
     """The C function `qlora_<op>` of a library (of its own name, if none is given), with the types of its arguments.
 
-    needs: the instruction set that it is written for; on a machine without it, by name or by the answer of the library's
-    `qlora_has_<library>`, the result is None. Raises KernelError.
+    needs: "avx2" or "avx512_bf16", what it is written for. On a machine without it the result is None and nothing is built;
+    so it is where the library's own `qlora_has_<library>` says no. Raises KernelError.
     """
-    if needs and needs not in instruction_sets():
+    if needs and not _HAS[needs]():
         return None
     name = library or op
     loaded = load(name)

@@ -21,6 +21,7 @@ from . import (
     cpu_linear,
     cpu_low_rank,
     cpu_paged_step,
+    devices,
 )
 from .checks import check, check_scales
 from .cpu_common import DTYPES, QUANT_TYPES, isa_number
@@ -115,3 +116,11 @@ _SHARED = {
     **dict.fromkeys(("wide_attention_forward", "wide_attention_backward"), "wide_attention"),
 }
 TEMPLATES = {op: _SHARED.get(op, op) for op in KERNELS}
+
+
+def expected(dtype: torch.dtype) -> tuple[str, ...]:
+    """One kernel of each library that a training step in `dtype` is likely to call on this CPU, in that order."""
+    if devices.has_avx512_bf16() and dtype == torch.bfloat16:
+        return "dequantize_4bit", "lora_down", "attention_forward"
+    wide = cpu_gemm.is_preferred() and (dtype == torch.float32 or not devices.multiplies_natively(dtype))
+    return ("dequantize_4bit", *(("wide_attention_forward", "wide_gemm") if wide else ()))

@@ -52,7 +52,7 @@ Run = Callable[..., None]  # (call, and for the wide kernel an instruction set's
 
 def _bf16_kernel(name: str) -> Run | None:
     """The C function of the bf16 kernel, or None on a machine that cannot run it."""
-    return cpp_build.bind(name, ctypes.POINTER(_Call), library="attention", needs="avx512")  # type: ignore[no-any-return]
+    return cpp_build.bind(name, ctypes.POINTER(_Call), library="attention", needs="avx512_bf16")  # type: ignore[no-any-return]
 
 
 def _wide_kernel(name: str) -> Run:

@@ -15,7 +15,7 @@ from . import cpp_build
 def make_cross_entropy() -> Callable[..., None] | None:
     """Builds the library and returns `cross_entropy`; None on a machine without AVX-512 BF16. Raises KernelError."""
     types = (*[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 2, *[ctypes.c_float] * 2, ctypes.c_int)
-    kernel = cpp_build.bind("cross_entropy", *types, needs="avx512")
+    kernel = cpp_build.bind("cross_entropy", *types, needs="avx512_bf16")
     if kernel is None:
         return None
 

@@ -139,7 +139,7 @@ def declines_small(dtype: torch.dtype) -> str | None:
 @functools.cache
 def _function() -> Any:
     """The C function, built on first use; None on a machine without AVX-512 BF16. Raises KernelError."""
-    return cpp_build.bind("linear_4bit_small", ctypes.c_char_p, needs="avx512")
+    return cpp_build.bind("linear_4bit_small", ctypes.c_char_p, needs="avx512_bf16")
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from ...errors import KernelError
 from . import cpp_build
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # enum Dtype of common.cpp.jinja
-_LIBRARY = {"library": "low_rank", "needs": "avx512"}
+_LIBRARY = {"library": "low_rank", "needs": "avx512_bf16"}
 _int, _int64, _pointer, _float = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from qlora_compile.errors import KernelError
 from qlora_compile.runtime import kernels
-from qlora_compile.runtime.kernels import cpp_build, tuning
+from qlora_compile.runtime.kernels import cpp_build, cpu_linear, tuning
 
 needs_compiler = pytest.mark.skipif(cpp_build.find_compiler() is None, reason="needs a C++ compiler")
 
@@ -181,3 +181,12 @@ def test_two_processes_may_build_at_once(tmp_path: Path) -> None:
         assert run.returncode == 0, message
     names = sorted(p.suffix for p in tmp_path.iterdir())
     assert names == [".cpp", ".sha256", ".so"], "one library, no temporary files"
+
+
+@pytest.mark.parametrize("op", ["linear_4bit_small", "lora_down", "attention_forward", "cross_entropy"])
+def test_where_the_instructions_are_missing_nothing_is_built(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four libraries take 16 s: too long to learn that there are none."""
+    monkeypatch.setitem(cpp_build._HAS, "avx512_bf16", lambda: False)
+    monkeypatch.setattr(cpp_build, "load", lambda op: pytest.fail(f"{op} was built"))
+    monkeypatch.setattr(cpu_linear, "_function", cpu_linear._function.__wrapped__)  # without its cache
+    assert kernels.cpu.KERNELS[op]() is None
