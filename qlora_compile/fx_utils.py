@@ -64,11 +64,12 @@ def emit(before: fx.Node, target: Any, args: tuple[Any, ...], like: fx.Node, *, 
 
 
 def emit_valued(before: fx.Node, target: Any, args: tuple[Any, ...], like: fx.Node, *, method: bool = False) -> fx.Node:
-    """`emit`, and its value for the example inputs: what later passes ask for shapes and dtypes, and what AOTAutograd
-    must see of a tensor whose method is called, or it caches nothing of the graph."""
+    """`emit`, and its value for the example inputs where all of its own have one: what later passes ask for shapes and
+    dtypes, and what AOTAutograd must see of a tensor whose method is called, or it caches nothing of the graph."""
     node = emit(before, target, args, like, method=method)
-    values = fx.map_arg(args, value)
-    node.meta["example_value"] = getattr(values[0], target)(*values[1:]) if method else target(*values)
+    if all(value(given) is not None for given in node.all_input_nodes):
+        values = fx.map_arg(args, value)
+        node.meta["example_value"] = getattr(values[0], target)(*values[1:]) if method else target(*values)
     return node
 
 
