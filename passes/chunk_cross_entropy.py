@@ -174,11 +174,7 @@ def _scalar(like: fx.Node, dtype: torch.dtype) -> Any:
 
 def _slice_of(x: Any, node: fx.Node, before: fx.Node) -> fx.Node:
     """The tokens that the logits' slice keeps, taken from the head's input: the last dimension is whole in both."""
-    sliced = emit(before, operator.getitem, (x, node.args[1]), node)
-    example = value(x)
-    items = fx.map_arg(node.args[1], value)  # a bound may be a symbolic size
-    sliced.meta["example_value"] = example[items] if isinstance(example, torch.Tensor) else None
-    return sliced
+    return emit_valued(before, operator.getitem, (x, node.args[1]), node)
 
 
 def _drop_from_outputs(chain: LossChain) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from ..foreign import expected_adapters, special_adapter
-from ..fx_utils import ADD, dtype_of, emit, is_call, is_linear, peel_casts, peel_transposes
+from ..fx_utils import ADD, dtype_of, emit_valued, is_call, is_linear, peel_casts, peel_transposes
 from ..pass_manager import PassContext
 from .bnb_products import rewrite_products
 from .lora_pattern import Branch, cast, find_branches, read_scales, write_branch
@@ -62,9 +62,7 @@ def _site(node: fx.Node, ctx: PassContext) -> str:
 
 
 def _rewrite(node: fx.Node, weight: fx.Node, odd: bool, branches: list[Branch]) -> None:
-    new = emit(node, "t", (weight,), node, method=True) if odd else weight
-    if odd:
-        new.meta["example_value"] = weight.meta["example_value"].t()
+    new = emit_valued(node, "t", (weight,), node, method=True) if odd else weight
     node.args = (node.args[0], new, node.args[2])
     x, y = node.args[0], node
     dtype = dtype_of(x) or torch.float32

@@ -17,7 +17,18 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..fx_utils import LINEAR, emit, is_call, is_linear, peel_casts, peel_transposes, rank_of, replace, value
+from ..fx_utils import (
+    LINEAR,
+    emit,
+    emit_valued,
+    is_call,
+    is_linear,
+    peel_casts,
+    peel_transposes,
+    rank_of,
+    replace,
+    value,
+)
 from ..pass_manager import PassContext
 
 _PRODUCTS = (operator.matmul, torch.matmul, torch.mm, "matmul", "mm")
@@ -80,9 +91,7 @@ def _rewrite(node: fx.Node, x: fx.Node, weight: fx.Node, bias: Any) -> int:
     if peel_casts(weight) is weight and peel_transposes(weight)[0] is not weight:
         inner = weight.args[0]  # the outermost call is a transpose
     else:
-        inner = emit(node, "t", (weight,), node, method=True)
-        shape = value(weight)
-        inner.meta["example_value"] = shape.t() if isinstance(shape, torch.Tensor) else None
+        inner = emit_valued(node, "t", (weight,), node, method=True)
     old, x = _without_views(node, x)
     replace(old, emit(node, LINEAR, (x, inner, bias), node))
     return 1

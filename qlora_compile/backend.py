@@ -254,7 +254,7 @@ def _freeze_examples(work: fx.GraphModule, original: list[Any], position: dict[s
 def _backward_edit(
     work: fx.GraphModule, ctx: PassContext, report: CompileReport, trained: Mapping[fx.Node, nn.Parameter]
 ) -> Callable[..., None] | None:
-    """What edits the backward graph, where a paged optimizer has parameters among the inputs of `work`; else None, so that
+    """What edits the backward graph, where a paged optimizer has pages to move for the inputs of `work`; else None, so that
     AOTAutograd may serve it from its cache."""
     from .runtime.paging_link import page_links
 

@@ -122,5 +122,5 @@ def expected(dtype: torch.dtype) -> tuple[str, ...]:
     """One kernel of each library that a training step in `dtype` is likely to call on this CPU, in that order."""
     if devices.has_avx512_bf16() and dtype == torch.bfloat16:
         return "dequantize_4bit", "lora_down", "attention_forward"
-    wide = cpu_gemm.is_preferred() and (dtype == torch.float32 or not devices.multiplies_natively(dtype))
-    return ("dequantize_4bit", *(("wide_attention_forward", "wide_gemm") if wide else ()))
+    wide = ("wide_attention_forward", "wide_gemm") if cpu_gemm.is_preferred() else ()
+    return ("dequantize_4bit", *wide)
