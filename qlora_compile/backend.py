@@ -1,6 +1,6 @@
 """`torch.compile(model, backend="qlora")`: Dynamo's graph -> passes -> AOTAutograd and Inductor.
 
-The only file that knows both halves: `passes/`, which rewrite the graph, and (through the ops) `runtime/`, which runs it.
+It knows both halves: `passes/`, which rewrite the graph, and (through the ops) `runtime/`, which runs it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from . import layer_tracing, warm_up
+from .backward_edit import backward_edit
 from .choices import check_choices
 from .config import QLoRAConfig
 from .dynamo import (
@@ -32,9 +33,8 @@ from .interruption import check
 from .lowering import Lowering, bind, lowering
 from .modules import prepared_config, prepared_state
 from .param_info import ParamInfo, is_linear_module
-from .pass_manager import Pass, PassContext, PassResult, run_passes
-from .passes import BACKWARD_PIPELINE, PIPELINE
-from .passes.page_optimizer import page_optimizer
+from .pass_manager import Pass, PassContext, run_passes
+from .passes import PIPELINE
 from .preparation import choose_root, edit_modules, require_targets
 from .report import CompileReport
 from .state import ModelEdits, check_not_wrapped, check_one_device, check_same_config, expert_targets, linear_entries
@@ -132,7 +132,7 @@ def _compile(
     if guards_classes_of([module for entry in plain if entry.site is not None for _, module, _ in entry.owners]):
         raise traced_again("modules got a new class")
     report = CompileReport.of_graph(root, config, work, stages)
-    lower = lower or lowering(config, functools.partial(_backward_edit, work, ctx, report, trained))
+    lower = lower or lowering(config, functools.partial(backward_edit, work, ctx, report, trained))
     call = bind(work, example_inputs, position, stored, ctx, lower)
     state.reports.append(report)
     return call
@@ -249,33 +249,6 @@ def _freeze_examples(work: fx.GraphModule, original: list[Any], position: dict[s
             wanted = original[index].requires_grad
             if fake.requires_grad != wanted:
                 fake.requires_grad_(wanted)
-
-
-def _backward_edit(
-    work: fx.GraphModule, ctx: PassContext, report: CompileReport, trained: Mapping[fx.Node, nn.Parameter]
-) -> Callable[..., None] | None:
-    """What edits the backward graph, where a paged optimizer has pages to move for the inputs of `work`; else None, so that
-    AOTAutograd may serve it from its cache."""
-    from .runtime.paging_link import page_links
-
-    names = {id(parameter): name for name, parameter in ctx.edits.root.named_parameters()}
-    found = [(i, trained.get(node)) for i, node in enumerate(placeholders(work.graph))]
-    links = page_links({i: (names.get(id(p), f"input {i}"), p) for i, p in found if p is not None})
-    if not links:
-        return None
-    idle = [(link.optimizer, reason) for link in links if (reason := link.idle_reason()) is not None]
-    if len(idle) == len(links):
-        size = len(work.graph.nodes)
-        report.passes.append(PassResult(page_optimizer.__name__, 0, 0.0, tuple(idle), size, size))
-        return None
-    config, number, timelines = ctx.config, ctx.graph_number, report.paging
-    nothing = ModelEdits(nn.Module(), config)  # Dynamo keeps `edit`, which must not keep the model
-
-    def edit(gm: fx.GraphModule) -> None:
-        own = PassContext(config, nothing, graph_number=number, pages=links, timelines=timelines, phase="backward")
-        report.passes += run_passes(gm, own, BACKWARD_PIPELINE).passes
-
-    return edit
 
 
 __all__ = ["qlora", "state_only"]

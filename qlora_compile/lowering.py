@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -18,6 +18,9 @@ from .param_info import StateRef
 from .pass_manager import PassContext
 from .regions import CACHEABLE, call_region, return_operands_directly
 from .tensor import QuantizedTensor
+
+if TYPE_CHECKING:
+    from .backward_edit import BackwardEdit
 
 Lowering = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
@@ -80,22 +83,24 @@ def _example(node: fx.Node) -> Any:
     return node.meta.get("example_value")
 
 
-def lowering(config: QLoRAConfig, backward: Callable[[], Callable[..., None] | None] = lambda: None) -> Lowering:
+def lowering(config: QLoRAConfig, backward: Callable[[], BackwardEdit | None] = lambda: None) -> Lowering:
     """Inductor, AOTAutograd alone, or the graph as it is; the activation budget holds for the partitioner.
 
-    `backward()` gives what edits the backward graph, or None.
+    `backward()` gives what edits the backward graph, or None; what it does is in AOTAutograd's key.
     """
 
     def lower(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         settings = partitioner_settings(config.activation_budget)
         edit = backward()
         if edit is not None:
-            settings["enable_autograd_cache"] = False  # a hit there would pass the edit by
+            gm.qlora_cache_key = (*gm.qlora_cache_key, edit.key)
         if any(node.target in (call_region, torch.ops.higher_order.invoke_subgraph) for node in gm.graph.nodes):
             # Inductor takes the outer graph's list of inputs that may be overwritten for the subgraph's (torch 2.13,
             # pytorch#192840), whose backward then destroys what another layer still needs
             settings["donated_buffer"] = False
         with torch._functorch.config.patch(settings) if settings else contextlib.nullcontext():
+            if edit is not None:
+                edit.expect(gm)
             if config.lowering == "inductor" and not _gives_inputs_other_data(gm):
                 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 

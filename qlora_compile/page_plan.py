@@ -108,3 +108,9 @@ class PageTimeline:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready values."""
         return asdict(self) | {"peak_bytes": self.peak_bytes}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> PageTimeline:
+        """The reverse of `dataclasses.asdict`, also by way of JSON. Raises TypeError or KeyError for other fields."""
+        moves = [PageMove(**move | {"parameters": tuple(move["parameters"])}) for move in fields["prefetches"]]
+        return cls(**{**fields, "prefetches": moves, "resident": [tuple(step) for step in fields["resident"]]})

@@ -71,6 +71,44 @@ LANGUAGE_MODEL = """
     print(json.dumps({name: counters["aot_autograd"][f"autograd_cache_{name}"] for name in ("hit", "miss", "bypass")}))
 """
 
+# Three steps with each of some paged optimizers on a model of its own; `width` and `options` as above.
+PAGED = """
+    import json, sys
+    import torch
+    from torch import nn
+    from torch._dynamo.utils import counters
+    import qlora_compile as qc
+
+    job = json.loads(sys.argv[1])
+    x = torch.randn(4, job["width"], generator=torch.Generator().manual_seed(1))
+    models = []
+    for options in job["optimizers"]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(job["width"], 53), nn.SiLU(), nn.Linear(53, 29))
+        qc.prepare(model, {"block_size": 32, "r": 3, "compute_dtype": "float32", "init_lora_weights": False})
+        optimizer = qc.PagedAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, **options)
+        compiled = torch.compile(model, backend="qlora")
+        before = dict(counters["aot_autograd"])
+        losses = []
+        for _ in range(3):
+            loss = compiled(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        report = qc.explain(model)
+        (edit,) = [p for p in report.passes if p.name == "page_optimizer"]
+        models.append({
+            "hit": counters["aot_autograd"]["autograd_cache_hit"] - before.get("autograd_cache_hit", 0),
+            "losses": losses,
+            "moved": optimizer.statistics().moved_in_bytes,
+            "rewrites": edit.rewrites,
+            "declined": edit.declined,
+            "paging": [timeline.to_dict() for timeline in report.paging],
+        })
+    print(json.dumps(models))
+"""
+
 HIT = {"hit": 1, "miss": 0, "bypass": 0, "fxgraph_bypass": 0}
 MISS = {"hit": 0, "miss": 1, "bypass": 0, "fxgraph_bypass": 0}
 
@@ -79,12 +117,20 @@ def new_width() -> int:
     return 41 + 2 * (time.time_ns() // 1000 % 400)
 
 
+def run(script: str, job: dict[str, Any], **environment: str) -> Any:
+    command = [sys.executable, "-c", textwrap.dedent(script), json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | environment)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def step(width: int, *, prepared: bool = True, outline: bool = True, **job: Any) -> dict[str, Any]:
     options = {"outline_layers": outline} | job.pop("options", {})
-    text = json.dumps({"width": width, "prepared": prepared, "options": options} | job)
-    command = [sys.executable, "-c", textwrap.dedent(STEP), text]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    answer: dict[str, Any] = run(STEP, {"width": width, "prepared": prepared, "options": options} | job)
+    return answer
+
+
+def paged(width: int, *optimizers: dict[str, Any], **environment: str) -> list[dict[str, Any]]:
+    answer: list[dict[str, Any]] = run(PAGED, {"width": width, "optimizers": optimizers}, **environment)
     return answer
 
 
@@ -99,13 +145,37 @@ def test_a_second_process_is_served_and_computes_the_same() -> None:
 def test_a_language_model_that_computes_its_loss_is_served_too(tmp_path: Path) -> None:
     """Both forms of the loss that `chunk_cross_entropy` writes, padding, whose mask `lower_attention` splits, and a paged
     optimizer without a budget, whose pages the backward graph has not to move."""
-    command = [sys.executable, "-c", textwrap.dedent(LANGUAGE_MODEL)]
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    counts = []
-    for _ in range(2):
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-        counts.append(json.loads(done.stdout.splitlines()[-1]))
+    counts = [run(LANGUAGE_MODEL, {}, TORCHINDUCTOR_CACHE_DIR=str(tmp_path)) for _ in range(2)]
     assert counts == [{"hit": 0, "miss": 2, "bypass": 0}, {"hit": 2, "miss": 0, "bypass": 0}]
+
+
+IN_BACKWARD = {"device_budget": "4KiB", "step_in_backward": True}
+
+
+def test_a_backward_graph_that_moves_pages_is_served_with_its_plan() -> None:
+    width = new_width()
+    (first,), (second,) = paged(width, IN_BACKWARD), paged(width, IN_BACKWARD)
+    assert (first.pop("hit"), second.pop("hit")) == (0, 1)
+    assert first == second
+    assert first["rewrites"] == 4 and first["moved"] > 0 and first["paging"][0]["prefetches"]
+
+
+@pytest.mark.slow
+def test_it_is_served_to_no_other_optimizer_and_says_when_its_plan_is_gone(tmp_path: Path) -> None:
+    width = new_width()
+    usual = {"device_budget": "4KiB"}
+    folder = {"QLORA_COMPILE_CACHE_DIR": str(tmp_path / "plans")}
+    jobs = [usual, {"device_budget": "8KiB"}, usual]  # the third is the first's equal, but the ops name it otherwise
+    first, second = paged(width, *jobs, **folder), paged(width, *jobs, **folder)
+    assert [model.pop("hit") for model in first] == [0, 0, 0]
+    assert [model.pop("hit") for model in second] == [1, 1, 1]
+    assert first == second
+    assert first[0]["losses"] == first[1]["losses"] == first[2]["losses"]
+    for plan in Path(folder["QLORA_COMPILE_CACHE_DIR"]).glob("plan-*.json"):
+        plan.write_text("half of a pl")
+    (third,) = paged(width, usual, **folder)
+    assert third["hit"] == 1 and third["losses"] == first[0]["losses"] and third["moved"] == first[0]["moved"]
+    assert third["paging"] == [] and "plan is not at hand" in third["declined"][0][1]
 
 
 @pytest.mark.slow
