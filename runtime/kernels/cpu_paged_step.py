@@ -67,6 +67,7 @@ def _decades(signed: bool, bounds: list[float]) -> tuple[Tensor, ...]:
     lines += [(0.0, count + 0.5)] * 9
     most += [count] * 9
     table = torch.tensor(lines, dtype=torch.float64, device="cpu").t() * 4096
+    table[1] += 1
     return (
         torch.tensor(begins, dtype=torch.float32, device="cpu"),
         *table.float().contiguous(),
