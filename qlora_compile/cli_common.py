@@ -102,6 +102,19 @@ def byte_progress(what: str) -> Iterator[Callable[[int, int], None]]:
         yield update
 
 
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Show on a terminal's standard error that this goes on, and since when; elsewhere nothing."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns, quiet = (SpinnerColumn(), TextColumn(what), TimeElapsedColumn()), not console.is_terminal
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False, disable=quiet) as bar:
+        bar.add_task(what, total=None)
+        yield
+
+
 def print_json(answer: Mapping[str, Any]) -> None:
     """One JSON object on standard output, keys sorted; paths and dtypes as text."""
     print(json.dumps(answer, indent=2, sort_keys=True, default=str))

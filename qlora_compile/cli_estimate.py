@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cli_common import import_torch, print_json
+from .cli_common import import_torch, print_json, waiting
 from .cli_options import (
     AsJson,
     Batch,
@@ -69,7 +69,8 @@ def estimate(
     model_ = empty_model(given, config.compute_dtype)
     kind = None if name is None else "cuda"  # all named devices are GPUs
     estimator = Estimator(model_, config, optimizer.replace("-", "_"), budget, kind)
-    found = estimator(batch, seq_len, memory, name)
+    with waiting("tracing a training step"):
+        found = estimator(batch, seq_len, memory, name)
     if as_json:
         print_json(found.to_dict())
     else:

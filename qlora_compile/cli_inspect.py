@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_common import import_torch
+from .cli_common import import_torch, waiting
 from .cli_options import (
     AsJson,
     Batch,
@@ -82,11 +82,13 @@ def inspect(
     config = quantization(
         r, target_modules, exclude_modules, block_size, double_quant, quant_type=quant_type, autotune=autotune
     )
-    report = config_report(given, config, batch, seq_len, planned)
+    with waiting("tracing a training step"):
+        report = config_report(given, config, batch, seq_len, planned)
     if numerics:
         from .cli_numerics import measure_into
 
-        measure_into(report, given, bits, text, batch, seq_len)
+        with waiting("measuring quantization errors"):
+            measure_into(report, given, bits, text, batch, seq_len)
     if format_ == "html" and out is not None:
         report.to_html(out, run or (), export or ())
     elif kernel is not None:

@@ -286,3 +286,18 @@ def _wait_for_a_step(metrics: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.1)
     process.kill()
     raise AssertionError("no step was logged in two minutes")
+
+
+def test_what_takes_long_is_shown_on_a_terminal_and_nowhere_else(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlora_compile.cli_common import waiting
+
+    for terminal in (False, True):
+        if terminal:
+            monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes any stream for a terminal
+        with waiting("tracing"):
+            print("an answer")
+        out, err = capsys.readouterr()
+        assert out == "an answer\n" and ("tracing" in err) == terminal
+        assert ("\x1b[?25h" in err) == terminal  # the cursor is back
