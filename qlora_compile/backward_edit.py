@@ -106,6 +106,8 @@ def backward_edit(
     """What edits the backward graph, where a paged optimizer has pages to move for the inputs of `work`; else None."""
     from .runtime.paging_link import page_links
 
+    if not torch.is_grad_enabled():
+        return None  # and no backward graph
     names = {id(parameter): name for name, parameter in ctx.edits.root.named_parameters()}
     found = [(i, trained.get(node)) for i, node in enumerate(placeholders(work.graph))]
     links = page_links({i: (names.get(id(p), f"input {i}"), p) for i, p in found if p is not None})

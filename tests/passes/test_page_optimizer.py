@@ -77,6 +77,18 @@ def test_every_way_to_step_gives_the_same_bits(tiny_llama: Maker) -> None:
     assert eager == without and same(parameters, others)
 
 
+def test_an_evaluation_has_no_backward_graph_to_say_anything_of(tiny_llama: Maker) -> None:
+    *_, model = train(tiny_llama, steps=1, layers=1, device_budget="64KiB")
+    before = qc.explain(model)
+    with torch.no_grad():
+        model(input_ids=torch.randint(3, 211, (2, 13)))
+    after = qc.explain(model)
+    assert after.graphs == before.graphs + 1
+    assert [p for p in after.passes if p.name == "page_optimizer"] == [
+        p for p in before.passes if p.name == "page_optimizer"
+    ]
+
+
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_gradient_checkpointing_of_transformers_changes_no_bit(tiny_llama: Maker, compiled: bool) -> None:
     """Eager hooks and the compiled graph see each gradient once, though its layer runs twice."""
