@@ -51,16 +51,21 @@ class BackwardEdit:
     """Edits the backward graphs of one compiled graph, and keeps `report` to what is known of the last of them."""
 
     def __init__(
-        self, links: tuple[PageLink, ...], config: QLoRAConfig, graph_number: int, report: CompileReport
+        self,
+        links: tuple[PageLink, ...],
+        work: fx.GraphModule,
+        config: QLoRAConfig,
+        graph_number: int,
+        report: CompileReport,
     ) -> None:
-        self.key = repr(links)  # equal links, equal edits of equal graphs
+        self.key = repr((links, _hints(work)))  # equal keys, equal edits of equal graphs
         self._links, self._config, self._number, self._report = links, config, graph_number, report
         self._before = list(report.passes)
         self._file: Path | None = None
 
     def expect(self, gm: fx.GraphModule) -> None:
-        """`gm` is compiled now. Where AOTAutograd serves it there is no backward graph to edit: show what was planned for it
-        when it was edited."""
+        """`gm` is compiled by Inductor now. Where AOTAutograd serves it there is no backward graph to edit: show what was
+        planned for it when it was edited."""
         from .runtime.kernels import cpp_build
 
         try:
@@ -118,13 +123,24 @@ def backward_edit(
         size = len(work.graph.nodes)
         report.passes.append(PassResult(page_optimizer.__name__, 0, 0.0, tuple(idle), size, size))
         return None
-    return BackwardEdit(links, ctx.config, ctx.graph_number, report)
+    return BackwardEdit(links, work, ctx.config, ctx.graph_number, report)
+
+
+def _hints(gm: fx.GraphModule) -> list[int]:
+    """Of sizes that are symbols, the ones that it is compiled at: the schedule's clock reads them."""
+    values = [node.meta.get("example_value") for node in placeholders(gm.graph)]
+    sizes = [size for value in values for size in (value.shape if isinstance(value, torch.Tensor) else (value,))]
+    return [size.node.hint for size in sizes if isinstance(size, torch.SymInt)]
 
 
 def _digest(gm: fx.GraphModule) -> str:
-    """Of what the backward graph follows from: code, inputs, what of our marks is no code, and AOTAutograd's settings."""
+    """Of what the backward graph follows from: code, inputs, what of our marks is no code, and torch's settings."""
+    from torch._functorch import config as aot_config
+    from torch._inductor import config as inductor_config
+
     modules = [(name, module) for name, module in gm.named_modules() if isinstance(module, fx.GraphModule)]
-    parts: list[Any] = [torch.__version__, torch._functorch.config.get_hash(), gm.qlora_cache_key]
+    settings = [aot_config.get_hash(), inductor_config.get_hash()]
+    parts: list[Any] = [torch.__version__, *settings, gm.qlora_cache_key]
     for name, module in modules:
         parts += [name, module.code, *(_about(node.meta.get("example_value")) for node in placeholders(module.graph))]
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]

@@ -88,6 +88,42 @@ def deferred() -> Iterator[None]:
     check()
 
 
+class Whole:
+    """Within it SIGINT waits for the end, for what must not stay half done: a context for moments, in a library too.
+
+    Only where Python handles the signal (a notebook, a script), in the main thread; what is then raised or noted is up to
+    the handler that was there.
+    """
+
+    def __init__(self) -> None:
+        self._depth, self._came, self._handler = 0, False, None
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        if not self._depth:
+            self._came, handler = False, signal.getsignal(signal.SIGINT)
+            self._handler = handler if callable(handler) else None
+            if self._handler is not None:
+                signal.signal(signal.SIGINT, self._note)
+        self._depth += 1
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._came = True
+
+    def __exit__(self, *_: object) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self._depth -= 1
+        if not self._depth and self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+            if self._came:
+                self._handler(signal.SIGINT, None)
+
+
+whole = Whole()
+
+
 def _listens() -> bool:
     return bool(_before) and threading.current_thread() is threading.main_thread()
 

@@ -94,14 +94,16 @@ def lowering(config: QLoRAConfig, backward: Callable[[], BackwardEdit | None] = 
         edit = backward()
         if edit is not None:
             gm.qlora_cache_key = (*gm.qlora_cache_key, edit.key)
+            if config.dump_dir is not None:
+                settings["enable_autograd_cache"] = False  # a graph that is served is not there to be written down
         if any(node.target in (call_region, torch.ops.higher_order.invoke_subgraph) for node in gm.graph.nodes):
             # Inductor takes the outer graph's list of inputs that may be overwritten for the subgraph's (torch 2.13,
             # pytorch#192840), whose backward then destroys what another layer still needs
             settings["donated_buffer"] = False
         with torch._functorch.config.patch(settings) if settings else contextlib.nullcontext():
-            if edit is not None:
-                edit.expect(gm)
             if config.lowering == "inductor" and not _gives_inputs_other_data(gm):
+                if edit is not None:
+                    edit.expect(gm)
                 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
                 def inner(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:

@@ -180,8 +180,9 @@ def explain(model: nn.Module) -> CompileReport:
         )
     report = CompileReport(type(model).__name__, state.config)
     if state.reports:
-        # the graph with the most nodes is the model's; the others are pieces, or the same for other shapes and modes
-        best = max(state.reports, key=lambda r: len(r.stages["input"]))
+        # the graph with the most nodes is the model's, and of two the one that trains; the others are pieces, or the same
+        # for other shapes and modes
+        best = max(state.reports, key=lambda r: (len(r.stages["input"]), len(r.passes)))
         report.passes, report.stages, report.graphs = (
             _with_all_declined(best, state.reports),
             best.stages,

@@ -26,6 +26,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
 SET_ASIDE = ".set-aside"
+OWN_SUM = "sha256_of_this"  # of the manifest's other fields; earlier checkpoints lack it
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def save_checkpoint(
             _save_tensors(temporary / f"{name}.safetensors", group)
         (temporary / STATE).write_text(json.dumps(state, indent=1, sort_keys=True), encoding="utf-8")
         sums = {file.name: sha256_of(file) for file in sorted(temporary.iterdir())}
-        manifest = {"format": FORMAT, "step": step, "sha256": sums}
+        manifest: dict[str, Any] = {"format": FORMAT, "step": step, "sha256": sums}
+        manifest[OWN_SUM] = _own_sum(manifest)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     return target
 
@@ -70,6 +72,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
     sums, step = manifest.get("sha256"), manifest.get("step")
     if not isinstance(sums, dict) or STATE not in sums or not isinstance(step, int):
         raise CheckpointError(f"{path / MANIFEST} is not a checkpoint's manifest.")
+    if manifest.get(OWN_SUM, _own_sum(manifest)) != _own_sum(manifest):
+        raise CheckpointError(f"The checkpoint file {path / MANIFEST} is corrupt: its SHA-256 is not the one in it.")
+    if path.name.startswith("step-") and path.name != f"step-{step}":
+        raise CheckpointError(f"The checkpoint {path} is corrupt: its manifest is of step {step}.")
     for name, wanted in sums.items():
         file = path / Path(name).name
         if _found_sum(file) != wanted:
@@ -80,6 +86,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"The checkpoint {path} cannot be read: {error}.") from error
     return Checkpoint(path, step, tensors, _read_json(path / STATE))
+
+
+def _own_sum(manifest: Mapping[str, Any]) -> str:
+    fields = {name: value for name, value in manifest.items() if name != OWN_SUM}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _found_sum(file: Path) -> str:
@@ -119,8 +130,11 @@ def load_newest(
         except CheckpointError as error:
             notice(f"{error} Skipped it; trying the one before.")
             set_aside(path)
-    if paths:
-        raise CheckpointError(f"All {len(paths)} checkpoints in {folder} are damaged: start again in another folder.")
+    damaged = len(list(folder.glob(f"step-*{SET_ASIDE}"))) if folder.is_dir() else 0
+    if damaged:  # set aside now, or before: a loop that starts a run again must not write over its record
+        raise CheckpointError(
+            f"All {damaged} checkpoints in {folder} are damaged or set aside: start in another folder."
+        )
     return None
 
 

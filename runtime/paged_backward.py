@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelStateError
+from ..interruption import whole
 from ..page_ops import PAGER, pager_of, register_pager
 from .gradient_pages import GradientPages
 from .memory import Page
@@ -127,14 +128,16 @@ class BackwardPager:
     def accumulate(self, gradients: Sequence[Tensor], numbers: Sequence[int]) -> list[Tensor]:
         """The same values, in pages where that can be."""
         pairs = zip(gradients, numbers, strict=True)
-        return [self.gradients.place(self._parameter(number), gradient) for gradient, number in pairs]
+        with whole:
+            return [self.gradients.place(self._parameter(number), gradient) for gradient, number in pairs]
 
     def step(self, gradients: Sequence[Tensor], numbers: Sequence[int]) -> None:
         """Update those of these parameters that the backward pass is to reach: `inputs=` may name others."""
         pairs = zip(gradients, numbers, strict=True)
         wanted = [(gradient, number) for gradient, number in pairs if _is_reached(self._parameter(number))]
         if wanted:
-            self._update([gradient for gradient, _ in wanted], [number for _, number in wanted])
+            with whole:
+                self._update([gradient for gradient, _ in wanted], [number for _, number in wanted])
 
     def _update(self, gradients: Sequence[Tensor], numbers: Sequence[int]) -> None:
         """Raises ModelStateError where one of them was updated since the last `step()`, or is another optimizer's."""
@@ -207,7 +210,8 @@ class BackwardPager:
 
     def step_eagerly(self, number: int, gradient: Tensor) -> None:
         """One parameter's step, with what came after it in the pass before prefetched."""
-        self._update([gradient], [number])
+        with whole:
+            self._update([gradient], [number])
         if self.optimizer.pool.budget is None:
             return
         self.evict([number])

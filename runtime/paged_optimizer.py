@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ModelStateError, NoAdapterError, NonFiniteError, QLoRACompileError
+from ..interruption import whole
 from .memory import PagePool, PoolStatistics
 from .optimizer import NO_ADAPTERS
 from .paged_backward import BackwardPager
@@ -122,7 +123,8 @@ class PagedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
-        """Update every parameter that has a gradient. Raises MemoryBudgetError before any of them is changed.
+        """Update every parameter that has a gradient. Raises MemoryBudgetError before any of them is changed; Ctrl-C
+        (SIGINT) waits until all of them are.
 
         With `step_in_backward` the updates are done already, and this ends the step: NonFiniteError where a gradient was
         not finite, whose parameter was left as it was.
@@ -165,8 +167,9 @@ class PagedOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; pages of gradients are given back, and a backward pass that failed is over."""
         super().zero_grad(set_to_none)
-        self.pager.gradients.release()
-        self.pager.abandon()
+        with whole:
+            self.pager.gradients.release()
+            self.pager.abandon()
 
     def update(self) -> None:
         """One step of all parameters that have a `.grad`."""
@@ -192,7 +195,7 @@ class PagedOptimizer(torch.optim.Optimizer):
     ) -> None:
         """One step of these (group, parameter, gradient). `numbers`, theirs, names the plan to use again; `totals` are the
         gradients' sums, for a kernel that looks at them itself. Raises MemoryBudgetError with nothing changed."""
-        with self.states.undone():
+        with whole, self.states.undone():
             self._update_some(pairs, numbers, totals)
 
     def _update_some(
@@ -245,7 +248,8 @@ class PagedOptimizer(torch.optim.Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
         loaded = from_dict(self, state_dict)
-        self.states.fill(loaded)
+        with whole:
+            self.states.fill(loaded)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({**copy.deepcopy(saved), "params": group["params"], "betas": tuple(saved["betas"])})
         for after in self._optimizer_load_state_dict_post_hooks.values():
@@ -319,7 +323,7 @@ class PagedLion(PagedOptimizer):
     ) -> None:
         super().__init__(
             params,
-            {"lr": lr, "betas": betas, "weight_decay": weight_decay},
+            {"lr": lr, "betas": betas, "eps": 0.0, "weight_decay": weight_decay},  # eps: bitsandbytes' Lion reads it
             state_bits=state_bits,
             device_budget=device_budget,
             host_budget=host_budget,

@@ -35,7 +35,7 @@ def check_numbers(defaults: dict[str, Any]) -> None:
             raise ConfigError(f"{name} must be {wanted}, got {value!r}.")
 
 
-REFUSED = ("amsgrad", "maximize")  # what torch's AdamW can do and ours cannot
+REFUSED = ("amsgrad", "maximize", "differentiable")  # what torch's AdamW can do and ours cannot
 OF_ALL = ("state_bits", "device_budget", "host_budget", "page_folder", "step_in_backward")  # no group has its own
 
 

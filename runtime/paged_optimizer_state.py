@@ -84,7 +84,8 @@ def from_dict(optimizer: PagedOptimizer, state_dict: Mapping[str, Any]) -> dict[
             "The optimizer's state dictionary lacks 'state' or 'param_groups': give what its state_dict() returned."
         ) from None
     # torch adds entries of its own to the defaults, which groups do not have
-    for name in ("params", *(name for name in optimizer.defaults if name in optimizer.param_groups[0])):
+    needed = [name for name in optimizer.defaults if name in optimizer.param_groups[0]]
+    for name in ("params", *(name for name in needed if not (optimizer.lion and name == "eps"))):
         if not all(isinstance(group, Mapping) and name in group for group in groups):
             raise CheckpointError(
                 f"A parameter group of the optimizer's state dictionary lacks {name!r}: it is another optimizer's."
@@ -127,7 +128,12 @@ def _step(saved: Mapping[str, Any], index: Any) -> int:
             f"The optimizer's state of parameter {index} has no 'step', the number of updates so far: it is another "
             "optimizer's."
         )
-    return int(step)
+    number = float(step)
+    if not (number >= 0 and number.is_integer()):
+        raise CheckpointError(
+            f"The optimizer's state of parameter {index} has 'step' {number:g}, which is no count of updates."
+        )
+    return int(number)
 
 
 def _values(saved: Mapping[str, Any], parameter: Tensor, layout: StateLayout, what: str) -> Views:
@@ -176,6 +182,11 @@ def _stored(saved: Mapping[str, Any], field: str, parameter: Tensor, what: str) 
 def _flat(tensor: Any, parameter: Tensor, what: str) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise CheckpointError(f"The optimizer's state does not fit: {what} is no tensor.")
+    if tensor.is_complex() or tensor.layout is not torch.strided or tensor.is_meta:
+        raise CheckpointError(
+            f"The optimizer's state does not fit: {what} is {tensor.dtype}, {tensor.layout}, on {tensor.device}, "
+            "where dense real values are needed."
+        )
     if tensor.shape != parameter.shape:
         raise CheckpointError(
             f"The optimizer's state does not fit: {what} is {tuple(tensor.shape)} there and "

@@ -26,6 +26,11 @@ class PagingCallback(TrainerCallback):
     """
 
     def __init__(self, optimizer: PagedOptimizer) -> None:
+        """Raises ConfigError for an optimizer without pages."""
+        if not isinstance(optimizer, PagedOptimizer):
+            raise ConfigError(
+                f"PagingCallback shows the pages of PagedAdamW or PagedLion, got {type(optimizer).__name__}."
+            )
         self.optimizer = optimizer
         self.history: list[dict[str, Any]] = []
         self._before = optimizer.statistics()

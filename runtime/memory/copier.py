@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -31,7 +32,8 @@ class Copier:
     def submit(self, job: Callable[..., None], *args: Any) -> Future:
         """Run `job` after all earlier ones."""
         if self._worker is None:
-            self._worker = ThreadPoolExecutor(1, "qlora-pages", initializer=self.begin_thread)
+            # by a weak reference: what a thread began with it keeps, and a copier ends its thread when it goes
+            self._worker = ThreadPoolExecutor(1, "qlora-pages", initializer=_begin, initargs=(weakref.ref(self),))
         return self._worker.submit(job, *args)
 
     def begin_thread(self) -> None:
@@ -88,3 +90,9 @@ class Copier:
         if self._worker is not None:
             self._worker.shutdown(wait=True)
             self._worker = None
+
+
+def _begin(copier: weakref.ref[Copier]) -> None:
+    there = copier()
+    if there is not None:
+        there.begin_thread()

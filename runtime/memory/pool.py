@@ -17,12 +17,14 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ...errors import MemoryBudgetError
+from ...interruption import whole
 from .budget import check_budget, check_page_bytes, format_bytes, page_bytes_for, parse_bytes
 from .mover import Mover
 from .page import Allocation, Page, Where
@@ -55,6 +57,7 @@ class PagePool:
         self.page_bytes = page_bytes_for(wanted) if page_bytes is None else check_page_bytes(page_bytes)
         check_budget(wanted, self.page_bytes)
         self._lock = threading.RLock()
+        self._steady = threading.RLock()  # taken before `_lock`, never after it
         self._counts = PoolStatistics(page_bytes=self.page_bytes)
         self._trace = Trace()
         self.events = self._trace.events
@@ -77,7 +80,7 @@ class PagePool:
 
     def free(self, allocation: Allocation) -> None:
         """Give an allocation back before its owner is gone. Twice is the same as once."""
-        with self._lock:
+        with whole, self._lock:
             for page in self._table.free(allocation):
                 if page in self._resident:
                     self._resident.remove(page, Where.FREED)
@@ -106,19 +109,20 @@ class PagePool:
 
     def acquire(self, pages: Sequence[Page]) -> None:
         """`on_device` without an end: each page stays until `release`."""
-        with self._lock:
-            self._reap()
-            for page in pages:
-                page.pins += 1
-        try:
+        with whole:
             with self._lock:
-                self._bring_all(pages)
-            self._wait(pages)
-        except BaseException:
-            with self._lock:
+                self._reap()
                 for page in pages:
-                    page.pins -= 1
-            raise
+                    page.pins += 1
+            try:
+                with self._lock:
+                    self._bring_all(pages)
+                self._wait(pages)
+            except BaseException:
+                with self._lock:
+                    for page in pages:
+                        page.pins -= 1
+                raise
 
     def _bring_all(self, pages: Sequence[Page]) -> None:
         missing = [page for page in pages if page.where is not Where.DEVICE]
@@ -182,7 +186,7 @@ class PagePool:
 
     def release(self, pages: Sequence[Page], *, wrote: bool = True) -> None:
         """The end of `acquire`; `wrote` False where the pages were only read."""
-        with self._lock:
+        with whole, self._lock:
             for page in pages:
                 page.pins -= 1
                 page.dirty |= wrote
@@ -196,7 +200,7 @@ class PagePool:
         With `displace` False only into room that nothing is in.
         """
         begun = 0
-        with self._lock:
+        with whole, self._lock:
             self._reap()
             coming: list[Page] = []  # asked for together, as long as nothing has to leave for them
             for page in pages:
@@ -224,7 +228,7 @@ class PagePool:
 
         `keep_spare`: their memory on the device stays, for pages that come next.
         """
-        with self._lock:
+        with whole, self._lock:
             self._reap()
             chosen = self._resident if pages is None else pages
             leaving = [page for page in chosen if page in self._resident and page.pins == 0]
@@ -235,7 +239,7 @@ class PagePool:
 
     def vacate(self) -> None:
         """`evict` of all pages, as far as the host tiers have room."""
-        with self._lock:
+        with whole, self._lock:
             self._reap()
             leaving = [page for page in self._resident if page.pins == 0]
             try:
@@ -248,7 +252,7 @@ class PagePool:
 
     def forget(self, pages: Iterable[Page]) -> None:
         """The contents of these pages are void: those that nobody holds leave the device without a copy."""
-        with self._lock:
+        with whole, self._lock:
             for page in [page for page in pages if page in self._resident and page.pins == 0]:
                 self._resident.remove(page, Where.NEW)
                 self._mover.forget(page)
@@ -279,14 +283,15 @@ class PagePool:
 
     @property
     def budget(self) -> int | None:
-        """Bytes of the device tier; assign a number, a size or None while running. Raises MemoryBudgetError."""
+        """Bytes of the device tier; assign a number, a size or None while running: a sweep in another thread is waited for.
+        Raises MemoryBudgetError."""
         return self._resident.budget
 
     @budget.setter
     def budget(self, value: int | str | None) -> None:
         wanted = None if value is None else parse_bytes(value)
         check_budget(wanted, self.page_bytes)
-        with self._lock:
+        with self._steady, whole, self._lock:
             self._reap()
             before, self._resident.budget = self._resident.budget, wanted
             try:
@@ -301,6 +306,10 @@ class PagePool:
         """Send out what is above the budget and nobody holds; what is held leaves when it is released."""
         self._send_out(self._resident.victims(self._resident.excess())[0])
         self._mover.drop_spare()
+
+    def steady_budget(self) -> AbstractContextManager[object]:
+        """Within it other threads wait before they change the budget: for a sweep, which counts on it from its start."""
+        return self._steady
 
     @property
     def has_file(self) -> bool:

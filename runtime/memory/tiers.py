@@ -6,6 +6,7 @@ of a full disk kills the process when it is written.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -125,7 +126,9 @@ class FileTier:
         self.folder, self.page_bytes, self.limit = folder, page_bytes, limit
         self.used_bytes = 0
         self._views: list[Tensor] = []
+        self._places: list[tuple[mmap.mmap, int]] = []  # by slot
         self._free: list[int] = []
+        self._holes: set[int] = set()  # free ones whose blocks the disk has back
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = tempfile.TemporaryFile(prefix="qlora_pages_", dir=folder)  # noqa: SIM115  # closed by close()
@@ -139,6 +142,13 @@ class FileTier:
             return None
         if not self._free:
             self._grow()
+        slot = self._free[-1]
+        if slot in self._holes:
+            try:
+                _reserve(self._file.fileno(), slot * self.page_bytes, self.page_bytes)
+            except OSError as error:
+                raise self._full(error) from error
+            self._holes.remove(slot)
         self.used_bytes += self.page_bytes
         return self._free.pop()
 
@@ -154,24 +164,33 @@ class FileTier:
                 os.ftruncate(self._file.fileno(), start)
                 if pages > 1 and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                     continue
-                raise MemoryBudgetError(
-                    f"There is no room for another page of {format_bytes(self.page_bytes)} in {self.folder} "
-                    f"({error.strerror or error}): free some space there, choose another folder, or give a larger "
-                    "device budget."
-                ) from error
+                raise self._full(error) from error
         whole = torch.frombuffer(mapped, dtype=torch.uint8)
         self._free.extend(range(len(self._views) + pages - 1, len(self._views) - 1, -1))
         self._views.extend(whole.split(self.page_bytes))
+        self._places.extend((mapped, place) for place in range(0, size, self.page_bytes))
+
+    def _full(self, error: OSError) -> MemoryBudgetError:
+        return MemoryBudgetError(
+            f"There is no room for another page of {format_bytes(self.page_bytes)} in {self.folder} "
+            f"({error.strerror or error}): free some space there, choose another folder, or give a larger device budget."
+        )
 
     def free(self, slot: int) -> None:
         self._free.append(slot)
         self.used_bytes -= self.page_bytes
+        if hasattr(mmap, "MADV_REMOVE"):  # Linux
+            mapped, place = self._places[slot]
+            with contextlib.suppress(OSError):  # a file system without holes keeps the blocks, for the next page
+                mapped.madvise(mmap.MADV_REMOVE, place, self.page_bytes)
+                self._holes.add(slot)
 
     def view(self, slot: int) -> Tensor:
         return self._views[slot]
 
     def close(self) -> None:
         self._views.clear()
+        self._places.clear()
         self._free.clear()
         self._file.close()
         self.used_bytes = 0

@@ -71,7 +71,8 @@ LANGUAGE_MODEL = """
     print(json.dumps({name: counters["aot_autograd"][f"autograd_cache_{name}"] for name in ("hit", "miss", "bypass")}))
 """
 
-# Three steps with each of some paged optimizers on a model of its own; `width` and `options` as above.
+# Three steps with each of some paged optimizers on a model of its own, after an evaluation; `width` and `options` as above,
+# `dynamic`, and `rows` of the batch.
 PAGED = """
     import json, sys
     import torch
@@ -80,14 +81,16 @@ PAGED = """
     import qlora_compile as qc
 
     job = json.loads(sys.argv[1])
-    x = torch.randn(4, job["width"], generator=torch.Generator().manual_seed(1))
+    x = torch.randn(job["rows"], job["width"], generator=torch.Generator().manual_seed(1))
     models = []
     for options in job["optimizers"]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(job["width"], 53), nn.SiLU(), nn.Linear(53, 29))
         qc.prepare(model, {"block_size": 32, "r": 3, "compute_dtype": "float32", "init_lora_weights": False})
         optimizer = qc.PagedAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, **options)
-        compiled = torch.compile(model, backend="qlora")
+        compiled = torch.compile(model, backend="qlora", options=job["options"], dynamic=job["dynamic"])
+        with torch.no_grad():
+            compiled(x)
         before = dict(counters["aot_autograd"])
         losses = []
         for _ in range(3):
@@ -129,8 +132,9 @@ def step(width: int, *, prepared: bool = True, outline: bool = True, **job: Any)
     return answer
 
 
-def paged(width: int, *optimizers: dict[str, Any], **environment: str) -> list[dict[str, Any]]:
-    answer: list[dict[str, Any]] = run(PAGED, {"width": width, "optimizers": optimizers}, **environment)
+def paged(width: int, *optimizers: dict[str, Any], folder: str = "", **job: Any) -> list[dict[str, Any]]:
+    job = {"width": width, "optimizers": optimizers, "rows": 4, "dynamic": None, "options": {}} | job
+    answer: list[dict[str, Any]] = run(PAGED, job, **({"QLORA_COMPILE_CACHE_DIR": folder} if folder else {}))
     return answer
 
 
@@ -164,18 +168,38 @@ def test_a_backward_graph_that_moves_pages_is_served_with_its_plan() -> None:
 def test_it_is_served_to_no_other_optimizer_and_says_when_its_plan_is_gone(tmp_path: Path) -> None:
     width = new_width()
     usual = {"device_budget": "4KiB"}
-    folder = {"QLORA_COMPILE_CACHE_DIR": str(tmp_path / "plans")}
+    folder = str(tmp_path / "plans")
     jobs = [usual, {"device_budget": "8KiB"}, usual]  # the third is the first's equal, but the ops name it otherwise
-    first, second = paged(width, *jobs, **folder), paged(width, *jobs, **folder)
+    first = paged(width, *jobs, folder=folder)
+    # AOTAutograd keeps no such graph
+    paged(width, usual, folder=folder, options={"lowering": "aot_eager"})
+    second = paged(width, *jobs, folder=folder)
     assert [model.pop("hit") for model in first] == [0, 0, 0]
     assert [model.pop("hit") for model in second] == [1, 1, 1]
     assert first == second
     assert first[0]["losses"] == first[1]["losses"] == first[2]["losses"]
-    for plan in Path(folder["QLORA_COMPILE_CACHE_DIR"]).glob("plan-*.json"):
+    for plan in Path(folder).glob("plan-*.json"):
         plan.write_text("half of a pl")
-    (third,) = paged(width, usual, **folder)
+    (third,) = paged(width, usual, folder=folder)
     assert third["hit"] == 1 and third["losses"] == first[0]["losses"] and third["moved"] == first[0]["moved"]
     assert third["paging"] == [] and "plan is not at hand" in third["declined"][0][1]
+
+
+@pytest.mark.slow
+def test_a_schedule_made_for_another_batch_is_not_served() -> None:
+    width = new_width()
+    for rows, hit in ((4, 0), (64, 0), (4, 1), (64, 1)):
+        (model,) = paged(width, {"device_budget": "4KiB"}, rows=rows, dynamic=True)
+        assert model["hit"] == hit, rows
+
+
+@pytest.mark.slow
+def test_what_is_served_is_written_down_all_the_same(tmp_path: Path) -> None:
+    width = new_width()
+    paged(width, IN_BACKWARD)
+    (model,) = paged(width, IN_BACKWARD, options={"dump_dir": str(tmp_path)})
+    assert model["hit"] == 0
+    assert any(folder.name.endswith("_backward") for folder in tmp_path.iterdir())
 
 
 @pytest.mark.slow

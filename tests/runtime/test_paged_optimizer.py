@@ -322,6 +322,16 @@ def test_states_go_from_one_optimizer_to_another(source: str, target: str, allow
     assert drift(expected, further(makers[source], {"state": {}, "param_groups": state["param_groups"]}, params)) > 1e-2
 
 
+def test_8_bit_states_of_lion_go_to_bitsandbytes() -> None:
+    make: Make = lambda p: qc.PagedLion(p, lr=1e-3, betas=(0.9, 0.99), state_bits=8)
+    params, optimizer = train(make)
+    state = optimizer.state_dict()
+    expected = further(make, state, params)
+    assert drift(expected, further(lambda p: bnb.optim.Lion8bit(p, lr=1e-3, betas=(0.9, 0.99)), state, params)) <= 1e-2
+    del state["param_groups"][0]["eps"]  # as we wrote it before
+    assert same(expected, further(make, state, params))
+
+
 def test_half_masters_travel() -> None:
     params, optimizer = train(lambda p: qc.PagedAdamW(p, **ADAMW, state_bits=8), dtype=torch.bfloat16)
     make: Make = lambda p: qc.PagedAdamW(p, **ADAMW, state_bits=8, device_budget="64KiB")
@@ -342,6 +352,9 @@ def test_half_masters_travel() -> None:
         (lambda s: s["state"][1].pop("exp_avg_sq"), "parameter 1 has neither 'exp_avg_sq' nor 'state2'"),
         (lambda s: s["state"][1].pop("step"), "parameter 1 has no 'step'"),
         (lambda s: s["state"][1].update(exp_avg="x"), "exp_avg of parameter 1 is no tensor"),
+        (lambda s: s["state"][1].update(step=-1), "'step' -1, which is no count"),
+        (lambda s: s["state"][1].update(step=torch.tensor(float("nan"))), "'step' nan, which is no count"),
+        (lambda s: s["state"][1].update(exp_avg=torch.zeros(4100) * 1j), "complex64"),
         (lambda s: s["param_groups"][0].pop("lr"), "lacks 'lr'"),
         (lambda s: s["param_groups"][0].update(amsgrad=True), "amsgrad=True"),
         (

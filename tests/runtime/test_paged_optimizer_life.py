@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
+import os
 import pickle
+import signal
+import threading
+import time
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
@@ -413,3 +418,70 @@ class TestCompiledBackward:
             optimizer.step()
             optimizer.zero_grad()
             assert all(optimizer.state[p]["step"] == step + 1 for p in params)
+
+
+def test_a_thousandth_optimizer_has_no_more_threads_than_the_first() -> None:
+    before = threading.active_count()
+    for _ in range(20):
+        optimizer = stepped(make_params(), 2, device_budget="8KiB")
+        assert optimizer.statistics().moved_in_bytes > 0
+        del optimizer
+    gc.collect()
+    for _ in range(200):  # a thread ends when it sees that nobody can ask it for anything
+        if threading.active_count() == before:
+            break
+        time.sleep(0.02)
+    assert threading.active_count() == before
+
+
+def test_a_budget_that_another_thread_lowers_waits_for_the_step() -> None:
+    params = make_params(8)
+    optimizer = stepped(params, device_budget="64KiB")
+    over = threading.Event()
+
+    def change() -> None:
+        for size in itertools.cycle(("8KiB", "64KiB")):
+            optimizer.pool.budget = size
+            if over.wait(0.0005):
+                return
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        for _ in range(150):
+            optimizer.step()
+    finally:
+        over.set()
+        thread.join()
+    assert {int(optimizer.state[p]["step"]) for p in params} == {151}
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs setitimer")
+@pytest.mark.parametrize("options", [{}, {"device_budget": "8KiB"}], ids=["resident", "paged"])
+def test_an_interrupted_step_is_a_whole_step(options: dict[str, Any]) -> None:
+    """With betas (0, 0) a first moment is the last gradient, whose every element is the number of its step."""
+    params = make_params(6)
+    optimizer = qc.PagedAdamW(params, betas=(0, 0), **options)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGALRM)
+    signal.signal(signal.SIGALRM, lambda number, frame: os.kill(os.getpid(), signal.SIGINT))
+    step, interrupted = 0, 0
+    try:
+        for delay in range(60):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.001 + 0.0003 * delay)
+                for _ in range(2000):
+                    for p in params:
+                        p.grad = torch.full_like(p, step + 1)
+                    step += 1
+                    optimizer.step()
+            except KeyboardInterrupt:
+                interrupted += 1
+            # it came in a step, whose end it waited for, or before one that never began
+            found = {float(x) for p in params for x in optimizer.state[p]["exp_avg"].view(-1)} if step > 1 else {1.0}
+            assert len(found) == 1 and found <= {float(step), float(step - 1)}, (delay, found, step)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGALRM, before[1])
+    assert interrupted == 60
+    optimizer.step()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from qlora_compile.errors import MemoryBudgetError
 from qlora_compile.runtime.memory import Allocation, PagePool, format_bytes, page_bytes_for, parse_bytes
+from qlora_compile.runtime.memory.tiers import FileTier
 
 KIB = 1024
 
@@ -250,3 +252,25 @@ def test_page_sizes_follow_the_budget() -> None:
         PagePool(page_bytes=5000)
     assert format_bytes(65536) == "64 KiB" and format_bytes(512) == "512 bytes"
     assert torch.device("cpu") == PagePool().device
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux takes blocks out of a file")
+def test_a_file_gives_its_blocks_back_and_gets_new_ones(tmp_path: Path) -> None:
+    tier = FileTier(tmp_path, 1 << 16, None)
+
+    def blocks() -> int:
+        return os.fstat(tier._file.fileno()).st_blocks
+
+    slots = [tier.allocate() for _ in range(100)]
+    assert None not in slots
+    full = blocks()
+    for slot in slots[3:]:
+        tier.free(slot)  # type: ignore[arg-type]
+    if blocks() == full:
+        pytest.skip("this file system has no holes")
+    assert blocks() <= full - 97 * 128
+    again = [tier.allocate() for _ in range(97)]
+    assert sorted(again) == sorted(slots[3:]) and blocks() >= full  # type: ignore[type-var]
+    tier.view(again[0]).fill_(7)  # type: ignore[arg-type]
+    assert int(tier.view(again[0]).sum()) == 7 << 16  # type: ignore[arg-type]
+    tier.close()
