@@ -96,7 +96,8 @@ class Whole:
     """
 
     def __init__(self) -> None:
-        self._depth, self._came, self._handler = 0, False, None
+        self._depth, self._came = 0, False
+        self._handler: Callable[[int, FrameType | None], Any] | None = None
 
     def __enter__(self) -> None:
         if threading.current_thread() is not threading.main_thread():
