@@ -118,7 +118,8 @@ def check_gradient(gradient: Tensor, parameter: Tensor) -> None:
     ):
         raise ModelStateError(
             f"A gradient is {gradient.dtype} {[*gradient.shape]} on {gradient.device}, its parameter {parameter.dtype} "
-            f"{[*parameter.shape]} on {parameter.device}: call zero_grad() after changing a parameter."
+            f"{[*parameter.shape]} on {parameter.device}: call zero_grad() after changing a parameter, and leave its "
+            "grad_dtype as it is."
         )
 
 
