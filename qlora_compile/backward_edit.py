@@ -7,9 +7,10 @@ on the way, for the report, is not in that cache: it lies as a file in ours, and
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,23 +73,17 @@ class BackwardEdit:
             self._file = cpp_build.cache_dir() / f"plan-{_digest(gm)}.json"
             plan = _Plan.from_json(self._file.read_bytes())
         except (KernelError, OSError, ValueError, KeyError, TypeError):  # no folder, not there, or not ours
-            size = len(gm.graph.nodes)
-            plan = _Plan([PassResult(page_optimizer.__name__, 0, 0.0, self._unknown(), size, size)], [])
+            reason = "its plan is not at hand: the backward pass comes from torch's cache, or was not compiled yet"
+            plan = _Plan([_declined(gm, [(link.optimizer, reason) for link in self._links])], [])
         self._show(plan)
 
     def __call__(self, gm: fx.GraphModule) -> None:
         """Edit a backward graph in place. Raises PassError."""
         nothing = ModelEdits(nn.Module(), self._config)  # Dynamo keeps this object, which must not keep the model
-        ctx = PassContext(
-            self._config, nothing, graph_number=self._number, pages=self._links, timelines=[], phase="backward"
-        )
+        ctx = PassContext(self._config, nothing, graph_number=self._number, pages=self._links, phase="backward")
         plan = _Plan(run_passes(gm, ctx, BACKWARD_PIPELINE).passes, ctx.timelines)
         self._show(plan)
         self._keep(plan)
-
-    def _unknown(self) -> tuple[tuple[str, str], ...]:
-        reason = "its plan is not at hand: the backward pass comes from torch's cache, or was not compiled yet"
-        return tuple((link.optimizer, reason) for link in self._links)
 
     def _show(self, plan: _Plan) -> None:
         self._report.passes[:] = [*self._before, *plan.passes]
@@ -97,12 +92,10 @@ class BackwardEdit:
     def _keep(self, plan: _Plan) -> None:
         from .runtime.kernels import cpp_build
 
-        if self._file is None:
-            return
-        try:
-            cpp_build.write_atomically(self._file, plan.to_json().encode())
-        except KernelError:  # a cache that is complete may be read-only; the report then says what it does not know
-            self._file = None
+        if self._file is not None:
+            # a cache that is complete may be read-only; the report of a graph that is served says what it does not know
+            with contextlib.suppress(KernelError):
+                cpp_build.write_atomically(self._file, plan.to_json().encode())
 
 
 def backward_edit(
@@ -120,10 +113,15 @@ def backward_edit(
         return None
     idle = [(link.optimizer, reason) for link in links if (reason := link.idle_reason()) is not None]
     if len(idle) == len(links):
-        size = len(work.graph.nodes)
-        report.passes.append(PassResult(page_optimizer.__name__, 0, 0.0, tuple(idle), size, size))
+        report.passes.append(_declined(work, idle))
         return None
     return BackwardEdit(links, work, ctx.config, ctx.graph_number, report)
+
+
+def _declined(gm: fx.GraphModule, reasons: Sequence[tuple[str, str]]) -> PassResult:
+    """The pass, where it had no graph to run on."""
+    size = len(gm.graph.nodes)
+    return PassResult(page_optimizer.__name__, 0, 0.0, tuple(reasons), size, size)
 
 
 def _hints(gm: fx.GraphModule) -> list[int]:

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ContextDecorator, contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -88,8 +88,8 @@ def deferred() -> Iterator[None]:
     check()
 
 
-class Whole:
-    """Within it SIGINT waits for the end, for what must not stay half done: a context for moments, in a library too.
+class Whole(ContextDecorator):
+    """Within it SIGINT waits for the end, for what must not stay half done: for moments, in a library too. Also `@whole`.
 
     Only where Python handles the signal (a notebook, a script), in the main thread; what is then raised or noted is up to
     the handler that was there.

@@ -72,7 +72,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     sums, step = manifest.get("sha256"), manifest.get("step")
     if not isinstance(sums, dict) or STATE not in sums or not isinstance(step, int):
         raise CheckpointError(f"{path / MANIFEST} is not a checkpoint's manifest.")
-    if manifest.get(OWN_SUM, _own_sum(manifest)) != _own_sum(manifest):
+    own = _own_sum(manifest)
+    if manifest.get(OWN_SUM, own) != own:
         raise CheckpointError(f"The checkpoint file {path / MANIFEST} is corrupt: its SHA-256 is not the one in it.")
     if path.name.startswith("step-") and path.name != f"step-{step}":
         raise CheckpointError(f"The checkpoint {path} is corrupt: its manifest is of step {step}.")

@@ -125,20 +125,20 @@ class BackwardPager:
     def _begin_to_count(self) -> None:
         self._passes, self._asked = 0, set()
 
+    @whole
     def accumulate(self, gradients: Sequence[Tensor], numbers: Sequence[int]) -> list[Tensor]:
         """The same values, in pages where that can be."""
         pairs = zip(gradients, numbers, strict=True)
-        with whole:
-            return [self.gradients.place(self._parameter(number), gradient) for gradient, number in pairs]
+        return [self.gradients.place(self._parameter(number), gradient) for gradient, number in pairs]
 
     def step(self, gradients: Sequence[Tensor], numbers: Sequence[int]) -> None:
         """Update those of these parameters that the backward pass is to reach: `inputs=` may name others."""
         pairs = zip(gradients, numbers, strict=True)
         wanted = [(gradient, number) for gradient, number in pairs if _is_reached(self._parameter(number))]
         if wanted:
-            with whole:
-                self._update([gradient for gradient, _ in wanted], [number for _, number in wanted])
+            self._update([gradient for gradient, _ in wanted], [number for _, number in wanted])
 
+    @whole
     def _update(self, gradients: Sequence[Tensor], numbers: Sequence[int]) -> None:
         """Raises ModelStateError where one of them was updated since the last `step()`, or is another optimizer's."""
         optimizer = self.optimizer
@@ -210,8 +210,7 @@ class BackwardPager:
 
     def step_eagerly(self, number: int, gradient: Tensor) -> None:
         """One parameter's step, with what came after it in the pass before prefetched."""
-        with whole:
-            self._update([gradient], [number])
+        self._update([gradient], [number])
         if self.optimizer.pool.budget is None:
             return
         self.evict([number])

@@ -195,7 +195,7 @@ class PagedOptimizer(torch.optim.Optimizer):
     ) -> None:
         """One step of these (group, parameter, gradient). `numbers`, theirs, names the plan to use again; `totals` are the
         gradients' sums, for a kernel that looks at them itself. Raises MemoryBudgetError with nothing changed."""
-        with whole, self.states.undone():
+        with self.pool.steady, whole, self.states.undone():
             self._update_some(pairs, numbers, totals)
 
     def _update_some(

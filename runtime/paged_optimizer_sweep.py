@@ -31,12 +31,8 @@ def defers(pool: PagePool) -> bool:
 
 def sweep(pool: PagePool, tasks: Sequence[Task], plan: Plan) -> None:
     """Update every task's parameter and state. Raises MemoryBudgetError before anything is changed; ModelStateError where
-    the device's memory is taken by others while pages change places, and some parameters are updated already."""
-    with pool.steady_budget():
-        _sweep(pool, tasks, plan)
-
-
-def _sweep(pool: PagePool, tasks: Sequence[Task], plan: Plan) -> None:
+    the device's memory is taken by others while pages change places, and some parameters are updated already. The caller
+    holds `pool.steady`."""
     pool.reserve(list(plan.pieces))
     kernel = kernels.find("paged_step", pool.device.type)
     # What is there is used before it has to make room for what is not.

@@ -17,7 +17,6 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,7 +56,8 @@ class PagePool:
         self.page_bytes = page_bytes_for(wanted) if page_bytes is None else check_page_bytes(page_bytes)
         check_budget(wanted, self.page_bytes)
         self._lock = threading.RLock()
-        self._steady = threading.RLock()  # taken before `_lock`, never after it
+        # held by a sweep, which counts on the budget from its start; taken before `_lock`, never after it
+        self.steady = threading.RLock()
         self._counts = PoolStatistics(page_bytes=self.page_bytes)
         self._trace = Trace()
         self.events = self._trace.events
@@ -107,22 +107,22 @@ class PagePool:
         finally:
             self.release(pages, wrote=writes)
 
+    @whole
     def acquire(self, pages: Sequence[Page]) -> None:
         """`on_device` without an end: each page stays until `release`."""
-        with whole:
+        with self._lock:
+            self._reap()
+            for page in pages:
+                page.pins += 1
+        try:
             with self._lock:
-                self._reap()
+                self._bring_all(pages)
+            self._wait(pages)
+        except BaseException:
+            with self._lock:
                 for page in pages:
-                    page.pins += 1
-            try:
-                with self._lock:
-                    self._bring_all(pages)
-                self._wait(pages)
-            except BaseException:
-                with self._lock:
-                    for page in pages:
-                        page.pins -= 1
-                raise
+                    page.pins -= 1
+            raise
 
     def _bring_all(self, pages: Sequence[Page]) -> None:
         missing = [page for page in pages if page.where is not Where.DEVICE]
@@ -291,7 +291,7 @@ class PagePool:
     def budget(self, value: int | str | None) -> None:
         wanted = None if value is None else parse_bytes(value)
         check_budget(wanted, self.page_bytes)
-        with self._steady, whole, self._lock:
+        with self.steady, whole, self._lock:
             self._reap()
             before, self._resident.budget = self._resident.budget, wanted
             try:
@@ -306,10 +306,6 @@ class PagePool:
         """Send out what is above the budget and nobody holds; what is held leaves when it is released."""
         self._send_out(self._resident.victims(self._resident.excess())[0])
         self._mover.drop_spare()
-
-    def steady_budget(self) -> AbstractContextManager[object]:
-        """Within it other threads wait before they change the budget: for a sweep, which counts on it from its start."""
-        return self._steady
 
     @property
     def has_file(self) -> bool:
