@@ -100,6 +100,39 @@ def accumulation(mesh: DeviceMesh) -> dict[str, Any]:
     return {"difference": largest_difference(model, alone), "ranks agree before the last": equal}
 
 
+def paged(mesh: DeviceMesh) -> dict[str, Any]:
+    """Inductor's code with the ops that move pages in its backward pass, gradients in pages or not, beside DDP's hooks."""
+
+    def optimizer(model: Any, kind: Any, **options: Any) -> Any:
+        # a gradient that is all rounding must not become a whole step: eps is large beside it
+        return kind(trainable(model), lr=LR, **({} if kind is qc.PagedLion else {"eps": 1e-2}), **options)
+
+    found = {}
+    for name, kind, bits, budget in (
+        ("gradients in pages", qc.PagedAdamW, 32, "1MiB"),
+        ("8 bits", qc.PagedAdamW, 8, "16KiB"),
+        ("Lion", qc.PagedLion, 32, "16KiB"),
+    ):
+        torch._dynamo.reset()
+        alone = prepared(r=48)
+        expected = train(alone, optimizer(alone, kind, state_bits=bits), batches(STEPS))
+        model = prepared(r=48, lowering="inductor")
+        pages = optimizer(model, kind, state_bits=bits, device_budget=budget)
+        model.compile(backend="qlora")
+        losses = train_together(DDP(model), pages, STEPS)
+        values = torch.cat([parameter.detach().flatten() for parameter in trainable(model)])
+        numbers = pages.statistics()
+        found[name] = {
+            "losses": losses,
+            "expected": expected,
+            "difference": largest_difference(model, alone),
+            "ranks agree": all(torch.equal(values, other) for other in on_all_ranks(values)),
+            "moved": numbers.moved_in_bytes,
+            "misses": numbers.misses,
+        }
+    return found
+
+
 def wrapped_in_a_module(mesh: DeviceMesh) -> dict[str, Any]:
     """DDP does not find the list of what to leave alone on a module around the prepared one: it sends dense values."""
     model = prepared()
@@ -123,5 +156,5 @@ def too_early(mesh: DeviceMesh) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    ways = (eager, bf16, compiled, compiled_outside, split_by_dynamo, checkpointing, accumulation, wrapped_in_a_module)
+    ways = (eager, bf16, compiled, compiled_outside, split_by_dynamo, checkpointing, accumulation, wrapped_in_a_module, paged)
     main({check.__name__: check for check in (too_early, *ways)})

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-FAST = ("too_early", "eager", "split_by_dynamo", "accumulation")
+FAST = ("too_early", "eager", "split_by_dynamo", "accumulation", "paged")
 ALL = (*FAST, "compiled", "bf16", "compiled_outside", "checkpointing", "wrapped_in_a_module")
 
 
@@ -39,6 +39,26 @@ def test_graph_that_dynamo_splits_at_the_buckets(found: dict[str, Any]) -> None:
 def test_accumulation_without_synchronization(found: dict[str, Any]) -> None:
     assert found["accumulation"]["difference"] < 1e-5
     assert not found["accumulation"]["ranks agree before the last"]
+
+
+@pytest.mark.parametrize(
+    ("name", "tolerance"),
+    [
+        # fp32's rounding of gradients, divided by eps = 0.01: some 1e-7 of a step of 0.02
+        ("gradients in pages", 1e-5),
+        # a code of 8 bits that falls to its neighbour: 1/128 of a moment, of a step of 0.02
+        ("8 bits", 2e-4),
+        # the sign of an element that is all rounding
+        ("Lion", 2 * 0.02 * 3),
+    ],
+)
+def test_paged_optimizers_behind_inductor(name: str, tolerance: float, found: dict[str, Any]) -> None:
+    paged = found["paged"][name]
+    assert paged["losses"] == pytest.approx(paged["expected"], abs=1e-4)
+    assert paged["expected"][0] != pytest.approx(paged["expected"][-1], abs=1e-2)
+    assert paged["difference"] <= tolerance
+    assert paged["ranks agree"]
+    assert paged["moved"] > 0 and paged["misses"] == 0
 
 
 def test_wrapping_comes_after_preparing(found: dict[str, Any]) -> None:
