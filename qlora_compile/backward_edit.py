@@ -19,8 +19,10 @@ import torch
 from torch import fx, nn
 
 from .config import QLoRAConfig
+from .dynamo import traced_module
 from .errors import KernelError
 from .fx_utils import placeholders
+from .page_ops import PAGER
 from .page_plan import PageLink, PageTimeline
 from .pass_manager import PassContext, PassResult, run_passes
 from .passes import BACKWARD_PIPELINE
@@ -111,11 +113,32 @@ def backward_edit(
     links = page_links({i: (names.get(id(p), f"input {i}"), p) for i, p in found if p is not None})
     if not links:
         return None
-    idle = [(link.optimizer, reason) for link in links if (reason := link.idle_reason()) is not None]
-    if len(idle) == len(links):
-        report.passes.append(_declined(work, idle))
+    reasons = [link.idle_reason() or _shared_reason(link, ctx.edits.root) for link in links]
+    declined = [(link.optimizer, reason) for link, reason in zip(links, reasons) if reason is not None]
+    if declined:
+        report.passes.append(_declined(work, declined))
+    links = tuple(link for link, reason in zip(links, reasons) if reason is None)
+    if not links:
         return None
     return BackwardEdit(links, work, ctx.config, ctx.graph_number, report)
+
+
+def _shared_reason(link: PageLink, root: nn.Module) -> str | None:
+    """Why this graph's code may run for other parameters of the optimizer than it names, or None.
+
+    Dynamo serves a module by what it compiled for another one of the same class, after a graph break and where each layer
+    is compiled by itself.
+    """
+    if len(link.parameters) == link.in_all:
+        return None
+    if sum(getattr(parameter, PAGER, -1) == link.pager for parameter in root.parameters()) < link.in_all:
+        return (
+            "it has parameters outside of the compiled module, whose code may serve equal modules: they page without it"
+        )
+    module = traced_module()
+    if module is None or (module is not root and sum(type(other) is type(module) for other in root.modules()) > 1):
+        return "the model is compiled in pieces, of which one may serve several layers: they page without it"
+    return None
 
 
 def _declined(gm: fx.GraphModule, reasons: Sequence[tuple[str, str]]) -> PassResult:

@@ -81,6 +81,13 @@ def _compiled_module() -> nn.Module | None:
     return None
 
 
+def traced_module() -> nn.Module | None:
+    """The module whose forward Dynamo traces: the model, or after a graph break a part of it; None in a function."""
+    scopes = _frame_scopes()
+    module = scopes["L"].get("self") if scopes is not None else None
+    return module if isinstance(module, nn.Module) else None
+
+
 def _frame_scopes() -> dict[str, Any] | None:
     """{"L": locals, "G": globals} of the frame that Dynamo traces: its OutputGraph stands in a caller of the backend."""
     frame: FrameType | None = sys._getframe()
@@ -101,14 +108,15 @@ def guard_training(node: fx.Node) -> None:
         install_guard(AttrSource(module, "training").make_guard(GuardBuilder.CONSTANT_MATCH))
 
 
-def guard_pagers(parameters: Iterable[tuple[fx.Node, nn.Parameter]]) -> None:
-    """Retrace when another paged optimizer takes one of these parameters over, or a first one does.
+def guard_pagers(root: nn.Module, trained: Iterable[fx.Node]) -> None:
+    """Retrace when another paged optimizer takes one of these parameters of `root` over, or a first one does.
 
     An equal model with an optimizer of its own is otherwise served by the code of the first: it passes all its guards.
     """
-    for node, parameter in parameters:
+    for parameter in root.parameters():  # also of layers that this code is to serve after a graph break
         if not hasattr(parameter, PAGER):
             setattr(parameter, PAGER, -1)
+    for node in trained:
         source: Any = node._dynamo_source  # type: ignore[attr-defined]
         install_guard(AttrSource(source, PAGER).make_guard(GuardBuilder.CONSTANT_MATCH))
 

@@ -38,10 +38,12 @@ class PagedParameter:
 
 @dataclass(frozen=True)
 class PageLink:
-    """One paged optimizer, as far as it has parameters of one graph. `parameters` by position among the graph's inputs."""
+    """One paged optimizer, as far as it has parameters of one graph. `parameters` by position among the graph's inputs;
+    `in_all`: how many it has."""
 
     pager: int
     optimizer: str
+    in_all: int
     parameters: Mapping[int, PagedParameter]
     step_in_backward: bool
     budget: int | None

@@ -86,6 +86,11 @@ class BackwardPager:
         number = self._numbers.get(id(parameter))
         return number is not None and self._parameters[number][1]() is parameter
 
+    @property
+    def size(self) -> int:
+        """How many parameters it has."""
+        return len(self._parameters)
+
     def number_of(self, parameter: Tensor) -> int:
         """Its place in the optimizer, which has it."""
         return self._numbers[id(parameter)]

@@ -23,6 +23,7 @@ class _Optimizer:
 
     pager: int
     name: str
+    in_all: int
     lion: bool
     state_bits: int
     step_in_backward: bool
@@ -56,7 +57,7 @@ def planned_link(
     """The link of an optimizer that is not there yet; `numbers`: the place of each input's parameter in it."""
     bits = 8 if optimizer.name.endswith("8bit") else 32
     described = _Optimizer(
-        -1, _CLASSES[optimizer.name], optimizer.name == "paged_lion", bits, optimizer.step_in_backward,
+        -1, _CLASSES[optimizer.name], len(numbers), optimizer.name == "paged_lion", bits, optimizer.step_in_backward,
         optimizer.budget, page_bytes_for(optimizer.budget), SPEEDS.get(device, SPEEDS["cpu"]),
     )  # fmt: skip
     return _link(described, numbers, inputs)
@@ -69,7 +70,7 @@ def _described(pager: BackwardPager) -> _Optimizer:
     if pool.has_file:
         speeds = Speeds(speeds.flops, speeds.memory, FILE_COPY)
     return _Optimizer(
-        pager.number, type(optimizer).__name__, optimizer.lion, optimizer.state_bits, optimizer.step_in_backward,
+        pager.number, type(optimizer).__name__, pager.size, optimizer.lion, optimizer.state_bits, optimizer.step_in_backward,
         pool.budget, pool.page_bytes, speeds,
     )  # fmt: skip
 
@@ -88,6 +89,7 @@ def _link(optimizer: _Optimizer, numbers: Mapping[int, int], inputs: Mapping[int
     return PageLink(
         optimizer.pager,
         optimizer.name,
+        optimizer.in_all,
         parameters,
         optimizer.step_in_backward,
         optimizer.budget,

@@ -157,6 +157,56 @@ def test_an_equal_model_and_a_later_optimizer_get_code_of_their_own(tiny_llama: 
     assert all(p.grad is None for p in model.parameters())
 
 
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 96), nn.Linear(96, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Pieces(nn.Module):
+    """A graph for each layer: after a graph break, or where each is compiled by itself, Dynamo has one code for all."""
+
+    def __init__(self, breaks: bool) -> None:
+        super().__init__()
+        self.layers, self.breaks = nn.ModuleList(Layer() for _ in range(3)), breaks
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+            if self.breaks:
+                torch._dynamo.graph_break()
+        return x.square().mean()
+
+
+@pytest.mark.parametrize("way", ["graph breaks", "by the layer"])
+@pytest.mark.parametrize("step_in_backward", [False, True])
+def test_code_that_serves_several_layers_names_no_parameters(step_in_backward: bool, way: str) -> None:
+    found: list[tuple[list[float], list[Tensor]]] = []
+    for compiled in (False, True):
+        torch.manual_seed(3)
+        model = qc.prepare(Pieces(way == "graph breaks"), CONFIG)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = qc.PagedAdamW(parameters, lr=1e-2, device_budget="512KiB", step_in_backward=step_in_backward)
+        if compiled:
+            for module in [model] if way == "graph breaks" else model.layers:  # type: ignore[union-attr]
+                module.compile(backend="qlora")
+        losses = []
+        for step in range(3):
+            loss = model(torch.randn(5, 64, generator=torch.Generator().manual_seed(step)))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        found.append((losses, [p.detach().clone() for p in parameters]))
+    (wanted, eager), (got, ours) = found
+    assert got == wanted and all(torch.equal(a, b) for a, b in zip(eager, ours, strict=True))
+    declined = [reason for report in qc.explain(model).passes for _, reason in report.declined]
+    assert any("they page without it" in reason for reason in declined)
+
+
 class TestRefusals:
     def backward(self, tiny_llama: Maker) -> tuple[qc.PagedAdamW, Callable[[], None]]:
         model = qc.prepare(tiny_llama(num_hidden_layers=1), CONFIG).train()

@@ -131,6 +131,21 @@ def test_what_quantize_leaves_dense_is_told(tiny_llama: Callable[..., Any], conf
     assert not any(isinstance(p, qc.QuantizedTensor) for p in model.parameters())
 
 
+def test_layers_that_break_the_graph_share_code(tiny_llama: Callable[..., Any]) -> None:
+    """DoRA breaks it in every layer: guards of ours must not be what each layer compiles anew for."""
+    from torch._dynamo.utils import counters
+
+    config = peft.LoraConfig(r=3, use_dora=True, target_modules=["q_proj", "up_proj", "down_proj"])
+    ids, graphs = torch.randint(0, 211, (2, 13)), []
+    for backend, options in (("aot_eager", None), ("qlora", {"lowering": "aot_eager"})):
+        torch._dynamo.reset()
+        counters.clear()
+        model = adapted(tiny_llama(num_hidden_layers=3), config)
+        torch.compile(model, backend=backend, options=options)(input_ids=ids, labels=ids).loss.backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 3 and graphs[1] <= graphs[0]
+
+
 def test_every_layer_with_another_kind_of_adapter_is_in_the_report(tiny_llama: Callable[..., Any]) -> None:
     model = tiny_llama(num_hidden_layers=1)
     model = adapted(model, peft.LoraConfig(r=3, use_dora=True, target_modules=["q_proj", "down_proj"]))

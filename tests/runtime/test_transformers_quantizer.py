@@ -161,3 +161,32 @@ def test_a_map_to_several_devices_is_refused_before_anything_is_read(
     with pytest.raises(ModelStateError, match=f"over cpu, {other}: one compiled graph serves one device"):
         load(tmp_path / "dense", qc.QLoRAQuantizationConfig(), **options)
     assert load(tmp_path / "dense", qc.QLoRAQuantizationConfig(), device_map={"": "cpu"}).device.type == "cpu"
+
+
+def test_adapters_of_peft_on_it_are_in_the_op_and_nothing_dense_is_saved(tmp_path: Path, tiny_llama: MakeModel) -> None:
+    """Linears without an adapter, too: all are in 4 bits, whatever the configuration says of PEFT's models."""
+    peft = pytest.importorskip("peft")
+    tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "dense")  # type: ignore[operator]
+    loaded = load(tmp_path / "dense", qc.QLoRAQuantizationConfig(), dtype=torch.float32)
+    model = peft.get_peft_model(loaded, peft.LoraConfig(r=3, target_modules=["q_proj", "down_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+
+    def gradients(call: Any) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        call(input_ids=IDS, labels=IDS).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    expected = gradients(model)
+    compiled = torch.compile(model, backend="qlora", options={"compute_dtype": "float32", "lowering": "aot_eager"})
+    found = gradients(compiled)
+    for name, gradient in expected.items():  # fp32 sums in another order
+        torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4)
+    linears = qc.explain(model).linears
+    assert len(linears) == 7 and sum(bool(linear.rank) for linear in linears) == 2
+    weights = {tuple(p.shape) for p in model.parameters() if isinstance(p, qc.QuantizedTensor)}
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        compiled(input_ids=IDS, labels=IDS).loss.backward()
+    assert saved and not any(t.is_floating_point() and tuple(t.shape) in weights for t in saved)
