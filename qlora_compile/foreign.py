@@ -22,6 +22,11 @@ def is_peft_layer(module: nn.Module) -> bool:
     return type(module).__module__.startswith("peft.tuners.lora") and hasattr(module, "base_layer")
 
 
+def is_peft_model(model: nn.Module) -> bool:
+    """Whether PEFT put adapters of any kind into it."""
+    return any(type(module).__module__.startswith("peft.tuners") for module in model.modules())
+
+
 def tuner_kinds(model: nn.Module) -> dict[str, str]:
     """Layers that PEFT put in a linear's place, for an adapter of any kind: name -> the kind (lora, ia3, vera, ...)."""
     found = {name: type(m).__module__.split(".") for name, m in model.named_modules() if hasattr(m, "base_layer")}

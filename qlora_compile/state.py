@@ -17,7 +17,7 @@ from .attention import forgo_fast_path
 from .config import QLoRAConfig, names_module
 from .errors import ConfigError, InvalidWeightError, ModelStateError
 from .experts import experts_class, runs_own_experts
-from .foreign import is_bnb_weight, peft_layers, tuner_kinds, variant_of
+from .foreign import is_bnb_weight, is_peft_model, peft_layers, tuner_kinds, variant_of
 from .initialization import SpectralStart, is_spectral, start_from_weight
 from .modules import AdapterInfo, AdapterSite, PreparedState, linear_class, parameter_class, prepared_state
 from .page_ops import pager_of
@@ -37,7 +37,7 @@ class ModelEdits:
 
     def __init__(self, root: nn.Module, config: QLoRAConfig) -> None:
         self.root, self.config = root, config
-        self.is_peft = any(type(m).__module__.startswith("peft.tuners") for m in root.modules())
+        self.is_peft = is_peft_model(root)
         self._params = self._index()
         quantized = [(entry, entry.param) for entry in self._params.values()]
         self._codes = {id(q.codes): entry for entry, q in quantized if isinstance(q, QuantizedTensor)}
@@ -122,7 +122,10 @@ class ModelEdits:
         if entry.param.requires_grad:
             return "it trains (requires_grad)"
         if name in self.peft_layers:
-            return variant_of(self.peft_layers[name], self.peft_layers[name].lora_A) or None
+            layer: Any = self.peft_layers[name]
+            if layer.merged:  # in 4 bits it could not be taken out again
+                return "its adapter is merged into it (unmerge_adapter() first)"
+            return variant_of(layer, layer.lora_A) or None
         if name in self.tuners:
             return f"its adapter is PEFT's {self.tuners[name]}, no LoRA"
         parts = name.split(".")

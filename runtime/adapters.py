@@ -16,7 +16,7 @@ from ..errors import AdapterMismatchError, ConfigError, ModelStateError, NoAdapt
 from ..experts import QLoRAExperts
 from ..modules import AdapterSite, QLoRALinear, adapter_sites, prepared_state
 from .adapter_config import peft_config
-from .export_sources import unwrap
+from .export_sources import check_not_peft, unwrap
 from .fold_plan import first_few
 from .formats.expert_files import flatten, module_paths
 from .formats.peft_files import PREFIX, AdapterFiles, LoraLayer, only_foldable, read_adapter, write_adapter
@@ -234,6 +234,7 @@ def _slot_problem(site: AdapterSite, name: str, layer: LoraLayer | None) -> str 
 
 
 def _sites(model: nn.Module) -> dict[str, AdapterSite]:
+    check_not_peft(model)
     sites = adapter_sites(model)
     if not sites:
         raise NoAdapterError("The model has no adapters: call prepare(model, config) first.")

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ModelStateError
+from ..foreign import is_bnb_weight, is_peft_model
 from ..modules import adapter_parameters
 from ..tensor import QuantizedTensor
 from .formats.checkpoint_dir import DTYPE_NAMES, TensorSpec, copy_side_files, open_checkpoint
@@ -61,6 +62,11 @@ class ModelSource:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = unwrap(model)
+        if any(is_bnb_weight(parameter) for parameter in self.model.parameters()):
+            raise CheckpointError(
+                "The model's weights are in bitsandbytes' 4 bits: save_pretrained it, and export the folder with "
+                "base_precision='dequantized'."
+            )
         config: Any = getattr(self.model, "config", None)
         self.config: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}
         self._tensors = _plain_state(self.model)
@@ -92,6 +98,16 @@ def unwrap(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
+
+
+def check_not_peft(model: nn.Module) -> None:
+    """Raises ModelStateError for a model that has PEFT's adapters, compiled with this backend or not."""
+    if is_peft_model(model):
+        raise ModelStateError(
+            "The adapters of this model are PEFT's, which are not changed or exported from here: "
+            'model.save_pretrained("adapter") writes them, and qlora_compile.export(base_folder, out, adapters="adapter") '
+            "folds them."
+        )
 
 
 def _plain_state(model: nn.Module) -> dict[str, torch.Tensor]:

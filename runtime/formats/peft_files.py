@@ -53,6 +53,7 @@ _UNSUPPORTED = {
     "arrow_config": "Arrow routing",
     "kasa_config": "KaSA",
     "monteclora_config": "MonteCLoRA",
+    "velora_config": "VeLoRA",
 }
 # These initialisations subtract the adapter's start from the base weight, which the adapter's files do not record.
 _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import qlora_compile as qc
 from qlora_compile.backend import qlora
+from qlora_compile.errors import CheckpointError, ModelStateError
 from qlora_compile.pass_manager import insert_pass
 from qlora_compile.passes import PIPELINE
 
@@ -129,6 +131,50 @@ def test_what_quantize_leaves_dense_is_told(tiny_llama: Callable[..., Any], conf
     with pytest.warns(UserWarning, match=f"quantize=True has {words}"):
         torch.compile(model, backend="qlora", options=OPTIONS)(input_ids=ids, labels=ids).loss.backward()
     assert not any(isinstance(p, qc.QuantizedTensor) for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["dense", "compiled", "in 4 bits", "bitsandbytes"])
+def test_a_model_of_peft_s_is_not_exported_without_its_adapters(
+    tmp_path: Path, tiny_llama: Callable[..., Any], kind: str
+) -> None:
+    base = tiny_llama(num_hidden_layers=1)
+    base.save_pretrained(tmp_path / "base")
+    if kind == "bitsandbytes":
+        pytest.importorskip("bitsandbytes")
+        four_bit = transformers.BitsAndBytesConfig(load_in_4bit=True)
+        base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=four_bit)
+        with pytest.raises(CheckpointError, match="in bitsandbytes' 4 bits: save_pretrained it"):
+            qc.export(base, tmp_path / "out")
+    model = adapted(base, peft.LoraConfig(r=3, target_modules=["q_proj", "down_proj"]))
+    if kind in ("compiled", "in 4 bits"):
+        model.compile(backend="qlora", options={**OPTIONS, "quantize": kind == "in 4 bits"})
+        ids = torch.randint(0, 211, (2, 13))
+        model(input_ids=ids, labels=ids)
+    calls = (
+        lambda: qc.export(model, tmp_path / "out", base_precision="dequantized"),
+        lambda: qc.export(model, tmp_path / "out", base=tmp_path / "base"),
+        lambda: qc.export(model, tmp_path / "out", {"default": 1.0}, verify=True),
+        lambda: qc.save_adapter(model, tmp_path / "out"),
+        lambda: qc.set_adapters(model, {"default": 0.5}),
+        lambda: qc.combine_adapters(model, {"default": 0.5}, "other"),
+    )
+    for call in calls:
+        with pytest.raises(ModelStateError, match=r"adapters of this model are PEFT's.*save_pretrained"):
+            call()
+    assert not (tmp_path / "out").exists()
+
+
+def test_merged_weights_are_not_quantized(tiny_llama: Callable[..., Any]) -> None:
+    """`unmerge_adapter` would be refused for ever, and the base be lost."""
+    model = adapted(tiny_llama(num_hidden_layers=1), peft.LoraConfig(r=3, target_modules=["q_proj"]))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.merge_adapter()
+    ids = torch.randint(0, 211, (2, 13))
+    with pytest.warns(UserWarning, match=r"no effect.*merged into it \(unmerge_adapter"):
+        torch.compile(model, backend="qlora", options=OPTIONS)(input_ids=ids, labels=ids)
+    model.unmerge_adapter()
+    for name, parameter in model.named_parameters():  # W + BA - BA in fp32
+        torch.testing.assert_close(parameter, before[name], atol=1e-6, rtol=1e-5)
 
 
 def test_layers_that_break_the_graph_share_code(tiny_llama: Callable[..., Any]) -> None:
