@@ -12,6 +12,7 @@ from .errors import ConfigError
 from .foreign import is_bnb_weight
 from .param_info import ParamInfo, is_adapter, is_linear_weight, site_name
 from .state import ModelEdits
+from .tensor import QuantizedTensor
 
 Names = Callable[[str], bool]
 
@@ -43,7 +44,16 @@ def check_choices(edits: ModelEdits, targets: Container[str] | None = None) -> N
 
 
 def _check_peft(edits: ModelEdits) -> None:
-    """Warn of weights under PEFT's adapters that `quantize=True` leaves dense; bitsandbytes' are in 4 bits already."""
+    """Warn of 4-bit weights that PEFT is to train in full, and of weights under its adapters that `quantize=True` leaves
+    dense; bitsandbytes' are in 4 bits already."""
+    copies = [entry.name for entry in edits.all() if _is_a_copy_in_4_bits(entry)]
+    if copies:
+        warnings.warn(
+            f"PEFT's modules_to_save names {copies[0]}, which is in 4 bits and does not train: load it dense, with its "
+            "module in skip_modules of QLoRAQuantizationConfig.",
+            UserWarning,
+            stacklevel=4,
+        )
     if not edits.is_peft or not edits.quantizes():
         return
     adapted = [entry for entry in edits.all() if not is_adapter(entry) and _is_adapted_linear(entry, edits)]
@@ -57,6 +67,10 @@ def _check_peft(edits: ModelEdits) -> None:
     else:
         said = f"quantize=True leaves {len(dense)} of {len(adapted)} adapted weights as they are ({which})."
     warnings.warn(said, UserWarning, stacklevel=3)
+
+
+def _is_a_copy_in_4_bits(entry: ParamInfo) -> bool:
+    return isinstance(entry.param, QuantizedTensor) and "modules_to_save" in entry.name.split(".")
 
 
 def _is_adapted_linear(entry: ParamInfo, edits: ModelEdits) -> bool:

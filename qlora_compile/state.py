@@ -88,8 +88,8 @@ class ModelEdits:
     def decline_reason(self, entry: ParamInfo) -> str | None:
         """Why this weight is no target (for a linear whose weight it is), or None if it is one."""
         name, param, config = entry.name, entry.param, self.config
-        if self.is_foreign and isinstance(param, QuantizedTensor):
-            return None  # in 4 bits already, by `QLoRAQuantizationConfig`: PEFT says what is adapted, not this configuration
+        if self.is_foreign and isinstance(param, QuantizedTensor):  # loaded by `QLoRAQuantizationConfig`
+            return None if param.dim() == 2 else "experts of a model that PEFT adapted run as traced"
         if self.is_foreign and not self.quantizes():
             kind = "PEFT" if self.is_peft else "bitsandbytes"
             return f"a {kind} model's dense weights stay as they are (quantize={config.quantize!r})"

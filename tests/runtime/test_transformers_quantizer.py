@@ -190,3 +190,12 @@ def test_adapters_of_peft_on_it_are_in_the_op_and_nothing_dense_is_saved(tmp_pat
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         compiled(input_ids=IDS, labels=IDS).loss.backward()
     assert saved and not any(t.is_floating_point() and tuple(t.shape) in weights for t in saved)
+
+
+def test_a_4_bit_weight_that_peft_is_to_train_in_full_is_told(tmp_path: Path, tiny_llama: MakeModel) -> None:
+    peft = pytest.importorskip("peft")
+    tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "dense")  # type: ignore[operator]
+    loaded = load(tmp_path / "dense", qc.QLoRAQuantizationConfig(), dtype=torch.float32)
+    model = peft.get_peft_model(loaded, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["o_proj"]))
+    with pytest.warns(UserWarning, match=r"modules_to_save names .*o_proj.*in 4 bits and does not train.*skip_modules"):
+        torch.compile(model, backend="qlora", options={"lowering": "aot_eager"})(input_ids=IDS, labels=IDS)
