@@ -24,7 +24,7 @@ def insert_adapters(gm: fx.GraphModule, ctx: PassContext) -> int:
         if not is_linear(node):
             continue
         entry = _target(node, by_name, ctx)
-        if entry is None or entry.site is None or entry.name in had_adapters:
+        if entry is None or entry.site is None or entry.name in had_adapters or not ctx.edits.selects(entry):
             continue
         ctx.edits.add_adapter(entry.site)
         count += _insert(node, entry, ctx)

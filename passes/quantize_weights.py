@@ -53,7 +53,7 @@ def decline_reason(entry: ParamInfo, transposed: set[bool], ctx: PassContext) ->
     if entry.site is not None:
         fits = transposed == {entry.site.fan_in_fan_out}
         return None if fits else "it was adapted in another graph that uses its transpose"
-    return ctx.edits.decline_reason(entry)
+    return None if ctx.edits.is_held(entry) else ctx.edits.decline_reason(entry)
 
 
 def linears_of(weight: fx.Node) -> list[fx.Node] | None:

@@ -70,7 +70,9 @@ def prepare(
     targets = [(entry, fan) for entry, fan in found if edits.decline_reason(entry) is None and entry.name not in read]
     require_targets([entry for entry, _ in targets], [entry for entry, _ in found], edits)
     check_choices(edits, {entry.name for entry, _ in targets} | set(read))
-    edit_modules(edits, targets)
+    chosen = {entry.name for entry, _ in targets} | set(read)
+    held = [(entry, fan) for entry, fan in found if edits.is_held(entry) and entry.name not in chosen]
+    edit_modules(edits, targets + held)
     _complete(model)
     for name, reader in sorted(read.items()):
         warnings.warn(
@@ -98,11 +100,13 @@ def _dense_experts(edits: ModelEdits) -> list[str]:
 
 
 def edit_modules(edits: ModelEdits, targets: list[tuple[ParamInfo, bool]]) -> None:
-    """Quantize and adapt these modules' weights (each with whether it is [in, out]), freeze the rest."""
+    """Quantize these modules' weights (each with whether it is [in, out]), adapt the selected ones, freeze the rest."""
     with torch.inference_mode(False):  # or the new parameters could never train
         for entry, fan_in_fan_out in targets:
             as_module = not any(is_attention_weight(module, key) for _, module, key in entry.owners)
-            edits.add_adapter(edits.quantize(entry, fan_in_fan_out=fan_in_fan_out, as_module=as_module))
+            site = edits.quantize(entry, fan_in_fan_out=fan_in_fan_out, as_module=as_module)
+            if edits.selects(entry):
+                edits.add_adapter(site)
         edits.freeze()
     edits.remember()
 

@@ -87,9 +87,9 @@ class ModelEdits:
 
     def decline_reason(self, entry: ParamInfo) -> str | None:
         """Why this weight is no target (for a linear whose weight it is), or None if it is one."""
-        name, param, config = entry.name, entry.param, self.config
-        if self.is_foreign and isinstance(param, QuantizedTensor):  # loaded by `QLoRAQuantizationConfig`
-            return None if param.dim() == 2 else "experts of a model that PEFT adapted run as traced"
+        param, config = entry.param, self.config
+        if self.is_foreign and isinstance(param, QuantizedTensor):
+            return "a PEFT model's weights in 4 bits stay as they are"
         if self.is_foreign and not self.quantizes():
             kind = "PEFT" if self.is_peft else "bitsandbytes"
             return f"a {kind} model's dense weights stay as they are (quantize={config.quantize!r})"
@@ -106,15 +106,31 @@ class ModelEdits:
         other = [owner for owner in entry.owners if isinstance(owner[1], (nn.Embedding, nn.EmbeddingBag))]
         if other:
             return f"its weight is tied to the embedding {other[0][0]!r}"
+        if (reason := self._unselected_reason(entry)) is not None:
+            return reason
+        if self._complete:
+            return "prepare() left it as it is: its example_inputs find linears that are no modules"
+        return None
+
+    def _unselected_reason(self, entry: ParamInfo) -> str | None:
+        """Why the configuration does not select this weight, or None if it does."""
+        name, config = entry.site.name if entry.site is not None else entry.name, self.config
         if config.is_excluded(name, is_output_head=self.is_output_head(entry)):
             return "it is the output head" if config.exclude_modules is None else "exclude_modules names it"
         if not config.is_target(name):
             return "target_modules does not name it"
         if config.target_modules == "all-linear" and any(owner in self._routers for owner, _, _ in entry.owners):
             return "it routes tokens to experts (name it in target_modules to adapt it)"
-        if self._complete:
-            return "prepare() left it as it is: its example_inputs find linears that are no modules"
         return None
+
+    def selects(self, entry: ParamInfo) -> bool:
+        """Whether an adapter of ours goes beside this weight: not to every one that was loaded in 4 bits."""
+        return not self.is_foreign and self._unselected_reason(entry) is None
+
+    def is_held(self, entry: ParamInfo) -> bool:
+        """Whether it is a matrix that `QLoRAQuantizationConfig` loaded in 4 bits: read as codes, target or not."""
+        matrix = isinstance(entry.param, QuantizedTensor) and entry.param.dim() == 2
+        return matrix and entry.site is None and not self.saved_in_full(entry)
 
     def _foreign_reason(self, entry: ParamInfo) -> str | None:
         """Why a weight of another tool's model is not under a LoRA layer that can have it in 4 bits, or None."""

@@ -199,3 +199,28 @@ def test_a_4_bit_weight_that_peft_is_to_train_in_full_is_told(tmp_path: Path, ti
     model = peft.get_peft_model(loaded, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["o_proj"]))
     with pytest.warns(UserWarning, match=r"modules_to_save names .*o_proj.*in 4 bits and does not train.*skip_modules"):
         torch.compile(model, backend="qlora", options={"lowering": "aot_eager"})(input_ids=IDS, labels=IDS)
+
+
+@pytest.mark.parametrize("door", ["prepare", "compile", "example_inputs"])
+def test_what_no_adapter_goes_to_is_read_as_codes_all_the_same(
+    door: str, tmp_path: Path, tiny_llama: MakeModel
+) -> None:
+    tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "dense")  # type: ignore[operator]
+    model = load(tmp_path / "dense", qc.QLoRAQuantizationConfig(skip_modules=["o_proj"]), dtype=torch.float32)
+    plain = logits(model)
+    options = {"r": 3, "target_modules": ["q_proj", "up_proj"], "compute_dtype": "float32", "lowering": "aot_eager"}
+    if door != "compile":
+        qc.prepare(model, options, {"input_ids": IDS} if door == "example_inputs" else None)
+    torch.testing.assert_close(logits(model), plain, atol=1e-5, rtol=1e-4)  # B = 0; fp32 sums in another order
+    compiled = torch.compile(model, backend="qlora", options=options if door == "compile" else None)
+    compiled(input_ids=IDS, labels=IDS).loss.backward()
+    linears = {linear.name.split(".")[-1]: linear for linear in qc.explain(model).linears}
+    assert sorted(linears) == ["down_proj", "gate_proj", "k_proj", "q_proj", "up_proj", "v_proj"]
+    assert {name for name, linear in linears.items() if linear.rank} == {"q_proj", "up_proj"}
+    trained = {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad}
+    assert sum(p.requires_grad for p in model.parameters()) == 4, trained
+    products = [s for s in qc.explain(model).passes if s.name == "fuse_lora_linear"]
+    assert products[0].rewrites == 6
+    qc.save_adapter(model, tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 3
+    assert len(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == 4
