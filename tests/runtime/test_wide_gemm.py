@@ -126,7 +126,9 @@ def test_codes_both_ways_with_a_low_rank_term(
 
 
 @each_isa
-@pytest.mark.parametrize(("m", "n", "k"), [(965, 130, 96), (7, 1056, 160), (50, 40, 1300), (13, 20, 2080)])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(965, 130, 96), (7, 1056, 160), (50, 40, 1300), (13, 20, 2080), (800, 2016, 672)]
+)
 def test_more_than_a_block_of_each(m: int, n: int, k: int, isa: str) -> None:
     """Rows, columns and depth beyond what is laid out at a time; and several weights in one sum, of several depths."""
     w, _ = codes(n, k // 32 * 32, block_size=32)
