@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from .config import QLoRAConfig
-from .dynamo import traced_module
+from .dynamo import guard_numbers, traced_module
 from .errors import KernelError
 from .fx_utils import placeholders
 from .page_ops import PAGER
@@ -109,7 +109,8 @@ def backward_edit(
     if not torch.is_grad_enabled():
         return None  # and no backward graph
     names = {id(parameter): name for name, parameter in ctx.edits.root.named_parameters()}
-    found = [(i, trained.get(node)) for i, node in enumerate(placeholders(work.graph))]
+    nodes = placeholders(work.graph)
+    found = [(i, trained.get(node)) for i, node in enumerate(nodes)]
     links = page_links({i: (names.get(id(p), f"input {i}"), p) for i, p in found if p is not None})
     if not links:
         return None
@@ -120,11 +121,13 @@ def backward_edit(
     links = tuple(link for link, reason in zip(links, reasons) if reason is None)
     if not links:
         return None
+    guard_numbers(nodes[position] for link in links for position in link.parameters)
     return BackwardEdit(links, work, ctx.config, ctx.graph_number, report)
 
 
 def _shared_reason(link: PageLink, root: nn.Module) -> str | None:
-    """Why this graph's code may run for other parameters of the optimizer than it names, or None.
+    """Why this graph's code is likely to run for other parameters of the optimizer, too, or None. With page ops, which name
+    parameters, it would be compiled for each of them.
 
     Dynamo serves a module by what it compiled for another one of the same class, after a graph break and where each layer
     is compiled by itself.

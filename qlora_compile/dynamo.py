@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import fake_tensor_tls
 from torch.utils.weak import TensorWeakRef
 
 from .errors import QLoRACompileError
-from .page_ops import PAGER
+from .page_ops import NUMBER, PAGER
 
 _MODULE_ITEM = re.compile(r"\._(modules|parameters|buffers)\[")
 
@@ -116,9 +116,21 @@ def guard_pagers(root: nn.Module, trained: Iterable[fx.Node]) -> None:
     for parameter in root.parameters():  # also of layers that this code is to serve after a graph break
         if not hasattr(parameter, PAGER):
             setattr(parameter, PAGER, -1)
-    for node in trained:
+    _guard_attribute(trained, PAGER)
+
+
+def guard_numbers(paged: Iterable[fx.Node]) -> None:
+    """Retrace for other parameters of the paged optimizer than these, which the ops in the backward graph name by number.
+
+    The same code fits layers in another order, and one layer's fits another's.
+    """
+    _guard_attribute(paged, NUMBER)
+
+
+def _guard_attribute(parameters: Iterable[fx.Node], name: str) -> None:
+    for node in parameters:
         source: Any = node._dynamo_source  # type: ignore[attr-defined]
-        install_guard(AttrSource(source, PAGER).make_guard(GuardBuilder.CONSTANT_MATCH))
+        install_guard(AttrSource(source, name).make_guard(GuardBuilder.CONSTANT_MATCH))
 
 
 def guard_modules(nodes: list[fx.Node]) -> None:

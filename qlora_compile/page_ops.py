@@ -41,7 +41,8 @@ class Pager(Protocol):
         """Send state out that nothing more in this backward pass needs."""
 
 
-PAGER = "_qlora_pager"  # attribute of a parameter: the number of the paged optimizer that has it, -1 without one
+# attributes of a parameter: the number of the paged optimizer that has it, -1 without one; its own number in that
+PAGER, NUMBER = "_qlora_pager", "_qlora_number"
 
 _pagers: weakref.WeakValueDictionary[int, Pager] = weakref.WeakValueDictionary()
 _numbers = itertools.count()

@@ -159,16 +159,24 @@ class QuantizedTensor(torch.Tensor):
         """Nothing: 4 bits do not train, so that of a model `requires_grad_(True)` means the rest."""
         return self
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "data":
+            raise ModelStateError(
+                f"A 4-bit weight of shape {tuple(self.shape)} is its codes, and .data = ... would be lost: copy_() "
+                "quantizes again; to merge an adapter, save it and call qlora_compile.export."
+            )
+        super().__setattr__(name, value)
+
     def __setitem__(self, index: Any, value: Any) -> None:
         _refuse_write("indexed assignment", self, QuantizedTensor)  # it would write into a dense copy, and be lost
 
     def storage(self) -> NoReturn:
         """Asked for by safetensors, whose files hold no such tensor. Raises ModelStateError."""
         raise ModelStateError(
-            f"A 4-bit weight of shape {tuple(self.shape)} is no dense tensor that could be written to a file: save the "
-            "adapters with save_adapter or a transformers model's save_pretrained (in accelerate in the place of "
-            "accelerator.save_model, of the unwrapped model), the whole state with torch.save (in accelerate: save_state "
-            "with safe_serialization=False), or a checkpoint with qlora_compile.export."
+            f"A 4-bit weight of shape {tuple(self.shape)} is no dense tensor that could be written to a file (nor a copy of "
+            "it in PEFT's modules_to_save): save the adapters with save_adapter or a transformers model's save_pretrained "
+            "(in accelerate in the place of accelerator.save_model, of the unwrapped model), the whole state with "
+            "torch.save (in accelerate: save_state with safe_serialization=False), or a model with qlora_compile.export."
         )
 
     def __repr__(self) -> str:  # type: ignore[override]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelStateError
 from ..interruption import whole
-from ..page_ops import PAGER, pager_of, register_pager
+from ..page_ops import NUMBER, PAGER, pager_of, register_pager
 from .gradient_pages import GradientPages
 from .memory import Page
 from .paged_optimizer_checks import check_one_process
@@ -71,6 +71,7 @@ class BackwardPager:
             if isinstance(before, BackwardPager):
                 before._let_go(parameter)
             setattr(parameter, PAGER, self.number)
+            setattr(parameter, NUMBER, number)
             self._numbers[id(parameter)] = number
             if self.optimizer.step_in_backward and parameter.requires_grad:
                 self._watch(number)

@@ -44,7 +44,7 @@ def output_errors(path: Path) -> Iterator[None]:
 
 def _named(path: Path, error: OSError) -> OutputError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(f"The disk is full: {path} was not written; free some space and run it again.")
+        return OutputError(f"The disk is full: {path} was not written; free some space and try again.")
     return OutputError(f"{path} cannot be written ({error.strerror or error}); choose another output.")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -178,9 +179,11 @@ class RunStore:
         except (sqlite3.Error, OSError) as error:
             if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
                 raise RunStoreError(f"The disk is full: the run store {self.path} was not {done}.") from error
+            there = os.path.lexists(self.path)
+            way_out = "move it away and the next run begins a new one" if there else f"make {self.path.parent} writable"
             raise RunStoreError(
-                f"The run store {self.path} cannot be {done} ({error}): move it away and the next run begins a new one; "
-                "each run's own folder still holds its metrics.jsonl and run.json."
+                f"The run store {self.path} cannot be {done} ({error}): {way_out}; each run's own folder still holds its "
+                "metrics.jsonl and run.json."
             ) from error
 
 

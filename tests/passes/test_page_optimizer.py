@@ -207,6 +207,44 @@ def test_code_that_serves_several_layers_names_no_parameters(step_in_backward: b
     assert any("they page without it" in reason for reason in declined)
 
 
+class Reordered(Pieces):
+    """Its layers in another order at every call, or one of them alone: each time the same code fits."""
+
+    def __init__(self, alone: bool) -> None:
+        super().__init__(breaks=False)
+        self.alone, self.calls = alone, 0
+
+    def one(self, layer: nn.Module, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return layer(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.alone:
+            return self.one(self.layers[self.calls % 3], x).square().mean()
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("step_in_backward", [False, True])
+def test_ops_never_name_other_parameters_than_the_call_s(step_in_backward: bool, alone: bool) -> None:
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(5)
+        model = qc.prepare(Reordered(alone), CONFIG)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = qc.PagedAdamW(parameters, lr=1e-2, device_budget="512KiB", step_in_backward=step_in_backward)
+        if compiled:
+            model.compile(backend="qlora")
+        for step in range(4):
+            model(torch.randn(5, 64, generator=torch.Generator().manual_seed(step))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            model.calls += 1
+            model.layers = nn.ModuleList([model.layers[2], model.layers[0], model.layers[1]])
+        found.append([p.detach().clone() for p in parameters])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 class TestRefusals:
     def backward(self, tiny_llama: Maker) -> tuple[qc.PagedAdamW, Callable[[], None]]:
         model = qc.prepare(tiny_llama(num_hidden_layers=1), CONFIG).train()

@@ -192,12 +192,14 @@ def test_adapters_of_peft_on_it_are_in_the_op_and_nothing_dense_is_saved(tmp_pat
     assert saved and not any(t.is_floating_point() and tuple(t.shape) in weights for t in saved)
 
 
-def test_a_4_bit_weight_that_peft_is_to_train_in_full_is_told(tmp_path: Path, tiny_llama: MakeModel) -> None:
+def test_a_4_bit_weight_that_peft_is_to_train_in_full_is_refused(tmp_path: Path, tiny_llama: MakeModel) -> None:
     peft = pytest.importorskip("peft")
     tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "dense")  # type: ignore[operator]
     loaded = load(tmp_path / "dense", qc.QLoRAQuantizationConfig(), dtype=torch.float32)
     model = peft.get_peft_model(loaded, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["o_proj"]))
-    with pytest.warns(UserWarning, match=r"modules_to_save names .*o_proj.*in 4 bits and does not train.*skip_modules"):
+    with pytest.raises(
+        ConfigError, match=r"modules_to_save names .*o_proj.*in 4 bits and does not train.*skip_modules"
+    ):
         torch.compile(model, backend="qlora", options={"lowering": "aot_eager"})(input_ids=IDS, labels=IDS)
 
 
@@ -224,3 +226,20 @@ def test_what_no_adapter_goes_to_is_read_as_codes_all_the_same(
     qc.save_adapter(model, tmp_path / "adapter")
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 3
     assert len(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == 4
+
+
+@pytest.mark.parametrize("kind", ["dora", "ia3"])
+def test_what_peft_would_merge_into_codes_is_refused(kind: str, tmp_path: Path, tiny_llama: MakeModel) -> None:
+    """They assign `weight.data`, which a tensor of codes would pass by."""
+    peft = pytest.importorskip("peft")
+    tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "dense")  # type: ignore[operator]
+    loaded = load(tmp_path / "dense", qc.QLoRAQuantizationConfig(), dtype=torch.float32)
+    if kind == "dora":
+        config = peft.LoraConfig(r=3, target_modules=["q_proj"], use_dora=True, init_lora_weights=False)
+    else:
+        config = peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[], init_ia3_weights=False)
+    model = peft.get_peft_model(loaded, config)
+    before = logits(model)
+    with pytest.raises(ModelStateError, match=r"\.data = \.\.\. would be lost: copy_\(\) quantizes again.*export"):
+        model.merge_adapter()
+    assert torch.equal(logits(model), before)
