@@ -27,7 +27,7 @@ from common import Times, alternate, hold_peer, write_results
 from limits import Found, entry, show_limits
 
 from qlora_compile import nf4
-from qlora_compile.runtime.kernels import devices, find, lora_kernels
+from qlora_compile.runtime.kernels import cpu_gemm, devices, find, lora_kernels
 
 
 def bench_dequantize(rows: int, columns: int, repeats: int) -> Times:
@@ -75,7 +75,8 @@ def bench_quantize(rows: int, columns: int, repeats: int) -> Times:
 def bench_linear(rows: int, columns: int, tokens: int, repeats: int) -> Times:
     """Times in seconds of a product with `tokens` rows: from the codes for few, else by dequantizing first.
 
-    Where the CPU multiplies no bf16, ours has fp32 products, and a dense fp32 linear is the one to compare with.
+    Where the CPU multiplies no bf16, ours has fp32 products, of many rows by the generated GEMM, which decodes where it
+    lays out; a dense fp32 linear is the one to compare with.
     """
     bf16 = devices.multiplies_natively(torch.bfloat16)
     kernel = find("linear_4bit_small" if bf16 else "wide_linear_4bit_small", "cpu")
@@ -96,7 +97,16 @@ def bench_linear(rows: int, columns: int, tokens: int, repeats: int) -> Times:
         dequantize(*data, weight.numel(), "nf4", 64, ours)
         return torch.nn.functional.linear(x.to(ours.dtype), ours).to(x.dtype)
 
+    gemm = find("wide_gemm", "cpu")
+    stored = cpu_gemm.Codes(*data[:4], rows, columns, "nf4", 64, transposed=True)
+
+    def by_gemm() -> torch.Tensor:
+        assert gemm is not None
+        gemm([cpu_gemm.Term(x, stored)], out)
+        return out
+
     from_codes = functools.partial(kernel, x, *data, rows, columns, "nf4", 64, out)
+    many = by_dequantizing if gemm is None else by_gemm
     few = lora_kernels.SMALL_M if bf16 else lora_kernels.SMALL_WIDE_M
     linear = torch.nn.functional.linear
     dense_linears = (
@@ -105,7 +115,7 @@ def bench_linear(rows: int, columns: int, tokens: int, repeats: int) -> Times:
     with torch.no_grad():
         return alternate(
             {
-                "ours": from_codes if tokens <= few else by_dequantizing,
+                "ours": from_codes if tokens <= few else many,
                 "bitsandbytes": lambda: layer(x),
                 **dense_linears,
             },
