@@ -6,7 +6,7 @@ It knows both halves: `passes/`, which rewrite the graph, and (through the ops) 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -143,7 +143,7 @@ def _install_guards(
     nodes: list[fx.Node],
     original: list[Any],
     stored: Mapping[str, int],
-    trained: Iterable[fx.Node],
+    trained: Mapping[fx.Node, nn.Parameter],
 ) -> None:
     """Retrace where the code would no longer fit: other modules, another paged optimizer, dropout switched."""
     guard_replacements([p for node, p in zip(nodes, original) if (e := ctx.params.get(node.name)) and e.param is not p])

@@ -7,7 +7,7 @@ import functools
 import logging
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -108,12 +108,12 @@ def guard_training(node: fx.Node) -> None:
         install_guard(AttrSource(module, "training").make_guard(GuardBuilder.CONSTANT_MATCH))
 
 
-def guard_pagers(root: nn.Module, trained: Iterable[fx.Node]) -> None:
-    """Retrace when another paged optimizer takes one of these parameters of `root` over, or a first one does.
+def guard_pagers(root: nn.Module, trained: Mapping[fx.Node, nn.Parameter]) -> None:
+    """Retrace when another paged optimizer takes one of these parameters over, or a first one does.
 
     An equal model with an optimizer of its own is otherwise served by the code of the first: it passes all its guards.
     """
-    for parameter in root.parameters():  # also of layers that this code is to serve after a graph break
+    for parameter in (*root.parameters(), *trained.values()):  # also those of layers that this code is yet to serve
         if not hasattr(parameter, PAGER):
             setattr(parameter, PAGER, -1)
     _guard_attribute(trained, PAGER)

@@ -364,11 +364,22 @@ def test_a_copy_of_a_parameter_belongs_to_nobody() -> None:
     assert any(p.grad is not None for p in twin.parameters()) and len(optimizer.state) == 0
 
 
+class Two(nn.Module):
+    """One graph: a Sequential's forward is torch's own, and each of its layers is compiled by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 48), nn.Linear(48, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x))
+
+
 class TestCompiledBackward:
     """With step_in_backward only what the backward pass was to reach is updated."""
 
     def made(self) -> tuple[nn.Module, list[nn.Parameter], qc.PagedAdamW]:
-        model = qc.prepare(nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 32)), {"r": 2, "lowering": "aot_eager"})
+        model = qc.prepare(Two(), {"r": 2, "lowering": "aot_eager"})
         params = [p for p in model.parameters() if p.requires_grad]
         optimizer = qc.PagedAdamW(params, lr=0.1, step_in_backward=True)
         model.compile(backend="qlora")
