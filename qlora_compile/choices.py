@@ -46,10 +46,10 @@ def check_choices(edits: ModelEdits, targets: Container[str] | None = None) -> N
 def _check_peft(edits: ModelEdits) -> None:
     """Warn of weights under PEFT's adapters that `quantize=True` leaves dense; bitsandbytes' are in 4 bits already. Raises
     ConfigError for 4-bit weights that PEFT is to train in full."""
-    copies = [entry.name for entry in edits.all() if _is_a_copy_in_4_bits(entry)]
-    if copies:
+    copy = next((entry.name for entry in edits.all() if _is_a_copy_in_4_bits(entry)), None)
+    if copy is not None:
         raise ConfigError(
-            f"PEFT's modules_to_save names {copies[0]}, which is in 4 bits and does not train: load it dense, with its "
+            f"PEFT's modules_to_save names {copy}, which is in 4 bits and does not train: load it dense, with its "
             "module in skip_modules of QLoRAQuantizationConfig."
         )
     if not edits.is_peft or not edits.quantizes():

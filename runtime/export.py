@@ -18,7 +18,7 @@ from .export_gguf import check_gguf_output, gguf_type, write_gguf_export
 from .export_inputs import Adapters, PathLike, check_not_an_input, dense_folder, lora_only, read_adapters
 from .export_report import ExportReport
 from .export_resume import fingerprint
-from .export_sources import FolderSource, ModelSource, WeightSource, check_not_peft, unwrap
+from .export_sources import FolderSource, ModelSource, WeightSource, unwrap
 from .export_write import ExportJob, Progress, write_export
 from .fold_plan import FoldPlan, WeightedAdapter, plan_fold
 from .formats.atomic import check_output_folder, check_output_name
@@ -79,8 +79,6 @@ def export(
     size = parse_size(max_shard_size)
     start = time.perf_counter()
     model = unwrap(model_or_dir) if isinstance(model_or_dir, nn.Module) else None
-    if model is not None:
-        check_not_peft(model)
     folder = Path(base) if base is not None else (None if model else Path(model_or_dir))  # type: ignore[arg-type]
     weighted = read_adapters(model, adapters, allow_pickle, plain=folder is not None)
     check_not_an_input(out, [p for p in (folder, *(adapter.folder for adapter in weighted)) if p is not None])

@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import ConfigError, InputPathError, NoAdapterError, OutputError
 from ..modules import adapter_sites
 from .adapters import adapter_files, adapter_weights
+from .export_sources import check_not_peft
 from .fold_plan import WeightedAdapter
 from .formats.peft_files import read_adapter
 
@@ -28,17 +29,17 @@ def read_adapters(
     """Read every adapter, sorted by name: the order in which they are named changes no byte of the result.
 
     `plain`: the model's own are made relative to the original weights (`adapter_files`). What they trained in full is the
-    model's and counts once and whole, whatever their weights are.
+    model's and counts once and whole, whatever their weights are. Raises ModelStateError for a model of PEFT's.
     """
+    if model is not None:
+        check_not_peft(model)
+    own = adapter_weights(model) if model is not None and adapter_sites(model) else {}
     if adapters is None:
-        weights: dict[str, float] = {}
-        if model is not None and adapter_sites(model):
-            weights = {name: weight for name, weight in adapter_weights(model).items() if weight}
+        weights = {name: weight for name, weight in own.items() if weight}
     elif isinstance(adapters, Mapping):
         weights = {str(name): weight for name, weight in adapters.items()}
     else:
         weights = dict.fromkeys([str(adapters)] if isinstance(adapters, str | os.PathLike) else map(str, adapters), 1.0)
-    own = adapter_weights(model) if model is not None and adapter_sites(model) else {}
     found: list[WeightedAdapter] = []
     for name, weight in sorted(weights.items()):
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) < float("inf"):
